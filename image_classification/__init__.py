@@ -1,0 +1,1 @@
+"""The image-classification harness: data, models, trainer, checkpoints and logging."""
