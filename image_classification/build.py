@@ -1,0 +1,240 @@
+"""From flags to a run that is ready to start: data, model, optimizer, trainer, resume."""
+
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from image_classification import checkpoint, data, distributed, models, optim
+from image_classification.config import Config, Steps, backend, cut
+from image_classification.distributed import World
+from image_classification.log import Logger
+from image_classification.run import Extension, Run
+from image_classification.trainer import Precision, Trainer
+
+IMAGENET = data.DatasetInfo(num_train=1_281_167, num_val=50_000, classes=())
+
+Attach = Callable[[nn.Module, Optimizer, int, int], Extension]
+"""Joins something to (model, optimizer, total steps, seed) before training starts."""
+
+
+def inspect(config: Config) -> data.DatasetInfo:
+    """Return the facts of DATA; those of ImageNet-1k where a dry run has none."""
+    if backend(config) == "synthetic":
+        images = config.synthetic_batches * config.batch_size
+        images *= distributed.world_from_env().world_size
+        return data.DatasetInfo(num_train=images, num_val=images, classes=())
+    if config.dry_run and (config.data is None or not Path(config.data).is_dir()):
+        return IMAGENET
+    assert config.data is not None
+    return data.inspect_dataset(
+        Path(config.data),
+        num_classes=config.num_classes,
+        training=not config.evaluate,
+        validation=not config.training_only,
+    )
+
+
+def plan(config: Config, dataset: data.DatasetInfo, *, world_size: int) -> dict[str, Any]:
+    """Return what the run would be, without touching data or a device."""
+    steps = cut(config, num_train=dataset.num_train, world_size=world_size)
+    adaptive = config.optimizer == "adamw"
+    return {
+        "arch": config.arch,
+        "epochs": config.epochs,
+        "steps_per_epoch": steps.steps_per_epoch,
+        "total_steps": config.epochs * steps.steps_per_epoch,
+        "optimizer_batch_size": steps.optimizer_batch_size,
+        "accumulation": steps.accumulation,
+        "optimizer": config.optimizer,
+        "lr": config.lr,
+        "lr_schedule": config.lr_schedule,
+        "lr_milestones": config.lr_milestones if config.lr_schedule == "step" else None,
+        "lr_per_step": config.lr_per_step,
+        "warmup_epochs": config.warmup,
+        "momentum": None if adaptive else config.momentum,
+        "nesterov": config.nesterov,
+        "weight_decay": config.weight_decay,
+        "label_smoothing": config.label_smoothing,
+        "mixup": config.mixup,
+        "precision": _precision_name(config),
+        "image_size": image_size(config),
+        "world_size": world_size,
+    }
+
+
+def image_size(config: Config) -> int:
+    """Return the side of the network's input."""
+    return config.image_size or models.default_image_size(config.arch)
+
+
+def num_classes(config: Config, dataset: data.DatasetInfo) -> int:
+    """Return the classes of the network: as told, else those of the data, else ImageNet's 1000."""
+    return config.num_classes or len(dataset.classes) or 1000
+
+
+def create_model(config: Config, dataset: data.DatasetInfo) -> nn.Module:
+    """Return the network of the flags, on the default device."""
+    return models.create_model(
+        config.arch,
+        num_classes=num_classes(config, dataset),
+        init=config.model_config,
+        zero_gamma=config.last_bn_0_init,
+        stem=config.stem,
+        width=config.width,
+    )
+
+
+def build(
+    config: Config, dataset: data.DatasetInfo, *, world: World, logger: Logger, attach: Attach
+) -> Run:
+    """Return the run of the flags; `attach` may join something to its model and optimizer.
+
+    Raises:
+        ValueError: One line: a file that is missing, damaged or does not fit.
+    """
+    found = _find_checkpoint(config, logger)
+    seed = _choose_seed(config, found[1] if found else {})
+    logger.parameters({"seed": seed})
+    torch.manual_seed(seed)  # the same on all ranks: they start from one network
+    _set_backends(config)
+    model = create_model(config, dataset).to(world.device)
+    model = model.to(memory_format=_memory_format(config))  # type: ignore[call-overload]
+    if config.pretrained_from_file:
+        source = Path(config.pretrained_from_file)
+        checkpoint.restore({"state_dict": model}, checkpoint.load(source), source)
+    steps = cut(config, num_train=dataset.num_train, world_size=world.world_size)
+    optimizer = _create_optimizer(config, model, world)
+    extension = attach(model, optimizer, config.epochs * steps.steps_per_epoch, seed)
+    loading = _data_config(config, dataset, world, seed)
+    run = Run(
+        config,
+        _create_trainer(config, model, optimizer, steps, world, num_classes(config, dataset)),
+        train_loader=None if config.evaluate else data.create_train_loader(loading),
+        val_loader=None if config.training_only else data.create_val_loader(loading),
+        steps_per_epoch=steps.steps_per_epoch,
+        logger=logger,
+        extension=extension,
+        seed=seed,
+    )
+    torch.manual_seed(seed + 1 + world.rank)  # MixUp and dropout differ between ranks
+    if found and config.evaluate:
+        run.load_weights(*found)
+    elif found:
+        run.resume(*found)
+    return run
+
+
+def _find_checkpoint(config: Config, logger: Logger) -> tuple[Path, Mapping[str, Any]] | None:
+    if config.resume is None:
+        return None
+    path = Path(config.resume)
+    if config.resume == "auto":
+        found = checkpoint.find(Path(config.workspace), config.checkpoint_filename)
+        for warning in found.warnings:
+            logger.warning(warning)
+        if found.path is None:
+            logger.message(f"no checkpoint in {config.workspace}: starting at epoch 0")
+            return None
+        path = found.path
+    logger.message(f"loading {path}")
+    return path, checkpoint.load(path)
+
+
+def _choose_seed(config: Config, state: Mapping[str, Any]) -> int:
+    """Return --seed, else the checkpoint's, else a fresh one that all ranks share."""
+    if config.seed is not None:
+        return config.seed
+    return int(state.get("seed") or distributed.broadcast_object(secrets.randbits(31)))
+
+
+def _set_backends(config: Config) -> None:
+    torch.backends.cudnn.benchmark = True
+    precision = "tf32" if config.tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+
+def _memory_format(config: Config) -> torch.memory_format:
+    return torch.channels_last if config.memory_format == "nhwc" else torch.contiguous_format
+
+
+def _precision_name(config: Config) -> str:
+    if config.amp:
+        return config.amp_dtype
+    return "tf32" if config.tf32 else "float32"
+
+
+def _create_optimizer(config: Config, model: nn.Module, world: World) -> Optimizer:
+    groups = optim.parameter_groups(
+        model, weight_decay=config.weight_decay, bn_weight_decay=config.bn_weight_decay
+    )
+    return optim.create_optimizer(
+        config.optimizer,
+        groups,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        rmsprop_alpha=config.rmsprop_alpha,
+        rmsprop_eps=config.rmsprop_eps,
+        device=world.device,
+    )
+
+
+def _create_trainer(
+    config: Config, model: nn.Module, optimizer: Optimizer, steps: Steps, world: World, classes: int
+) -> Trainer:
+    schedule = optim.LrSchedule(
+        kind=config.lr_schedule,
+        base_lr=config.lr,
+        end_lr=config.end_lr,
+        epochs=config.epochs,
+        warmup_epochs=config.warmup,
+        milestones=tuple(config.lr_milestones),
+        gamma=config.lr_gamma,
+        per_step=config.lr_per_step,
+        steps_per_epoch=steps.steps_per_epoch,
+    )
+    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[config.amp_dtype]
+    scale = 65536.0 if config.dynamic_loss_scale else config.static_loss_scale
+    return Trainer(
+        model,
+        optimizer,
+        schedule,
+        optim.create_loss(config.label_smoothing),
+        world=world,
+        precision=Precision(dtype if config.amp else None, scale),
+        accumulation=steps.accumulation,
+        ema=optim.create_ema(model, config.use_ema) if config.use_ema else None,
+        mixup=optim.mixup(config.mixup, classes) if config.mixup else None,
+        compiled=config.compile,
+    )
+
+
+def _data_config(
+    config: Config, dataset: data.DatasetInfo, world: World, seed: int
+) -> data.DataConfig:
+    size = image_size(config)
+    return data.DataConfig(
+        path=Path(config.data) if config.data is not None else None,
+        backend=backend(config),
+        image_size=size,
+        resize=round(size * 256 / 224),
+        interpolation=config.interpolation,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        prefetch=config.prefetch,
+        seed=seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        device=world.device,
+        memory_format=_memory_format(config),
+        num_classes=num_classes(config, dataset),
+        augmentation=config.augmentation,
+        synthetic_length=config.synthetic_batches,
+    )

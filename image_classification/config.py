@@ -1,0 +1,349 @@
+"""Flags of the trainer: one frozen dataclass, the parser made from it, and the checks on it.
+
+A flag is a dataclass field made by `flag`; its annotation is its type, its name its YAML key.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+
+
+def flag(
+    default: Any,
+    help: str,
+    *names: str,
+    switch: str | None = None,
+    nargs: Literal["*", "+"] | None = None,
+) -> Any:
+    """Declare a command-line flag as a dataclass field.
+
+    Args:
+        default: Value without the flag. A bool makes a switch that stores its opposite.
+        help: One line for `--help`.
+        *names: Further spellings; the first is `--<field-name>` unless `switch` is given.
+        switch: Spelling of a bool flag whose field is named for the opposite.
+        nargs: "*" or "+" for a flag annotated as a list.
+    """
+    metadata = {"default": default, "help": help, "names": names, "switch": switch, "nargs": nargs}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything the trainer can be told; names and defaults follow NVIDIA's ConvNets harness."""
+
+    data: str | None = None
+
+    # data
+    data_backend: Literal["dali-gpu", "dali-cpu", "pytorch", "synthetic", "syntetic"] = flag(
+        "dali-cpu", "where images are decoded and augmented"
+    )
+    interpolation: Literal["bilinear", "bicubic", "triangular"] = flag(
+        "bilinear", "resampling filter; triangular exists with DALI only"
+    )
+    augmentation: Literal["autoaugment"] | None = flag(None, "extra training augmentation")
+    image_size: int | None = flag(None, "side of the square input; the model's own by default")
+    workers: int = flag(5, "loader workers or DALI threads per process", "-j")
+    prefetch: int = flag(2, "batches prepared ahead, per worker (pytorch) or per process (DALI)")
+    synthetic_batches: int = flag(100, "batches per epoch and process of the synthetic backend")
+
+    # model
+    arch: str = flag(
+        "resnet50", "model: a torchvision name, mobilenet_v1, wrn22_2, small_cnn", "-a"
+    )
+    num_classes: int | None = flag(
+        None, "classes of the network; those of DATA by default, else 1000", "--num_classes"
+    )
+    model_config: Literal["torchvision", "classic", "fanin"] = flag(
+        "torchvision", "initialization: NVIDIA's classic (fan-out) or fanin, or the model's own",
+        "-c", "--init",
+    )  # fmt: skip
+    last_bn_0_init: bool = flag(
+        False, "start the last BatchNorm scale of each residual block at zero",
+        "--last_bn_0_init", "--zero-gamma",
+    )  # fmt: skip
+    stem: Literal["imagenet", "cifar"] = flag("imagenet", "cifar: 3x3 first layer, no max-pool")
+    width: float = flag(1.0, "width multiplier of mobilenet_v1")
+    pretrained_from_file: str | None = flag(
+        None, "checkpoint or state dict whose weights training starts from", "--pretrained-weights"
+    )
+
+    # schedule
+    epochs: int = flag(90, "epochs of the whole run")
+    run_epochs: int = flag(-1, "stop after this many epochs of this invocation; -1: run them all")
+    early_stopping_patience: int = flag(-1, "stop after this many epochs without a better top-1")
+    batch_size: int = flag(256, "images per process and micro-batch", "-b")
+    optimizer_batch_size: int = flag(
+        -1, "images per optimizer step over all processes, reached by accumulation; -1: no more"
+    )
+    lr: float = flag(0.1, "peak learning rate", "--learning-rate")
+    lr_schedule: Literal["step", "linear", "cosine"] = flag("step", "shape of the learning rate")
+    lr_milestones: list[float] = flag(
+        [30.0, 60.0, 80.0], "epochs at which the step schedule decays", nargs="+"
+    )
+    lr_gamma: float = flag(0.1, "factor of the step schedule")
+    lr_per_step: bool = flag(False, "change the learning rate every step, not every epoch")
+    end_lr: float = flag(0.0, "floor of the cosine schedule")
+    warmup: float = flag(0.0, "epochs of linear warm-up", "--warmup-epochs")
+
+    # optimizer and loss
+    optimizer: Literal["sgd", "rmsprop", "adamw", "apex-sgd"] = flag(
+        "sgd", "apex-sgd is apex's FusedSGD"
+    )
+    momentum: float = flag(0.9, "momentum of sgd and rmsprop", "--mom")
+    nesterov: bool = flag(False, "Nesterov momentum")
+    weight_decay: float = flag(1e-4, "weight decay; never on biases", "--wd")
+    bn_weight_decay: bool = flag(False, "decay normalization layers too", "--bn-wd")
+    rmsprop_alpha: float = flag(0.9, "smoothing constant of rmsprop")
+    rmsprop_eps: float = flag(1e-3, "epsilon of rmsprop")
+    label_smoothing: float = flag(0.0, "probability mass spread over all classes, in [0, 1)")
+    mixup: float = flag(0.0, "alpha of MixUp's Beta distribution; 0: no MixUp")
+    use_ema: float | None = flag(None, "decay of the averaged weights; evaluated and saved too")
+
+    # precision and speed
+    amp: bool = flag(False, "mixed precision")
+    amp_dtype: Literal["float16", "bfloat16"] = flag("float16", "type of mixed precision")
+    static_loss_scale: float = flag(1.0, "first loss scale of float16; it adapts from there")
+    dynamic_loss_scale: bool = flag(False, "first loss scale 65536 in place of the above")
+    tf32: bool = flag(False, "TensorFloat-32 matrix products and convolutions on CUDA")
+    memory_format: Literal["nchw", "nhwc"] = flag("nchw", "layout of activations and weights")
+    compile: bool = flag(False, "torch.compile the model")
+    cpu: bool = flag(False, "stay on the CPU where there is a GPU")
+
+    # run
+    seed: int | None = flag(None, "seed of everything random; drawn and logged when absent")
+    resume: str | None = flag(None, "checkpoint to continue; auto: the newest in the workspace")
+    evaluate: bool = flag(False, "validate once and stop", "-e")
+    training_only: bool = flag(False, "no validation")
+    prof: int = flag(-1, "stop after this many iterations of training and of validation")
+    topk: int = flag(5, "k of the second accuracy")
+    dry_run: bool = flag(False, "print the resolved plan as JSON and exit")
+
+    # output
+    workspace: str = flag("./", "directory of checkpoints and raport", "--checkpoint-dir")
+    save_checkpoints: bool = flag(True, "write no checkpoints", switch="--no-checkpoints")
+    checkpoint_filename: str = flag("checkpoint.pth.tar", "name of the newest checkpoint")
+    gather_checkpoints: int = flag(
+        0, "checkpoints of single epochs to keep; -1: all, 0: the newest and the best only"
+    )
+    raport_file: str = flag("experiment_raport.json", "log in DLLogger's format, in the workspace")
+    tensorboard: str | None = flag(None, "directory of TensorBoard events")
+    print_freq: int = flag(10, "iterations between log lines", "-p")
+
+
+# Flags of the originals that no longer mean anything, and what does their work today.
+RETIRED = {
+    "--jit": "use --compile",
+    "--fp16": "use --amp",
+    "--gpu-affinity": "use torchrun --numa-binding",
+    "--pretrained": "nothing is downloaded; use --pretrained-from-file PATH",
+    "--fused_se": "no model here has squeeze-and-excitation blocks of its own",
+    "--trt": "TensorRT is not supported",
+    "--conv_init": "use -c fanin or -c classic",
+    "--grad-accumulation-n": "growth always uses the gradient of the whole optimizer batch",
+    "--T-end-epochs": "use --t-end-fraction",
+    "--lr-file": "use --lr-schedule with --lr-milestones",
+    "--widths": "not supported; --width scales mobilenet_v1",
+}
+
+
+def build_parser(*sections: type, description: str) -> jsonargparse.ArgumentParser:
+    """Return a parser with DATA, `--config`, `--print_config` and a flag per field of `sections`.
+
+    Args:
+        *sections: Dataclasses whose fields were made by `flag`.
+        description: Head of `--help`.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog="main.py", description=description, exit_on_error=False, allow_abbrev=True
+    )
+    parser.add_argument("data", nargs="?", metavar="DATA", help="directory with train/ and val/")
+    parser.add_argument("--config", action="config", help="YAML file of flags")
+    for section in sections:
+        hints = typing.get_type_hints(section)
+        group = parser.add_argument_group(section.__name__)
+        for field in dataclasses.fields(section):
+            if field.metadata:
+                _add_flag(group, field, hints[field.name])
+    return parser
+
+
+def _add_flag(group: Any, field: "dataclasses.Field[Any]", hint: Any) -> None:
+    meta = field.metadata
+    first = meta["switch"] or "--" + field.name.replace("_", "-")
+    short = [name for name in meta["names"] if not name.startswith("--")]
+    long = [first, *(name for name in meta["names"] if name.startswith("--"))]
+    names = (*short, *long)
+    if hint is bool:
+        action = "store_false" if meta["default"] else "store_true"
+        group.add_argument(*names, dest=field.name, action=action, help=meta["help"])
+        return
+    extra: dict[str, Any] = {}
+    if meta["nargs"]:
+        (hint,) = (typing.get_args(t)[0] for t in _members(hint) if typing.get_origin(t) is list)
+        extra["nargs"] = meta["nargs"]
+    group.add_argument(
+        *names, dest=field.name, type=hint, default=meta["default"], help=meta["help"], **extra
+    )
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def parse(parser: jsonargparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Return the values of `argv` by field name.
+
+    Raises:
+        ValueError: One line naming the flag and, where known, the remedy.
+    """
+    for word in argv:
+        name = word.partition("=")[0]
+        if name in RETIRED:
+            raise ValueError(f"{name} is not a flag any more: {RETIRED[name]}")
+    try:
+        return dict(vars(parser.parse_args(list(argv))))
+    except Exception as error:  # jsonargparse raises many kinds; each is a user's mistake here
+        raise ValueError(_one_line(str(error), parser)) from error
+
+
+def _one_line(text: str, parser: jsonargparse.ArgumentParser) -> str:
+    text = " ".join(text.split())
+    # name the flag as it is typed, not the parser's key
+    text = re.sub(r'Parser key "(\w+)"', lambda m: "--" + m[1].replace("_", "-"), text)
+    known = [name for action in parser._actions for name in action.option_strings]
+    for unknown in re.findall(r"--[\w-]+", text) if "unrecognized" in text else ():
+        if close := difflib.get_close_matches(unknown, known, n=1):
+            text += f" (did you mean {close[0]}?)"
+    return text
+
+
+def section(kind: type, values: dict[str, Any]) -> Any:
+    """Return an instance of the dataclass `kind` made of its part of the parsed `values`."""
+    return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
+
+
+def ineffective(config: Any, rules: Sequence[tuple[bool, str, str]]) -> list[str]:
+    """Return a line for every flag that was changed from its default but has no effect.
+
+    Args:
+        config: A dataclass instance made of flags.
+        rules: (has an effect, space-separated field names, what it would need) triples.
+    """
+    defaults = type(config)()
+    return [
+        f"--{name.replace('_', '-')} has no effect without {need}"
+        for effective, names, need in rules
+        for name in names.split()
+        if not effective and getattr(config, name) != getattr(defaults, name)
+    ]
+
+
+def check(config: Config) -> None:
+    """Raise ValueError (one line) for a value out of range or a combination without effect."""
+    _check_ranges(config)
+    if config.evaluate and config.training_only:
+        raise ValueError("--evaluate and --training-only exclude each other")
+    if config.data is None and backend(config) != "synthetic":
+        if not config.dry_run:
+            raise ValueError("DATA is missing: name the directory that holds train/ and val/")
+    elif config.data is not None and not config.dry_run and not Path(config.data).is_dir():
+        raise ValueError(f"DATA directory {config.data} does not exist")
+    if config.interpolation == "triangular" and not config.data_backend.startswith("dali"):
+        raise ValueError("--interpolation triangular needs a DALI backend; use bilinear")
+    if lines := ineffective(config, _rules(config)):
+        raise ValueError("; ".join(lines))
+
+
+def _rules(c: Config) -> list[tuple[bool, str, str]]:
+    fp16 = c.amp and c.amp_dtype == "float16"
+    return [
+        (c.lr_schedule == "step", "lr_milestones lr_gamma", "--lr-schedule step"),
+        (c.lr_schedule == "cosine", "end_lr", "--lr-schedule cosine"),
+        (c.optimizer != "adamw", "momentum", "--optimizer sgd or rmsprop"),
+        (c.optimizer in ("sgd", "apex-sgd"), "nesterov", "--optimizer sgd"),
+        (c.optimizer == "rmsprop", "rmsprop_alpha rmsprop_eps", "--optimizer rmsprop"),
+        (c.amp, "amp_dtype", "--amp"),
+        (fp16, "static_loss_scale dynamic_loss_scale", "--amp in float16"),
+        (not c.dynamic_loss_scale, "static_loss_scale", "dropping --dynamic-loss-scale"),
+        (not c.training_only, "early_stopping_patience topk", "dropping --training-only"),
+        (c.save_checkpoints, "gather_checkpoints checkpoint_filename", "checkpoints"),
+        (backend(c) == "synthetic", "synthetic_batches", "--data-backend synthetic"),
+    ]  # fmt: skip
+
+
+def _check_ranges(c: Config) -> None:
+    def need(ok: bool, name: str, what: str) -> None:
+        if not ok:
+            value = getattr(c, name)
+            raise ValueError(f"--{name.replace('_', '-')} must be {what}, got {value}")
+
+    for name in ("epochs", "batch_size", "print_freq", "topk", "synthetic_batches", "prefetch"):
+        need(getattr(c, name) >= 1, name, "at least 1")
+    for name in ("lr", "end_lr", "warmup", "momentum", "weight_decay", "mixup", "lr_gamma"):
+        need(getattr(c, name) >= 0, name, "at least 0")
+    need(c.workers >= 0, "workers", "at least 0")
+    need(0 <= c.label_smoothing < 1, "label_smoothing", "in [0, 1)")
+    need(c.use_ema is None or 0 < c.use_ema < 1, "use_ema", "in (0, 1)")
+    need(c.image_size is None or c.image_size >= 1, "image_size", "at least 1")
+    need(c.num_classes is None or c.num_classes >= 1, "num_classes", "at least 1")
+    need(c.warmup < c.epochs, "warmup", f"less than --epochs {c.epochs}")
+    need(c.static_loss_scale > 0, "static_loss_scale", "above 0")
+    need(c.seed is None or c.seed >= 0, "seed", "at least 0")
+    need(c.gather_checkpoints >= -1, "gather_checkpoints", "-1 or more")
+    need(c.prof == -1 or c.prof >= 1, "prof", "-1 or at least 1")
+    need(c.run_epochs == -1 or c.run_epochs >= 1, "run_epochs", "-1 or at least 1")
+    if not all(a < b for a, b in itertools.pairwise(c.lr_milestones)):
+        raise ValueError(f"--lr-milestones must increase, got {c.lr_milestones}")
+
+
+def backend(config: Config) -> str:
+    """Return the data backend under its present name ("syntetic" is an old spelling)."""
+    return "synthetic" if config.data_backend == "syntetic" else config.data_backend
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a run is cut into micro-batches, optimizer steps and epochs."""
+
+    accumulation: int
+    """Micro-batches per optimizer step."""
+    steps_per_epoch: int
+    """Optimizer steps per epoch; a last, incomplete one is dropped."""
+    optimizer_batch_size: int
+    """Images per optimizer step over all processes."""
+
+
+def cut(config: Config, *, num_train: int, world_size: int) -> Steps:
+    """Cut an epoch of `num_train` images into steps for `world_size` processes.
+
+    Raises:
+        ValueError: --optimizer-batch-size is no multiple of the images of one micro-batch over all
+            processes, or an epoch holds less than one step.
+    """
+    one = config.batch_size * world_size
+    wanted = one if config.optimizer_batch_size == -1 else config.optimizer_batch_size
+    if wanted < one or wanted % one:
+        raise ValueError(
+            f"--optimizer-batch-size {wanted} is not a multiple of {world_size} processes x "
+            f"--batch-size {config.batch_size} = {one}"
+        )
+    accumulation = wanted // one
+    steps = num_train // one // accumulation
+    if steps == 0:
+        raise ValueError(
+            f"{num_train} training images are fewer than one optimizer step of {wanted}; "
+            "lower --batch-size or --optimizer-batch-size"
+        )
+    return Steps(accumulation, steps, wanted)

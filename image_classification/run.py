@@ -1,0 +1,247 @@
+"""A run: epochs of training and validation, checkpoints, resume, summaries."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from image_classification import checkpoint, distributed
+from image_classification.config import Config
+from image_classification.data import Loader
+from image_classification.evaluate import evaluate
+from image_classification.log import GpuMonitor, Logger, Verbosity
+from image_classification.trainer import Trainer
+
+
+class Stateful(Protocol):
+    """Something a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What is joined to training from outside; the harness does not know what it is."""
+
+    metrics: Callable[[], Mapping[str, float]] = dict
+    """Numbers for every log record."""
+    epoch_metrics: Callable[[], Mapping[str, float]] = dict
+    """Further numbers for the record of an epoch."""
+    prepare_ema: Callable[[nn.Module], object] = lambda model: None
+    """Called on the averaged model before it is evaluated or saved."""
+    state: Mapping[str, Stateful] = field(default_factory=dict)
+    """Further entries of the checkpoint."""
+
+
+class Run:
+    """Trains, validates, saves and resumes one configuration.
+
+    Args:
+        config: The flags.
+        trainer: Model and optimizer, ready to train.
+        train_loader: Training batches of this process; None to validate only.
+        val_loader: Validation batches of this process; None for --training-only.
+        steps_per_epoch: Optimizer steps per epoch.
+        logger: Log of the run.
+        extension: What is joined from outside.
+        seed: Seed the run started with; goes into the checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        trainer: Trainer,
+        *,
+        train_loader: Loader | None,
+        val_loader: Loader | None,
+        steps_per_epoch: int,
+        logger: Logger,
+        extension: Extension,
+        seed: int,
+    ) -> None:
+        self.config, self.trainer, self.logger = config, trainer, logger
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.steps_per_epoch, self.extension, self.seed = steps_per_epoch, extension, seed
+        self.epoch = 0
+        """Epochs finished."""
+        self.best_top1 = 0.0
+        self._stale = 0  # epochs since best_top1 was reached
+        self._gpu = GpuMonitor()
+
+    def fit(self) -> None:
+        """Run the epochs that are left and log the run's summary."""
+        config = self.config
+        last = config.epochs
+        if config.run_epochs != -1:
+            last = min(last, self.epoch + config.run_epochs)
+        self.logger.message(f"RUNNING EPOCHS FROM {self.epoch} TO {last}")
+        totals: dict[str, float] = {}
+        while self.epoch < last and not self._out_of_patience():
+            record = self._train_epoch()
+            self.epoch += 1
+            is_best = self._validate_epoch(record)
+            self._log_epoch(record)
+            totals = _summarize(totals, record)
+            if config.save_checkpoints:
+                self.save(is_best=is_best)
+            if config.prof != -1:
+                break
+        if totals:
+            self.logger.log((), totals, global_step=self.trainer.step)
+        self.logger.message("Experiment ended")
+
+    def validate(self, epoch: int = 0) -> dict[str, float]:
+        """Return the metrics of the model, and of its EMA where there is one."""
+        assert self.val_loader is not None
+        models = {"val": self.trainer.model}
+        if self.trainer.ema is not None:
+            self.extension.prepare_ema(self.trainer.ema)
+            models["val_ema"] = self.trainer.ema.module
+        record: dict[str, float] = {}
+        for prefix, model in models.items():
+            record |= evaluate(
+                model,
+                self.val_loader,
+                world=self.trainer.world,
+                precision=self.trainer.precision,
+                topk=self.config.topk,
+                logger=self.logger,
+                step=(epoch, self.steps_per_epoch * self.trainer.accumulation),
+                print_freq=self.config.print_freq,
+                limit=self.config.prof,
+                prefix=prefix,
+            )
+        return record
+
+    def evaluate(self) -> None:
+        """Validate once and log the result as the run's summary."""
+        record = self.validate()
+        self.logger.log((), record)
+
+    def save(self, *, is_best: bool) -> None:
+        """Write the checkpoint of the finished epochs; rank 0 writes, all ranks take part."""
+        if self.trainer.ema is not None:
+            self.extension.prepare_ema(self.trainer.ema)
+        rng = distributed.all_gather_object(checkpoint.rng_state())
+        if not self.trainer.world.is_main:
+            return
+        state = {
+            "format": checkpoint.FORMAT,
+            "epoch": self.epoch,
+            "iteration": 0,
+            "arch": self.config.arch,
+            "best_prec1": self.best_top1,
+            "epochs_since_best": self._stale,
+            "seed": self.seed,
+            **self.trainer.state_dict(),
+            **{name: part.state_dict() for name, part in self.extension.state.items()},
+            "rng": rng,
+            "config": dict(vars(self.config)),
+        }
+        path = checkpoint.save(
+            Path(self.config.workspace),
+            state,
+            epoch=self.epoch,
+            is_best=is_best,
+            filename=self.config.checkpoint_filename,
+            keep=self.config.gather_checkpoints,
+        )
+        self.logger.message(f"SAVING {path}")
+
+    def load_weights(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Take the weights, and the averaged ones, of a checkpoint and nothing else.
+
+        Raises:
+            ValueError: One line naming the file and the entry that is missing or does not fit.
+        """
+        parts: dict[str, Any] = {"state_dict": self.trainer.model}
+        if self.trainer.ema is not None:
+            parts["ema"] = self.trainer.ema
+        checkpoint.restore(parts, state, path)
+
+    def resume(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: One line naming the file and the entry that is missing or does not fit.
+        """
+        trainer = self.trainer
+        if state.get("arch") != self.config.arch:
+            raise ValueError(f"{path} holds {state.get('arch')}, --arch is {self.config.arch}")
+        parts: dict[str, Any] = {"state_dict": trainer.model, "optimizer": trainer.optimizer}
+        if trainer.scaler.is_enabled():
+            parts["scaler"] = trainer.scaler
+        if trainer.ema is not None:
+            parts["ema"] = trainer.ema
+        checkpoint.restore({**parts, **self.extension.state}, state, path)
+        trainer.step = checkpoint.entry(state, "step", path)
+        self.epoch = checkpoint.entry(state, "epoch", path)
+        self.best_top1 = checkpoint.entry(state, "best_prec1", path)
+        self._stale = checkpoint.entry(state, "epochs_since_best", path)
+        rng = checkpoint.entry(state, "rng", path)
+        if len(rng) == trainer.world.world_size:
+            checkpoint.set_rng_state(rng[trainer.world.rank])
+        else:  # another number of processes: no stream continues exactly
+            torch.manual_seed(
+                self.seed + self.epoch * trainer.world.world_size + trainer.world.rank
+            )
+            self.logger.warning(
+                f"{path} was written by {len(rng)} processes, this run has "
+                f"{trainer.world.world_size}: random numbers start anew"
+            )
+
+    def _train_epoch(self) -> dict[str, float]:
+        assert self.train_loader is not None
+        steps = self.steps_per_epoch
+        if self.config.prof != -1:
+            steps = min(steps, max(1, self.config.prof // self.trainer.accumulation))
+        return self.trainer.train_epoch(
+            self.train_loader,
+            self.epoch,
+            steps=steps,
+            logger=self.logger,
+            print_freq=self.config.print_freq,
+            metrics=lambda: {**self.extension.metrics(), **self._gpu.sample()},
+        )
+
+    def _validate_epoch(self, record: dict[str, float]) -> bool:
+        """Add validation metrics to `record`; tell whether top-1 is the best so far."""
+        if self.val_loader is None:
+            return False
+        record |= self.validate(self.epoch - 1)
+        top1 = max(record["val.top1"], record.get("val_ema.top1", 0.0))
+        is_best = top1 > self.best_top1
+        self._stale = 0 if is_best else self._stale + 1
+        self.best_top1 = max(top1, self.best_top1)
+        return is_best
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.early_stopping_patience
+        if patience == -1 or self._stale < patience:
+            return False
+        self.logger.message(f"no better top-1 in {patience} epochs: stopping early")
+        return True
+
+    def _log_epoch(self, record: Mapping[str, float]) -> None:
+        shown = dict(self.extension.metrics())
+        detail = dict(self.extension.epoch_metrics())
+        for name, value in record.items():
+            (detail if "time" in name or "latency" in name else shown)[name] = value
+        epoch = (self.epoch - 1,)
+        self.logger.log(epoch, shown, global_step=self.trainer.step)
+        self.logger.log(epoch, detail, Verbosity.VERBOSE, global_step=self.trainer.step)
+
+
+def _summarize(totals: Mapping[str, float], record: Mapping[str, float]) -> dict[str, float]:
+    """Return the run's summary so far: the best accuracy and loss, the last of all else."""
+    best = {"top": max, "loss": min}
+    merged = dict(record)
+    for name, value in totals.items():
+        for mark, choose in best.items():
+            if mark in name.rpartition(".")[2] and name in record:
+                merged[name] = choose(value, record[name])
+    return merged
