@@ -1,0 +1,18 @@
+"""Checkpoints: files that are whole or absent, and the state that goes in and out of them."""
+
+from image_classification.checkpoint.files import BEST, FORMAT, Found, find, load, save, verify
+from image_classification.checkpoint.state import entry, restore, rng_state, set_rng_state
+
+__all__ = [
+    "BEST",
+    "FORMAT",
+    "Found",
+    "entry",
+    "find",
+    "load",
+    "restore",
+    "rng_state",
+    "save",
+    "set_rng_state",
+    "verify",
+]

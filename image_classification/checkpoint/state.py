@@ -1,0 +1,134 @@
+"""State in and out of objects: checked before anything is changed, errors that name the entry."""
+
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Loadable(Protocol):
+    """Anything that takes its state back."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take the state; raise when it does not fit."""
+
+
+def entry(state: Mapping[str, Any], key: str, path: Path) -> Any:
+    """Return an entry of a checkpoint.
+
+    Raises:
+        ValueError: one line naming the file and the key that it lacks.
+    """
+    if key not in state:
+        raise ValueError(f"{path} has no entry '{key}': the run that wrote it did not have one")
+    return state[key]
+
+
+def restore(targets: Mapping[str, Loadable], state: Mapping[str, Any], path: Path) -> None:
+    """Give each target the entry of its name.
+
+    All entries are looked up, and modules and optimizers are compared with theirs, before the
+    first target is changed. Entries that have no target are left alone.
+
+    Args:
+        targets: entry name -> module, optimizer or other object with `load_state_dict`.
+        state: a loaded checkpoint.
+        path: its file, for messages.
+
+    Raises:
+        ValueError: in one line, the file, the entry, and what is missing or does not fit; for a
+            module the first offending parameter and both shapes.
+    """
+    entries = {name: entry(state, name, path) for name in targets}
+    for name, target in targets.items():
+        problem = _misfit(target, entries[name])
+        if problem:
+            raise ValueError(f"{path}: entry '{name}' does not fit: {problem}")
+    for name, target in targets.items():
+        try:
+            target.load_state_dict(entries[name])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: entry '{name}' does not fit: {reason}") from error
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of this process's random generators, as plain numbers and tensors.
+
+    Python's and torch's CPU generators always, NumPy's legacy global one if NumPy is imported, and
+    the one of the current GPU if CUDA is in use.
+    """
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if "numpy" in sys.modules:
+        algorithm, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [str(algorithm), [int(key) for key in keys], *rest]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Set this process's generators to what `rng_state` returned.
+
+    A generator that is absent from `state`, or that this process does not use, keeps its state.
+    """
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(tuple(state["numpy"]))
+    if "cuda" in state and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _misfit(target: Loadable, saved: Any) -> str | None:
+    """Say why `saved` does not fit a module or an optimizer; None if it does or cannot be told."""
+    if isinstance(target, nn.Module):
+        return _module_misfit(target.state_dict(), saved)
+    if isinstance(target, Optimizer):
+        return _optimizer_misfit(target, saved)
+    return None
+
+
+def _module_misfit(own: Mapping[str, Any], saved: Any) -> str | None:
+    if not isinstance(saved, Mapping):
+        return f"a {type(saved).__name__} is not a state dict"
+    for name, value in own.items():
+        if name not in saved:
+            return f"'{name}' is missing"
+        if isinstance(value, Tensor) and value.shape != getattr(saved[name], "shape", None):
+            return f"'{name}' is {_shape(saved[name])}, this model has {_shape(value)}"
+    unexpected = [name for name in saved if name not in own]
+    return f"this model has no '{unexpected[0]}'" if unexpected else None
+
+
+def _optimizer_misfit(optimizer: Optimizer, saved: Any) -> str | None:
+    """Compare the shapes, which torch's optimizers load without looking."""
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
+        return "it is not the state of an optimizer"
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    saved_groups = [len(group["params"]) for group in saved["param_groups"]]
+    if groups != saved_groups:
+        return f"parameter groups of {saved_groups} tensors, this optimizer has {groups}"
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in saved["param_groups"] for n in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for name, value in saved["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
+                return f"'{name}' of parameter {number} is {_shape(value)}, " + (
+                    f"the parameter is {_shape(parameter)}"
+                )
+    return None
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
