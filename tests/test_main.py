@@ -1,0 +1,224 @@
+"""main.py as its users run it: plans, training, resume, evaluation, several processes, mistakes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = str(ROOT / "main.py")
+ORACLE = json.loads((ROOT / "tests/data/oracle.json").read_text())
+SMALL = "--arch small_cnn --image-size 32 -b 8 --lr 0.05 -j 1 -p 2 --seed 3 --epochs 2".split()
+RIGL = "--sparse-method rigl --sparsity 0.9 --distribution erk --delta-t 2".split()
+
+
+def run(*argv: str, program: tuple[str, ...] = (MAIN,)) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *program, *argv],
+        capture_output=True, text=True, timeout=300, env=environment, check=False,
+    )  # fmt: skip
+
+
+def plan(*argv: str) -> dict[str, Any]:
+    done = run("--dry-run", *argv)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def train(data: Path, workspace: Path, *argv: str, **kwargs: Any) -> list[dict[str, Any]]:
+    """Train and return the records of the raport."""
+    done = run(str(data), *SMALL, "--workspace", str(workspace), *argv, **kwargs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return records(workspace)
+
+
+def records(workspace: Path) -> list[dict[str, Any]]:
+    lines = (workspace / "experiment_raport.json").read_text().splitlines()
+    parsed = [json.loads(line.removeprefix("DLLL ")) for line in lines]
+    return [r for r in parsed if r["type"] == "LOG"]
+
+
+def last(log: list[dict[str, Any]], metric: str) -> Any:
+    return [r["data"][metric] for r in log if metric in r["data"]][-1]
+
+
+def weights(workspace: Path, name: str = "checkpoint.pth.tar") -> dict[str, Any]:
+    return torch.load(workspace / name, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """40 training and 14 validation JPEGs of two classes that differ in hue."""
+    root = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 7)):
+        for label, channel in (("blue", 2), ("red", 0)):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = noise.integers(0, 120, (40, 36 + index, 3), dtype=np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / f"{index}.jpg")
+    return root
+
+
+def test_dry_run_is_the_plan_of_a_published_row() -> None:
+    resolved = plan(
+        *"--arch resnet50 --sparse-method rigl --sparsity 0.9 --distribution erk -b 256".split(),
+        *"--epochs 100 --lr-schedule cosine --warmup 5 --label-smoothing 0.1".split(),
+    )
+    assert resolved["steps_per_epoch"] == 5004
+    assert resolved["total_steps"] == 500_400
+    assert resolved["optimizer_batch_size"] == 256
+    assert resolved["precision"] == "float32"
+    sparse = resolved["sparse"]
+    assert (sparse["method"], sparse["delta_t"], sparse["drop_fraction"]) == ("rigl", 100, 0.3)
+    assert sparse["t_end"] == 375_300
+    assert sparse["num_updates"] == 3754  # steps 0, 100, ..., 375300
+    active = [layer["num_active"] for layer in sparse["layers"]]
+    assert active == ORACLE["rn50"]["configs"]["erk/0.9/all_sparse"]["nnz"]
+    assert sparse["overall_sparsity"] == pytest.approx(0.9, abs=1e-6)
+
+
+def test_flags_of_the_earlier_port_are_understood() -> None:
+    old = plan(
+        *"--dense-allocation 0.1 --delta 50 --alpha 0.2 --T-end-percent 0.8".split(),
+        *"--sp-distribution uniform -a resnet18 --mom 0.875 --wd 3e-5".split(),
+    )
+    new = plan(
+        *"--sparse-method rigl --sparsity 0.9 --delta-t 50 --drop-fraction 0.2".split(),
+        *"--t-end-fraction 0.8 --distribution uniform --arch resnet18".split(),
+        *"--momentum 0.875 --weight-decay 3e-5".split(),
+    )
+    assert old == new
+    fixed = plan("--dense-allocation", "0.2", "--static-topo", "1")
+    assert (fixed["sparse"]["method"], fixed["sparse"]["sparsity"]) == ("static", 0.8)
+
+
+def test_plan_counts_the_images_of_the_data(pictures: Path) -> None:
+    resolved = plan(str(pictures), "-b", "8", "--optimizer-batch-size", "16", "-a", "resnet18")
+    assert (resolved["steps_per_epoch"], resolved["optimizer_batch_size"]) == (2, 16)
+    assert resolved["sparse"] | {"layers": []} == {
+        "method": "dense", "sparsity": None, "distribution": None, "delta_t": None,
+        "drop_fraction": None, "t_end": None, "num_updates": 0, "overall_sparsity": 0.0,
+        "layers": [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("DATA --sparsity 0.9", "--sparsity has no effect without another --sparse-method"),
+        ("DATA --sparse-method rigl", "needs --sparsity"),
+        ("DATA --sparse-method rigl --sparsity 1.0", "sparsity"),
+        ("DATA --sparse-method rigl --sparsity -0.1", "sparsity"),
+        ("DATA --sparse-method rigl --sparsity 0.9 --delta-t 0", "delta"),
+        ("DATA --sparse-method rigl --sparsity 0.9 --t-end-fraction 1.5", "--t-end-fraction"),
+        ("DATA --sparse-method rigl --sparsity 0.9 --dense-layers nosuch*", "nosuch*"),
+        ("DATA --sparse-method static --sparsity 0.9 --delta-t 7", "--delta-t has no effect"),
+        ("DATA --arch resnet51", "resnet51"),
+        ("DATA --num-classes 3", "--num-classes 3"),
+        ("DATA --resume nowhere.pth.tar", "nowhere.pth.tar"),
+        ("DATA -b 100", "40 training images"),
+        ("/no/such/place", "/no/such/place"),
+        ("DATA --sparse-methd rigl", "did you mean --sparse-method?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    pictures: Path, tmp_path: Path, argv: str, message: str
+) -> None:
+    words = [str(pictures) if word == "DATA" else word for word in argv.split()]
+    done = run(*SMALL, "--workspace", str(tmp_path), *words)
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()
+    assert len(line) == 1, done.stderr
+    assert message in line[0]
+
+
+@pytest.mark.parametrize("backend", ["dali-cpu", "pytorch"])
+def test_rigl_trains_resumes_and_evaluates(pictures: Path, tmp_path: Path, backend: str) -> None:
+    flags = ["--data-backend", backend, *RIGL]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    log = train(pictures, whole, *flags)
+    assert last(log, "sparse.sparsity") == pytest.approx(0.9, abs=0.001)
+    assert {r["data"]["sparse.grown"] for r in log if "sparse.grown" in r["data"]} != {0}
+
+    train(pictures, parts, *flags, "--run-epochs", "1")
+    halfway = (parts / "experiment_raport.json").read_text()
+    log = train(pictures, parts, *flags, "--resume", "auto")
+    assert (parts / "experiment_raport.json").read_text().startswith(halfway)
+    a, b = weights(whole), weights(parts)
+    assert a["epoch"] == b["epoch"] == 2
+    assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
+    assert (weights(whole, "model_best.pth.tar")["state_dict"]).keys() == a["state_dict"].keys()
+
+    checkpoint = str(whole / "checkpoint.pth.tar")
+    again = train(
+        pictures, tmp_path / "eval", "--data-backend", backend, "--evaluate", "--resume", checkpoint
+    )
+    assert again[-1]["step"] == []
+    assert again[-1]["data"]["val.top1"] == last(records(whole), "val.top1")
+    assert not list((tmp_path / "eval").glob("*.tar"))
+
+
+def test_a_finished_run_resumes_to_nothing(pictures: Path, tmp_path: Path) -> None:
+    flags = ["--data-backend", "pytorch", "--training-only"]
+    train(pictures, tmp_path, *flags)
+    before = (tmp_path / "checkpoint.pth.tar").read_bytes()
+    train(pictures, tmp_path, *flags, "--resume", "auto")
+    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
+
+
+def test_a_dense_checkpoint_does_not_continue_as_a_sparse_run(
+    pictures: Path, tmp_path: Path
+) -> None:
+    train(pictures, tmp_path, "--data-backend", "pytorch", "--epochs", "1", "--training-only")
+    path = str(tmp_path / "checkpoint.pth.tar")
+    done = run(str(pictures), *SMALL, *RIGL, "--workspace", str(tmp_path), "--resume", path)
+    assert done.returncode == 2
+    assert path in done.stderr
+    assert "sparse" in done.stderr
+
+
+def test_everything_at_once(pictures: Path, tmp_path: Path) -> None:
+    """float16, accumulation, MixUp, EMA, label smoothing, channels_last, TensorBoard together."""
+    log = train(
+        pictures, tmp_path, *RIGL, "--data-backend", "dali-cpu", "--epochs", "1", "--amp",
+        "--static-loss-scale", "128", "--optimizer-batch-size", "16", "-b", "4", "--mixup", "0.2",
+        "--use-ema", "0.9", "--label-smoothing", "0.1", "--memory-format", "nhwc", "--nesterov",
+        "--tensorboard", str(tmp_path / "tb"), "--gather-checkpoints", "1",
+    )  # fmt: skip
+    assert 0 <= last(log, "val_ema.top1") <= 100
+    assert last(log, "train.grad_scale") > 0
+    assert list((tmp_path / "tb").glob("events.out.tfevents.*"))
+    ema = {k.removeprefix("module."): v for k, v in weights(tmp_path)["ema"].items()}
+    for layer in plan(str(pictures), *SMALL, *RIGL)["sparse"]["layers"]:
+        zeros = int((ema[layer["name"]] == 0).sum())
+        assert zeros >= ema[layer["name"]].numel() - layer["num_active"]
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.mark.distributed
+def test_two_processes_by_torchrun_and_by_multiproc(pictures: Path, tmp_path: Path) -> None:
+    flags = [*RIGL, "--data-backend", "pytorch", "--epochs", "1", "-b", "4"]
+    launch = "-m torch.distributed.run --nproc-per-node 2 --master-port".split()
+    train(pictures, tmp_path / "a", *flags, program=(*launch, free_port(), MAIN))
+    launch = [str(ROOT / "multiproc.py"), "--nproc_per_node", "2", "--master_port", free_port()]
+    log = train(pictures, tmp_path / "b", *flags, program=(*launch, MAIN))
+    assert last(log, "val.top1") == last(records(tmp_path / "a"), "val.top1")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
