@@ -1,0 +1,180 @@
+"""The logger of a run: raport file, console, TensorBoard and progress bars behind one object."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from image_classification.log.records import (
+    Backend,
+    close_raport,
+    default_metadata,
+    open_console,
+    open_raport,
+)
+from image_classification.log.views import Progress, TensorBoard
+
+Value = float | int | str | None
+
+
+class Verbosity(IntEnum):
+    """How prominent a record is (DLLogger's levels)."""
+
+    OFF = -1
+    """Not written at all."""
+    DEFAULT = 0
+    """Console and raport."""
+    VERBOSE = 1
+    """For iterations the raport only; summaries of epochs and runs go to the console too."""
+
+
+class Logger:
+    """Writes the records of a run; on all but one rank it writes nothing.
+
+    A raport that can no longer be written (a full disk) is a warning, given once: training goes on.
+
+    Args:
+        raport: File of JSON lines; None for none.
+        append: Continue the file of the run that is resumed; otherwise it is replaced.
+        tensorboard: Directory of TensorBoard events; None for none.
+        console: Write records and messages to standard output.
+        enabled: False on the ranks that do not write, whose callers then need no case of their own.
+
+    Raises:
+        ValueError: in one line, the raport or the directory cannot be written, or `tensorboard` is
+            not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        raport: Path | None,
+        append: bool,
+        tensorboard: Path | None = None,
+        console: bool = True,
+        enabled: bool = True,
+    ) -> None:
+        self._enabled = enabled
+        self._start = datetime.now()
+        self._declared: set[str] = set()
+        self._raport_failed = False
+        self._progress = Progress(0, "", shown=False)
+        self._console: Backend | None = None
+        self._raport: Backend | None = None
+        self._tensorboard: TensorBoard | None = None
+        if enabled and console:
+            self._console = open_console()
+        if enabled and raport is not None:
+            self._raport = open_raport(raport, append=append)
+        if enabled and tensorboard is not None:
+            self._tensorboard = TensorBoard(tensorboard, resumed=append)
+
+    def metadata(self, metric: str, *, unit: str | None, format: str | None) -> None:
+        """Declare a metric's unit and format (such as ":.2f"), before its first record.
+
+        The metrics of the harness need no declaration: theirs is written with their first record.
+        """
+        self._declared.add(metric)
+        metadata = {"unit": unit, "format": format}
+        self._write(lambda out, now, elapsed: out.metadata(now, elapsed, metric, metadata))
+
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        """Write the configuration of the run; what JSON does not know is written as text."""
+        plain = {name: _plain(value) for name, value in values.items()}
+        self._write(lambda out, now, elapsed: out.log(now, elapsed, "PARAMETER", plain))
+        if self._tensorboard:
+            self._tensorboard.parameters(plain)
+
+    def log(
+        self,
+        step: tuple[int, ...],
+        data: Mapping[str, Value],
+        verbosity: Verbosity = Verbosity.DEFAULT,
+        *,
+        global_step: int | None = None,
+    ) -> None:
+        """Write one record.
+
+        Args:
+            step: (epoch, iteration), (epoch, iteration, validation iteration), (epoch,) for the
+                summary of an epoch or () for that of the run.
+            data: metric name -> value; an empty record is not written.
+            verbosity: where the record goes.
+            global_step: optimizer step; TensorBoard shows the numbers of records that have one.
+        """
+        if not data or verbosity == Verbosity.OFF or not self._enabled:
+            return
+        for metric in data:
+            known = default_metadata(metric)
+            if known and metric not in self._declared:
+                self.metadata(metric, unit=known[0], format=known[1])
+        on_console = verbosity == Verbosity.DEFAULT or len(step) < 2
+        record = dict(data)
+        self._write(
+            lambda out, now, elapsed: out.log(now, elapsed, step, record), on_console=on_console
+        )
+        if self._tensorboard and global_step is not None:
+            self._tensorboard.scalars(step, data, global_step)
+
+    def message(self, text: str) -> None:
+        """Write a line to the console."""
+        if self._console:
+            with self._progress.hidden():
+                print(text, flush=True)
+
+    def warning(self, text: str) -> None:
+        """Write one line to standard error."""
+        if self._enabled:
+            with self._progress.hidden():
+                print(f"WARNING: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+    def progress(self, total: int, description: str) -> Progress:
+        """Return a progress bar over `total` items; it shows nothing unless a terminal does."""
+        shown = self._console is not None and sys.stdout.isatty()
+        self._progress = Progress(total, description, shown=shown)
+        return self._progress
+
+    def close(self) -> None:
+        """Write out everything and close the files; nothing is written afterwards."""
+        self._progress.close()
+        if self._raport:
+            with self._raport_errors():
+                close_raport(self._raport)
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._console = self._raport = self._tensorboard = None
+
+    def _write(
+        self, write: Callable[[Backend, datetime, float], None], *, on_console: bool = True
+    ) -> None:
+        now = datetime.now()
+        elapsed = (now - self._start).total_seconds()
+        if self._raport:
+            with self._raport_errors():
+                write(self._raport, now, elapsed)
+                self._raport.flush()
+        if self._console and on_console:
+            with self._progress.hidden():
+                write(self._console, now, elapsed)
+                sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def _raport_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._raport_failed:
+                self.warning(f"the raport cannot be written, records are lost: {error.strerror}")
+            self._raport_failed = True
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` in the types of JSON."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, str | int | float | None) else str(value)

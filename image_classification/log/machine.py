@@ -1,0 +1,142 @@
+"""What a run ran on: versions, commit and hardware, and how busy its GPU is."""
+
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ROOT = Path(__file__).resolve().parents[2]
+_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali")
+
+
+def run_metadata() -> dict[str, str]:
+    """Return the facts that a reader needs to repeat a run; what is not there is left out.
+
+    Versions (this project, Python, torch, torchvision, DALI, CUDA, cuDNN, NCCL), the commit of the
+    checkout with "+dirty" when files differ from it, host, operating system, CPU, GPUs, and the
+    command line.
+    """
+    facts = {
+        "project": _project_version(),
+        "git_commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+        "dali": next(filter(None, map(_version, _DALI)), None),
+        **_cuda_versions(),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu": _cpu(),
+        "gpus": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))),
+        "command": shlex.join(sys.orig_argv),
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+class GpuMonitor:
+    """Reads the load of one GPU, that of other programs included, through NVML.
+
+    Args:
+        device: The GPU; None for the current one. It is found by its UUID, so that the numbering of
+            CUDA_VISIBLE_DEVICES does not matter.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._readers: dict[str, Callable[[], float]] = {}
+        if not torch.cuda.is_available():
+            return
+        import pynvml
+
+        self._unavailable = pynvml.NVMLError
+        try:
+            pynvml.nvmlInit()
+            gpu = _nvml_handle(pynvml, str(torch.cuda.get_device_properties(device).uuid))
+        except pynvml.NVMLError:  # containers may lack the library, virtual machines its rights
+            return
+        self._readers = {
+            "gpu.utilization": lambda: float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu),
+            "gpu.memory": lambda: float(pynvml.nvmlDeviceGetMemoryInfo(gpu).used / 2**30),
+            "gpu.power": lambda: float(pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000),
+        }
+
+    def sample(self) -> dict[str, float]:
+        """Return gpu.utilization (%), gpu.memory (GiB) and gpu.power (W), those that are known.
+
+        Without a GPU, or where NVML is not to be had, there are none. Does not wait for the GPU.
+        """
+        values: dict[str, float] = {}
+        for name, read in self._readers.items():
+            try:
+                values[name] = read()
+            except self._unavailable:  # a slice of a GPU has no utilization of its own
+                continue
+        return values
+
+
+def _nvml_handle(pynvml: Any, uuid: str) -> Any:
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except pynvml.NVMLError:
+        return pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _project_version() -> str | None:
+    """Return the version that CITATION.cff states, the one place where it is kept."""
+    citation = _ROOT / "CITATION.cff"
+    text = citation.read_text(encoding="utf-8") if citation.is_file() else ""
+    match = re.search(r"^version:\s*[\"']?([\w.+-]+)", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def _commit() -> str | None:
+    commit = _git("rev-parse", "HEAD")
+    is_dirty = commit and _git("status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+dirty" if is_dirty else commit
+
+
+def _git(*arguments: str) -> str | None:
+    """Return the output of git in the project's own checkout; None where there is none."""
+    if not (_ROOT / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(_ROOT), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _cuda_versions() -> dict[str, str | None]:
+    if torch.version.cuda is None:
+        return {}
+    cudnn: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    nccl: tuple[int, ...] = ()
+    if torch.distributed.is_nccl_available():
+        nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": str(cudnn) if cudnn else None,
+        "nccl": ".".join(map(str, nccl)),
+    }
+
+
+def _cpu() -> str:
+    """Return the name of the processor."""
+    information = Path("/proc/cpuinfo")
+    text = information.read_text() if information.is_file() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
