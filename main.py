@@ -113,6 +113,7 @@ def attach(
     return Extension(
         metrics=functools.partial(metrics, per_layer=False),
         epoch_metrics=functools.partial(metrics, per_layer=True),
+        bar=("sparse.sparsity",),
         prepare_ema=sparsifier.apply_to,
         state={"sparse": sparsifier},
     )

@@ -103,7 +103,7 @@ def build(
     torch.manual_seed(seed)  # the same on all ranks: they start from one network
     _set_backends(config)
     model = create_model(config, dataset).to(world.device)
-    model = model.to(memory_format=_memory_format(config))  # type: ignore[call-overload]
+    model = model.to(memory_format=_memory_format(config))
     if config.pretrained_from_file:
         source = Path(config.pretrained_from_file)
         checkpoint.restore({"state_dict": model}, checkpoint.load(source), source)

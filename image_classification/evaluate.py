@@ -102,9 +102,9 @@ class _Clock:
 
     def start(self) -> None:
         if self._cuda:
-            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            self._marks.append(pair)
-            pair[0].record()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._marks.append((start, stop))
+            start.record()
         else:
             self._started = time.perf_counter()
 

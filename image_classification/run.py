@@ -1,6 +1,6 @@
 """A run: epochs of training and validation, checkpoints, resume, summaries."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,8 @@ class Extension:
     """Numbers for every log record."""
     epoch_metrics: Callable[[], Mapping[str, float]] = dict
     """Further numbers for the record of an epoch."""
+    bar: Sequence[str] = ()
+    """Those of `metrics` that the progress bar shows."""
     prepare_ema: Callable[[nn.Module], object] = lambda model: None
     """Called on the averaged model before it is evaluated or saved."""
     state: Mapping[str, Stateful] = field(default_factory=dict)
@@ -206,6 +208,7 @@ class Run:
             logger=self.logger,
             print_freq=self.config.print_freq,
             metrics=lambda: {**self.extension.metrics(), **self._gpu.sample()},
+            bar=("train.loss", "train.total_ips", *self.extension.bar),
         )
 
     def _validate_epoch(self, record: dict[str, float]) -> bool:

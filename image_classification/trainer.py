@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +81,7 @@ class Trainer:
         self.step = 0
         """Optimizer steps tried so far; the position in the schedule."""
         self._ddp = _wrap(model, world)
-        self._forward: nn.Module = self._ddp or model
+        self._forward: Callable[[Tensor], Tensor] = self._ddp or model
         if compiled:
             self._forward = torch.compile(self._forward)
 
@@ -120,6 +120,7 @@ class Trainer:
         logger: Logger,
         print_freq: int = 10,
         metrics: Callable[[], Mapping[str, float]] = dict,
+        bar: Sequence[str] = ("train.loss", "train.total_ips"),
     ) -> dict[str, float]:
         """Train for `steps` optimizer steps on the images of `epoch`.
 
@@ -130,11 +131,12 @@ class Trainer:
             logger: Where a record goes every `print_freq` micro-batches and at the end.
             print_freq: Micro-batches between records; only a record waits for the device.
             metrics: Further numbers for each record.
+            bar: Names of the numbers that the progress bar shows.
 
         Returns:
             Means over the epoch and all ranks, under their names in the log.
         """
-        self._forward.train()
+        self.model.train()
         meter = _Meter(self)
         batches = loader.epoch(epoch)
         total = steps * self.accumulation
@@ -148,11 +150,12 @@ class Trainer:
                 progress.update(1)
                 if iteration % print_freq == 0 or iteration == total:
                     shown, detail = meter.record()
-                    extra = metrics()
-                    logger.log((epoch, iteration), shown, global_step=self.step)
-                    logger.log((epoch, iteration), {**detail, **extra}, Verbosity.VERBOSE,
-                               global_step=self.step)  # fmt: skip
-                    progress.update(0, loss=shown["train.loss"], **extra)
+                    detail |= metrics()
+                    at = (epoch, iteration)
+                    logger.log(at, shown, global_step=self.step)
+                    logger.log(at, detail, Verbosity.VERBOSE, global_step=self.step)
+                    values = shown | detail
+                    progress.update(0, **{n.partition(".")[2]: values[n] for n in bar})
         return meter.summary()
 
     def state_dict(self) -> dict[str, object]:
