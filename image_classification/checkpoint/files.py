@@ -13,13 +13,14 @@ import re
 import shutil
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+
+from image_classification.checkpoint.state import require_plain
 
 FORMAT = 1
 BEST = "model_best.pth.tar"
@@ -28,9 +29,6 @@ _DIGEST_MARK = b"sha256:"
 _TRAILER_SIZE = 2 + len(_DIGEST_MARK) + 64  # length of the comment, the comment
 _EPOCH_FILE = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
 _REQUIRED_KEYS = ("format", "epoch", "state_dict")
-# What torch.load(weights_only=True) rebuilds. Exact types: subclasses such as numpy.float64 and
-# enumerations are pickled as code.
-_PLAIN_TYPES = (str, bytes, int, float, bool, type(None), torch.Tensor, torch.nn.Parameter)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
@@ -74,7 +72,7 @@ def save(
     """
     state = {**state, "format": FORMAT}
     for key, value in state.items():
-        _require_plain(value, key)
+        require_plain(value, key)
     target = directory / filename
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -87,7 +85,7 @@ def save(
             _link(target, directory / BEST)
         _sync_directory(directory)
     except OSError as error:
-        left = f"{target} is intact" if target.exists() else "there is no earlier one"
+        left = f"{target} is intact" if os.path.exists(target) else "none is there yet"
         reason = error.strerror or error
         raise OSError(f"cannot write a checkpoint in {directory}: {reason}; {left}") from error
     return target
@@ -246,8 +244,11 @@ def _digests(file: BinaryIO) -> tuple[bytes | None, bytes]:
 def _is_cut(path: Path) -> bool:
     """Tell an archive that lost its end from a whole file of another program."""
     with path.open("rb") as file:
-        begins_as_archive = file.read(2) == b"PK"
-    return path.stat().st_size == 0 or (begins_as_archive and not zipfile.is_zipfile(path))
+        begins_as_archive = b"PK".startswith(file.read(2))
+        file.seek(max(path.stat().st_size - 2, 0))
+        # torch writes no comment: the last field, its length, is 0.
+        is_whole = file.read() == b"\0\0" and zipfile.is_zipfile(path)
+    return begins_as_archive and not is_whole
 
 
 def _previous(target: Path) -> Path:
@@ -310,22 +311,3 @@ def _sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _require_plain(value: object, key: str) -> None:
-    """Raise TypeError naming the first entry that weights_only loading would refuse."""
-    if type(value) in (dict, OrderedDict):
-        assert isinstance(value, dict)
-        for name, entry in value.items():
-            if type(name) not in (str, int):
-                raise TypeError(f"checkpoint entry {key} has a key of type {type(name).__name__}")
-            _require_plain(entry, f"{key}.{name}")
-    elif type(value) in (list, tuple):
-        assert isinstance(value, list | tuple)
-        for index, entry in enumerate(value):
-            _require_plain(entry, f"{key}[{index}]")
-    elif type(value) not in _PLAIN_TYPES:
-        raise TypeError(
-            f"checkpoint entry {key} is a {type(value).__module__}.{type(value).__qualname__}; "
-            "only tensors, numbers, strings and their lists, tuples and dicts can be saved"
-        )

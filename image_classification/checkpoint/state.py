@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+# Exact types: subclasses such as numpy.float64 and enumerations are pickled as code.
+_PLAIN_TYPES = (str, bytes, int, float, bool, type(None), torch.Tensor, torch.nn.Parameter)
 
 
 class Loadable(Protocol):
@@ -19,12 +23,12 @@ class Loadable(Protocol):
 
 
 def entry(state: Mapping[str, Any], key: str, path: Path) -> Any:
-    """Return an entry of a checkpoint.
+    """Return an entry of a checkpoint; None stands for an entry that the run did not have.
 
     Raises:
         ValueError: one line naming the file and the key that it lacks.
     """
-    if key not in state:
+    if state.get(key) is None:
         raise ValueError(f"{path} has no entry '{key}': the run that wrote it did not have one")
     return state[key]
 
@@ -55,6 +59,31 @@ def restore(targets: Mapping[str, Loadable], state: Mapping[str, Any], path: Pat
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: entry '{name}' does not fit: {reason}") from error
+
+
+def require_plain(value: object, key: str) -> None:
+    """Check that `torch.load(weights_only=True)` can rebuild an entry.
+
+    Raises:
+        TypeError: names the first part, below `key`, that only code could rebuild.
+    """
+    if type(value) in (dict, OrderedDict):
+        assert isinstance(value, dict)
+        for name, part in value.items():
+            if type(name) not in (str, int):
+                raise TypeError(f"checkpoint entry {key} has a key of type {type(name).__name__}")
+            require_plain(part, f"{key}.{name}")
+    elif type(value) in (list, tuple):
+        assert isinstance(value, list | tuple)
+        for index, part in enumerate(value):
+            require_plain(part, f"{key}[{index}]")
+    elif type(value) not in _PLAIN_TYPES:
+        raise TypeError(
+            f"checkpoint entry {key} is a {type(value).__module__}.{type(value).__qualname__}; "
+            "only tensors, numbers, strings and their lists, tuples and dicts can be saved"
+        )
+    elif type(value) is bytes and not value:
+        raise TypeError(f"checkpoint entry {key} is an empty bytes object, which cannot be loaded")
 
 
 def rng_state() -> dict[str, Any]:
