@@ -1,0 +1,187 @@
+"""Cost of sparse networks: `python costs.py --arch resnet50 --distribution erk --sparsity 0.9`.
+
+Prints FLOPs, training FLOPs and bytes per layer and in total; `--table` sets the published tables
+beside our own figures, `--plot` draws accuracy against cost.
+"""
+
+import argparse
+import functools
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparse
+from image_classification import models
+from results import picture, published
+from sparse import costs
+from sparse.distributions import layer_sparsities
+
+METHODS = ("dense", "static", "set", "snip", "snfs", "rigl", "gmp")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(prog="costs.py", description="Cost of sparse networks.")
+    add = parser.add_argument
+    add("--arch", default="resnet50", help="a torchvision name, mobilenet_v1, wrn22_2, small_cnn")
+    add("--image-size", type=int, help="side of the input (the model's own)")
+    add("--num-classes", type=int, default=1000)
+    add("--distribution", default="erk", choices=("uniform", "er", "erk"))
+    add("--sparsity", type=float, default=0.0, help="fraction of zeros, in [0, 1)")
+    add("--dense-layers", nargs="*", metavar="GLOB", help="layers kept dense (uniform: the first)")
+    add("--method", choices=METHODS, help="of training (rigl, or dense without --sparsity)")
+    add("--delta-t", type=int, default=100, help="rigl: steps between updates (%(default)s)")
+    add("--multiplier", type=float, default=1.0, help="training length (%(default)s)")
+    add("--prune-start", type=int, default=10_000, help="gmp: first step of the ramp (%(default)s)")
+    add("--prune-end", type=int, default=25_000, help="gmp: end of the ramp (%(default)s)")
+    add("--prune-every", type=int, default=1_000, help="gmp: steps between prunings (%(default)s)")
+    add("--total-steps", type=int, default=32_000, help="gmp: steps at length 1 (%(default)s)")
+    add("--convention", default="published", choices=costs.CONVENTIONS, help="how to count")
+    add(
+        "--rounding", default="floor", choices=("floor", "ceil"), help="of ERK's budget; ceil: 2019"
+    )
+    add("--json", action="store_true", help="print the report as one JSON object")
+    add("--table", choices=("rigl", "port"), help="print published rows beside our figures")
+    add("--plot", type=Path, metavar="PNG", help="draw the published rows: accuracy against cost")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.table:
+            print(published.table(args.table, report_network, rounding=args.rounding))
+        if args.plot:
+            picture.plot(args.plot, report_network)
+        if not args.table and not args.plot:
+            report = report_flags(args)
+            print(json.dumps(report) if args.json else format_report(report))
+    except ValueError as error:
+        print(f"costs.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the costs that the flags ask for.
+
+    Raises:
+        ValueError: A value out of range or a contradiction; one line.
+    """
+    method = args.method or ("rigl" if args.sparsity else "dense")
+    if (method == "dense") != (args.sparsity == 0):
+        raise ValueError(f"--method {method} does not go with --sparsity {args.sparsity}")
+    if args.delta_t < 1 or args.multiplier <= 0:
+        raise ValueError(
+            f"--delta-t {args.delta_t} must be at least 1, --multiplier {args.multiplier} above 0"
+        )
+    mean_ramp = None
+    if method == "gmp":
+        # the multiplier stretches the ramp with the run
+        ramp = (args.prune_start, args.prune_end, args.total_steps)
+        start, end, total = (round(steps * args.multiplier) for steps in ramp)
+        mean_ramp = costs.gmp_mean_ramp(
+            start=start, end=end, every=args.prune_every, total_steps=total
+        )
+    return report_network(
+        args.arch,
+        image_size=args.image_size,
+        num_classes=args.num_classes,
+        sparsity=args.sparsity,
+        distribution=args.distribution,
+        dense_layers=args.dense_layers,
+        rounding=args.rounding,
+        method=method,
+        convention=args.convention,
+        delta_t=args.delta_t,
+        multiplier=args.multiplier,
+        mean_ramp=mean_ramp,
+    )
+
+
+def report_network(
+    arch: str,
+    *,
+    image_size: int | None = None,
+    num_classes: int = 1000,
+    sparsity: float = 0.0,
+    distribution: str = "erk",
+    dense_layers: Sequence[str] | None = None,
+    rounding: str = "floor",
+    reshaped: Mapping[str, tuple[int, ...]] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return `sparse.costs.report` of an architecture at a sparsity.
+
+    Args:
+        arch: A name that `image_classification.models` knows.
+        image_size: Side of the input; the architecture's own by default.
+        num_classes: Length of the logits.
+        sparsity, distribution, dense_layers, rounding: As for `sparse.allocate`.
+        reshaped: Shapes to give to the distribution in place of a layer's own.
+        **options: Further arguments of `sparse.costs.report`.
+    """
+    layers, shapes = _trace(arch, image_size, num_classes)
+    if sparsity == 0:
+        return costs.report(layers, **options)
+    solved = layer_sparsities(
+        {**shapes, **(reshaped or {})},
+        sparsity=sparsity,
+        distribution=distribution,
+        dense_layers=dense_layers,
+        rounding=rounding,
+    )
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return costs.report(
+        layers,
+        {name: 1 - zeros for name, zeros in solved.items()},
+        num_active={n: sizes[n] - math.floor(zeros * sizes[n]) for n, zeros in solved.items()},
+        **options,
+    )
+
+
+@functools.cache
+def _trace(
+    arch: str, image_size: int | None, num_classes: int
+) -> tuple[list[costs.LayerCost], dict[str, tuple[int, ...]]]:
+    with torch.device("meta"):
+        model = models.create_model(arch, num_classes=num_classes)
+    layers = costs.trace_layers(model, image_size or models.default_image_size(arch))
+    return layers, {name: tuple(p.shape) for name, p in sparse.prunable(model).items()}
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Return the report as text."""
+    width = max(len(layer["name"]) for layer in report["layers"])
+    unit = "MMACs" if report["convention"] == "macs" else "MFLOPs"
+    lines = [
+        f"{'':{width}}  {'weights':>10}  {'active':>10}  {'density':>7}  {'dense':>9}  "
+        f"{'sparse':>9}  {'size':>9}",
+        f"{'layer':{width}}  {'':10}  {'':10}  {'':7}  {unit:>9}  {unit:>9}  {'kB':>9}",
+    ]
+    lines += [
+        f"{x['name']:{width}}  {x['num_weights']:10,}  {x['num_active']:10,}  {x['density']:7.4f}"
+        f"  {x['dense_flops'] / 1e6:9.2f}  {x['flops'] / 1e6:9.2f}  {x['size_bytes'] / 1e3:9.1f}"
+        for x in report["layers"]
+    ]
+    ops = "multiply-accumulates" if unit == "MMACs" else "FLOPs (multiplies + adds)"
+    lines += [
+        "",
+        f"inference   {report['inference_flops']:.4e} {ops}, {report['inference_ratio']:.4f} of "
+        f"dense; {report['macs']:.4e} multiply-accumulates",
+        f"training    {report['training_ratio']:.4f} of a dense run of length 1",
+        f"size        {report['size_mb']:.3f} MB, dense {report['dense_size_mb']:.3f} MB",
+        f"sparsity    {report['overall_sparsity']:.4f} over all layers",
+        f"convention  {report['convention']}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Published rows and the code that sets our figures beside them."""

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# RigL, ERK, 80% sparse, 5x training. Top-1 published by RigL: 77.17.
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../recipes/rigl.sh" \
+    rn50_erk_0.8_5x resnet50 5 \
+    --sparse-method rigl --distribution erk --sparsity 0.8 "$@"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# RigL, ERK, 99% sparse, 100x training. Top-1 published by RigL: 68.15.
+# conv1 is dense, outside the ERK budget.
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../recipes/rigl.sh" \
+    rn50_erk_0.99_100x resnet50 100 \
+    --sparse-method rigl --distribution erk --sparsity 0.99 --dense-layers conv1 "$@"

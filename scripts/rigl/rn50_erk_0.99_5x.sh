@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# RigL, ERK, 99% sparse, 5x training. Top-1 published by RigL: 61.86.
+# conv1 is dense, outside the ERK budget.
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../recipes/rigl.sh" \
+    rn50_erk_0.99_5x resnet50 5 \
+    --sparse-method rigl --distribution erk --sparsity 0.99 --dense-layers conv1 "$@"

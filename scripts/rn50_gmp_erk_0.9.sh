@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Gradual magnitude pruning from dense, ERK, 90% sparse, 100 epochs: a baseline.
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/recipes/port.sh" rn50_gmp_erk_0.9 \
+    --epochs 100 --sparse-method gmp --distribution erk --sparsity 0.9 \
+    --prune-start 20000 --prune-end 50000 --prune-every 1000 "$@"

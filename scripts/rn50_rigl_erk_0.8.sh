@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# RigL, ERK, 80% sparse, 100 epochs. Top-1 published by the earlier port: 75.4.
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/recipes/port.sh" rn50_rigl_erk_0.8 \
+    --epochs 100 --sparse-method rigl --distribution erk --sparsity 0.8 --t-end-fraction 0.8 "$@"

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# RigL, ERK, 90% sparse, 1200 epochs. Top-1 published by the earlier port: 76.8.
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/recipes/port.sh" rn50_rigl_erk_0.9_1200ep \
+    --epochs 1200 --sparse-method rigl --distribution erk --sparsity 0.9 --t-end-fraction 0.8 "$@"
