@@ -1,0 +1,107 @@
+"""The loader that all backends share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from image_classification.data.order import BatchPlan, IntArray
+from image_classification.data.stage import Batch, DeviceStage
+
+
+class Source(Protocol):
+    """A backend: it reads and augments the images it is told to, in the order it is told."""
+
+    def read(self, epoch: int, batches: Sequence[IntArray]) -> Generator[Batch, None, None]:
+        """Yield uint8 images [n, S, S, 3] and int64 targets [n] for each batch of indices."""
+        ...
+
+    def close(self) -> None:
+        """Stop the processes and threads."""
+        ...
+
+
+class EpochLoader:
+    """Join a plan (which images), a source (their pixels) and the way to the device.
+
+    Implements `image_classification.data.Loader`.
+    """
+
+    def __init__(self, plan: BatchPlan, source: Source, stage: DeviceStage) -> None:
+        self._plan = plan
+        self._source = source
+        self._stage = stage
+        self._position = (0, 0)  # the epoch, and images of its order handed out on all ranks
+        self._resume: tuple[int, int] | None = None
+        self._running: Generator[Batch, None, None] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches of a whole epoch on this rank."""
+        return len(self._plan)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch, from its beginning or from a loaded position in it.
+
+        An epoch that was left before its end is given up when the next one is asked for.
+        """
+        if self._running is not None:
+            self._running.close()
+        start = self._resume[1] if self._resume is not None and self._resume[0] == epoch else 0
+        self._resume = None
+        self._position = (epoch, start)
+        self._running = self._batches(epoch, start)
+        return self._running
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, in numbers: the epoch and the images handed out on all ranks.
+
+        The position counts images, so a run goes on from it with another number of ranks or
+        another batch size, too.
+        """
+        epoch, samples = self._position
+        return {
+            "epoch": epoch,
+            "samples": samples,
+            "seed": self._plan.seed,
+            "num_samples": self._plan.num_samples,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position: it applies to the next `epoch` call if the epoch is its own.
+
+        Raises:
+            ValueError: The position lies within an epoch, and that epoch had another order: the
+                seed or the number of images differs.
+        """
+        epoch, samples = int(state["epoch"]), int(state["samples"])
+        if samples:
+            for key, name, mine in (
+                ("seed", "--seed", self._plan.seed),
+                ("num_samples", "number of images", self._plan.num_samples),
+            ):
+                if state[key] != mine:
+                    raise ValueError(
+                        f"cannot go on within epoch {epoch}: its {name} was {state[key]}, now it"
+                        f" is {mine}"
+                    )
+        self._resume = self._position = (epoch, samples)
+
+    def close(self) -> None:
+        """Stop the processes and threads of the loader."""
+        if self._running is not None:
+            self._running.close()
+        self._source.close()
+
+    def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+        batches = self._plan.batches(epoch, start)
+        with contextlib.closing(self._source.read(epoch, batches)) as raw:
+            for number, batch in enumerate(self._stage(raw), 1):
+                # Told before the batch goes out: whoever asks then has got it.
+                self._position = (epoch, start + number * self._plan.global_batch)
+                if number == len(batches):
+                    self._position = (epoch + 1, 0)
+                yield batch
+        self._position = (epoch + 1, 0)

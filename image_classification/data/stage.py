@@ -1,0 +1,102 @@
+"""The last step of every backend: to the device, to the memory format, normalized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+Batch = tuple[Tensor, Tensor]
+
+
+class _Launched(NamedTuple):
+    """A batch whose copy and normalization are under way on the side stream."""
+
+    images: Tensor
+    targets: Tensor
+    done: torch.cuda.Event
+
+
+class DeviceStage:
+    """Turn uint8 images [n, S, S, 3] into what a model takes.
+
+    The images handed out are float32 [n, 3, S, S], `(value / 255 - mean) / std` per channel, in
+    the memory format asked for. A CUDA device copies and normalizes the coming batch on a side
+    stream while the model works on the present one.
+    """
+
+    def __init__(
+        self, *, device: torch.device, memory_format: torch.memory_format, image_size: int
+    ) -> None:
+        self._device = device
+        self._memory_format = memory_format
+        self._mean = self._row([255 * value for value in MEAN], image_size)
+        self._scale = self._row([1 / (255 * value) for value in STD], image_size)
+        self._side = _side_stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches on the device."""
+        if self._side is not None:
+            return self._on_cuda(batches, self._side)
+        return ((self._normalize(images), targets) for images, targets in batches)
+
+    def _row(self, values: list[float], width: int) -> Tensor:
+        # One number for each element of a row of pixels: arithmetic on a row is vectorized, on
+        # the three numbers of a pixel it is not.
+        row = torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1).expand(1, 3, 1, width)
+        return row.contiguous(memory_format=self._memory_format).to(self._device)
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        view = images.permute(0, 3, 1, 2)
+        return self._empty(view.shape).copy_(view).sub_(self._mean).mul_(self._scale)
+
+    def _empty(self, shape: torch.Size) -> Tensor:
+        if self._device.type != "cpu":
+            return torch.empty(
+                shape, device=self._device, memory_format=self._memory_format, dtype=torch.float32
+            )
+        # NumPy asks the kernel for huge pages, torch does not: the page faults of a fresh batch
+        # would cost several times the arithmetic.
+        n, c, h, w = shape
+        if self._memory_format == torch.channels_last:
+            return torch.from_numpy(np.empty((n, h, w, c), np.float32)).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.empty((n, c, h, w), np.float32))
+
+    def _on_cuda(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> Iterator[Batch]:
+        side.wait_stream(torch.cuda.current_stream(self._device))  # for the constants
+        ahead = self._launch(batches, side)
+        while ahead is not None:
+            ready, ahead = ahead, self._launch(batches, side)
+            consumer = torch.cuda.current_stream(self._device)
+            consumer.wait_event(ready.done)
+            # The allocator knows these tensors from the side stream only: without a word it would
+            # hand their memory to a coming batch while the consumer still reads it.
+            ready.images.record_stream(consumer)
+            ready.targets.record_stream(consumer)
+            yield ready.images, ready.targets
+
+    def _launch(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> _Launched | None:
+        # The backend runs inside, too: one that decodes on the GPU hands over on this stream.
+        with torch.cuda.stream(side):
+            batch = next(batches, None)
+            if batch is None:
+                return None
+            images, targets = (self._copy(tensor) for tensor in batch)
+            return _Launched(self._normalize(images), targets, side.record_event())
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        # Only pinned memory is copied asynchronously; torch's host allocator keeps a pinned block
+        # until the copies that read it are done.
+        if tensor.device.type == "cpu" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
