@@ -173,6 +173,8 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     parser = config.build_parser(Config, SparseFlags, description=DESCRIPTION)
     values = config.parse(parser, argv)
     c = config.section(Config, values)
+    if c.version:
+        return functools.partial(print, *(f"{k}: {v}" for k, v in run_metadata().items()), sep="\n")
     config.check(c)
     flags = resolve(config.section(SparseFlags, values))
     if c.dry_run:
@@ -190,6 +192,7 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     logger.parameters({**run_metadata(), **vars(c), **vars(flags)})
     join = functools.partial(attach, flags=flags)
     run = build.build(c, dataset, world=world, logger=logger, attach=join)
+    stack.callback(run.close)
     return run.evaluate if c.evaluate else run.fit
 
 

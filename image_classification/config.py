@@ -129,6 +129,7 @@ class Config:
     prof: int = flag(-1, "stop after this many iterations of training and of validation")
     topk: int = flag(5, "k of the second accuracy")
     dry_run: bool = flag(False, "print the resolved plan as JSON and exit")
+    version: bool = flag(False, "print the versions of everything that matters and exit")
 
     # output
     workspace: str = flag("./", "directory of checkpoints and raport", "--checkpoint-dir")

@@ -124,6 +124,12 @@ class Run:
         record = self.validate()
         self.logger.log((), record)
 
+    def close(self) -> None:
+        """Stop the processes and threads of the loaders."""
+        for loader in (self.train_loader, self.val_loader):
+            if loader is not None:
+                loader.close()
+
     def save(self, *, is_best: bool) -> None:
         """Write the checkpoint of the finished epochs; rank 0 writes, all ranks take part."""
         if self.trainer.ema is not None:
