@@ -41,7 +41,8 @@ def command(data: Path, method: str, epochs: int) -> list[str]:
     """Return the main.py command of one run, but for its outputs."""
     backend = "dali-cpu" if DALI else "pytorch"
     flags = "--arch small_cnn --image-size 32 -b 64 --lr 0.1 --lr-schedule cosine --lr-per-step"
-    flags += " --warmup 2 --nesterov --wd 5e-4 --label-smoothing 0.1 -j 1 --seed 1 --cpu -p 20"
+    flags += f" --warmup {min(2, epochs - 1)} --nesterov --wd 5e-4 --label-smoothing 0.1"
+    flags += " -j 1 --seed 1 --cpu -p 20"
     flags += f" --epochs {epochs} --data-backend {backend}"
     return [sys.executable, str(ROOT / "main.py"), str(data), *flags.split(), *METHODS[method]]
 
@@ -105,7 +106,7 @@ def main() -> None:
         workspace = arguments.output / method
         run = command(data, method, arguments.epochs)
         print("$ main.py", *run[2:], flush=True)
-        plan = subprocess.run([*run, "--dry-run"], check=True, capture_output=True, text=True)
+        plan = subprocess.run([*run, "--dry-run"], check=True, stdout=subprocess.PIPE, text=True)
         plans[method] = json.loads(plan.stdout)
         subprocess.run([*run, "--workspace", str(workspace)], check=True)
         logs[method] = records(workspace / "experiment_raport.json")

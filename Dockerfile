@@ -1,0 +1,84 @@
+# The image nvidia_rn50: docker/build.sh builds it, docker/run.sh runs it (docs/docker.md).
+#
+# BASE_IMAGE brings Python 3.11 or newer with pip. Its torch is kept as it is; where it has none,
+# the release on PyPI is installed.
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.05-py3
+
+# The Python environment, in a stage of its own: neither pip's cache nor the compilers and checkouts
+# of the optional builds reach the image, and a change of the source does not repeat it.
+FROM ${BASE_IMAGE} AS environment
+
+# NGC images constrain every package to the version they hold: a newer one could not be installed.
+ENV PIP_CONSTRAINT= \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore
+
+# On top of the packages of the base image, whose pip is used: distributions forbid to add to them.
+RUN python3 -m venv --system-site-packages --without-pip /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+
+WORKDIR /opt/requirements
+COPY requirements.txt requirements-dev.txt ./
+
+# A torch of the base image that is too old is an error here: replacing it would leave two of them.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m pip list --format=freeze >installed.txt \
+    && sed -n '/^torch\(vision\)\{0,1\}==/p' installed.txt >constraints.txt \
+    && python -m pip install --constraint constraints.txt --requirement requirements-dev.txt
+
+# Both are optional: without them the project writes the log and runs SGD itself.
+ARG WITH_DLLOGGER=0
+ARG DLLOGGER_REF=v1.1.0
+RUN if [ "$WITH_DLLOGGER" = 1 ]; then \
+        python -m pip install --no-cache-dir \
+            "dllogger @ git+https://github.com/NVIDIA/dllogger@$DLLOGGER_REF"; \
+    fi
+
+ARG WITH_APEX=0
+ARG APEX_REF=10417aceddd7d5d05d7cbf7b0fc2daad1105f8b4
+RUN if [ "$WITH_APEX" = 1 ] && ! python -m pip show --quiet apex; then \
+        APEX_CPP_EXT=1 APEX_CUDA_EXT=1 python -m pip install --no-cache-dir --no-build-isolation \
+            "apex @ git+https://github.com/NVIDIA/apex@$APEX_REF"; \
+    fi
+
+
+FROM ${BASE_IMAGE}
+
+# Base images may have a user of this number already; docker/run.sh may choose any other.
+ARG USER_ID=1000
+ARG GROUP_ID=1000
+RUN groupadd --non-unique --gid "$GROUP_ID" trainer \
+    && useradd --non-unique --no-log-init --uid "$USER_ID" --gid "$GROUP_ID" --create-home trainer \
+    && mkdir -p /data/imagenet /workspace/rn50/results \
+    && chmod 1777 /home/trainer /workspace/rn50 /workspace/rn50/results
+
+COPY --from=environment /opt/venv /opt/venv
+
+# HOME and LOGNAME: torch and matplotlib ask for them, and a chosen user has no passwd entry.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHON=/opt/venv/bin/python \
+    HOME=/home/trainer \
+    LOGNAME=trainer \
+    PIP_CONSTRAINT= \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
+
+WORKDIR /workspace/rn50
+COPY . .
+
+# The checkout may come from a umask that lets its owner alone read.
+ARG GIT_COMMIT=unknown
+RUN printf '%s\n' "$GIT_COMMIT" >COMMIT && chmod -R a+rX .
+
+ARG BASE_IMAGE
+LABEL org.opencontainers.image.title="nvidia_rn50" \
+      org.opencontainers.image.description="Sparse training of ResNet-50 on ImageNet with PyTorch" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="$GIT_COMMIT" \
+      org.opencontainers.image.base.name="$BASE_IMAGE"
+
+USER $USER_ID:$GROUP_ID
+
+# Rarely: it starts a Python with torch beside the training.
+HEALTHCHECK --interval=30m --timeout=2m CMD ["python", "main.py", "--version"]
+CMD ["bash"]

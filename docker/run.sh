@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Run a command in the image, a shell unless one is named:
+#   docker/run.sh [--cpu] [--NAME=VALUE...] IMAGENET [COMMAND...]
+#
+#   bash docker/run.sh /data/imagenet bash scripts/rn50_rigl_erk_0.9.sh
+#   bash docker/run.sh --cpu none bash scripts/demo.sh --output results/demo
+#
+#   IMAGENET       directory with train/ and val/, read-only in the image as /data/imagenet; or the
+#                  word none
+#   --cpu          no GPU
+#   --NAME=VALUE   more flags for the engine, such as --network=host
+#   RESULTS        (variable) directory for the image's results/ (default: results/ of the checkout)
+#
+# What the command writes there belongs to the caller.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/docker/common.sh"
+
+run=("$ENGINE" run)
+flags=(--rm --init --ipc=host --ulimit=stack=67108864 --stop-timeout=60)
+
+use_gpus() {
+    command -v nvidia-smi >/dev/null ||
+        fail "there is no NVIDIA driver (nvidia-smi) here: install it, or give --cpu"
+    flags+=(--ulimit=memlock=-1) # pinned memory
+    if [[ $ENGINE == podman ]]; then
+        nvidia-ctk cdi list 2>/dev/null | grep -q '^nvidia.com/gpu=all$' ||
+            fail "Podman knows no GPU: run nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml," \
+                "or give --cpu"
+        flags+=(--device=nvidia.com/gpu=all)
+    elif command -v nvidia-docker >/dev/null; then
+        run=(nvidia-docker run)
+    elif command -v nvidia-ctk >/dev/null || command -v nvidia-container-cli >/dev/null; then
+        flags+=(--gpus=all)
+    else
+        fail "the NVIDIA Container Toolkit (nvidia-ctk) is not installed: install it, or give --cpu"
+    fi
+}
+
+# The caller's numbers, whatever the engine makes of them.
+become_caller() {
+    local user
+    user=$(id -u):$(id -g)
+    if [[ $ENGINE == podman ]]; then
+        flags+=(--security-opt=label=disable) # SELinux would forbid the mounts
+        (($(id -u) == 0)) || flags+=(--userns=keep-id)
+    elif [[ $(docker info --format '{{.SecurityOptions}}') == *name=rootless* ]]; then
+        user=0:0 # which is the caller's number outside
+    fi
+    flags+=(--user="$user")
+}
+
+cpu=
+extra=()
+while [[ ${1:-} == -* ]]; do
+    case $1 in
+        --cpu) cpu=yes ;;
+        --*=*) extra+=("$1") ;;
+        *) fail "$1: write the engine's flags as --name=value" ;;
+    esac
+    shift
+done
+(($#)) || fail "which IMAGENET? Give its directory, or the word none"
+imagenet=$1
+shift
+[[ $cpu ]] || use_gpus
+require_image
+become_caller
+
+if [[ $imagenet != none ]]; then
+    for split in train val; do
+        [[ -d $imagenet/$split ]] ||
+            fail "$imagenet has no directory $split: scripts/prepare_imagenet.sh makes it"
+    done
+    flags+=(--mount "type=bind,source=$(realpath "$imagenet"),target=/data/imagenet,readonly")
+fi
+results=${RESULTS:-$root/results}
+mkdir -p "$results"
+flags+=(--mount "type=bind,source=$(realpath "$results"),target=/workspace/rn50/results")
+[[ ! -t 0 || ! -t 1 ]] || flags+=(--interactive --tty)
+
+exec "${run[@]}" "${flags[@]}" "${extra[@]}" "$IMAGE" "$@"
