@@ -1,0 +1,148 @@
+"""The state of a sparse run as plain numbers and tensors, and back with every doubt raised."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse.masks import pack, unpack
+
+Tensors = Mapping[str, Tensor]
+
+_VERSION = 1
+_KEYS = ("step", "num_updates", "last_update", "masks", "averages", "method_state", "explored")
+
+
+def save(
+    *,
+    method: str,
+    step: int,
+    num_updates: int,
+    last_update: Mapping[str, float],
+    masks: Tensors,
+    averages: Tensors,
+    method_state: Tensors,
+    explored: Tensors | None,
+) -> dict[str, Any]:
+    """Collect the state of a run: numbers, strings and tensors on the CPU.
+
+    Masks take 1 bit per weight; each comes with its shape.
+    """
+    return {
+        "version": _VERSION,
+        "method": method,
+        "step": step,
+        "num_updates": num_updates,
+        "last_update": dict(last_update),
+        "masks": {
+            name: {"shape": list(mask.shape), "bits": pack(mask).cpu()}
+            for name, mask in masks.items()
+        },
+        "averages": _copies(averages),
+        "method_state": _copies(method_state),
+        "explored": None if explored is None else _copies(explored),
+    }
+
+
+def check(state: Mapping[str, Any], method: str) -> None:
+    """Refuse a state of another format, of another method, or with a key missing.
+
+    Raises:
+        ValueError: Names what does not fit.
+    """
+    for key in ("version", "method"):
+        _take(state, key, "")
+    if state["version"] != _VERSION:
+        raise ValueError(f"sparse state: its version is {state['version']}, known is {_VERSION}")
+    if state["method"] != method:
+        raise ValueError(
+            f"sparse state: it was written by method {state['method']!r}, this run uses {method!r}"
+        )
+    for key in _KEYS:
+        _take(state, key, "")
+
+
+def load_masks(state: Mapping[str, Any], weights: Tensors) -> dict[str, Tensor]:
+    """Read the masks of exactly the given weights, onto the weights' devices.
+
+    Raises:
+        ValueError: A mask is missing, belongs to no weight, or has another shape than its weight.
+    """
+    saved = state["masks"]
+    for name in saved.keys() - weights.keys():
+        raise ValueError(f"sparse state: it has a mask for {name}, this run has none there")
+    masks = {}
+    for name, weight in weights.items():
+        entry = _take(saved, name, " of masks")
+        shape = tuple(_take(entry, "shape", f" of the mask of {name}"))
+        if shape != tuple(weight.shape):
+            raise ValueError(
+                f"sparse state: the mask of {name} has shape {shape}, "
+                f"the weight {tuple(weight.shape)}"
+            )
+        bits = _take(entry, "bits", f" of the mask of {name}")
+        masks[name] = unpack(bits.to(weight.device), shape)
+    return masks
+
+
+def check_counts(masks: Tensors, num_active: Mapping[str, int]) -> None:
+    """Refuse masks whose number of active weights is not that of the run.
+
+    Raises:
+        ValueError: Names the layer and both numbers.
+    """
+    for name, mask in masks.items():
+        count = int(mask.sum())
+        if count != num_active[name]:
+            raise ValueError(
+                f"sparse state: the mask of {name} has {count} active weights, this run "
+                f"{num_active[name]}; its sparsity or distribution is another"
+            )
+
+
+def load_averages(state: Mapping[str, Any], weights: Tensors, wanted: bool) -> dict[str, Tensor]:
+    """Read gradient averages onto the devices and into the memory layouts of the weights.
+
+    Raises:
+        ValueError: There are none though the run needs them, or one does not fit its weight.
+    """
+    saved = state["averages"]
+    if not wanted:
+        return {}
+    if state["step"] > 0 and not saved:
+        raise ValueError("sparse state: key 'averages' is empty, this run averages gradients")
+    averages = {}
+    for name, value in saved.items():
+        if name not in weights or value.shape != weights[name].shape:
+            raise ValueError(f"sparse state: the gradient average of {name} fits no weight")
+        averages[name] = torch.empty_like(weights[name], dtype=value.dtype).copy_(value)
+    return averages
+
+
+def load_explored(state: Mapping[str, Any], weights: Tensors) -> dict[str, Tensor]:
+    """Read the record of explored weights.
+
+    Raises:
+        ValueError: The state has none, or it does not fit the weights.
+    """
+    saved = state["explored"]
+    if saved is None:
+        raise ValueError("sparse state: key 'explored' is empty, this run tracks exploration")
+    explored = {}
+    for name, weight in weights.items():
+        bits = _take(saved, name, " of explored")
+        if bits.numel() != (weight.numel() + 7) // 8:
+            raise ValueError(f"sparse state: the explored weights of {name} do not fit its size")
+        explored[name] = bits.to(weight.device)
+    return explored
+
+
+def _copies(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _take(state: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in state:
+        raise ValueError(f"sparse state: key {key!r}{where} is missing")
+    return state[key]

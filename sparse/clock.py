@@ -1,0 +1,49 @@
+"""Count optimizer steps when a GradScaler may have skipped some of them unseen.
+
+A fused optimizer runs its step hooks although its kernel skipped the step; whether it did is a
+number on the device. Reading it at every step would stall the device, so skipped steps add up there
+and are read only when the count matters.
+"""
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Clock:
+    """The number of optimizer steps taken."""
+
+    def __init__(self, steps: int = 0) -> None:
+        self._bound = steps
+        self._skipped: Tensor | None = None
+
+    @property
+    def bound(self) -> int:
+        """An upper bound of the count, known without asking the device."""
+        return self._bound
+
+    def read(self) -> int:
+        """Give the exact count; waits for the device if steps may have been skipped."""
+        if self._skipped is not None:
+            self._bound -= int(self._skipped.item())
+            self._skipped = None
+        return self._bound
+
+    def tick(self, overflow: Tensor | None) -> None:
+        """Count a step, unless `overflow` (the scaler's found_inf, 0-dim) says it was skipped."""
+        self._bound += 1
+        if overflow is not None:
+            skipped = (overflow != 0).to(torch.int64).view(())
+            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+
+
+def found_inf(optimizer: Optimizer) -> Tensor | None:
+    """Give the overflow flag a GradScaler left for a fused step, None if there is none."""
+    flag = getattr(optimizer, "found_inf", None)
+    return flag if isinstance(flag, Tensor) else None
+
+
+def inverse_scale(optimizer: Optimizer) -> Tensor | None:
+    """Give what unscales the gradients of a fused step, None if they are not scaled."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return scale.double().reciprocal().float() if isinstance(scale, Tensor) else None

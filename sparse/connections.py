@@ -1,0 +1,83 @@
+"""Write a change of connections into one layer: its gate, weight and optimizer state."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse import rng
+from sparse.gates import update_gate, zero_inactive
+from sparse.methods import Method
+from sparse.optimizers import has_momentum, learning_rate, momentum_buffer, state_of
+
+GrowInit = Literal["zeros", "gradient", "random"]
+
+
+@dataclass(frozen=True)
+class NewConnections:
+    """How new connections begin.
+
+    Attributes:
+        init: Their weight: "zeros"; "gradient", one plain gradient step from zero; "random", normal
+            with the standard deviation of the layer's active weights.
+        momentum_scale: SGD's momentum of theirs, in units of their gradient.
+        seed: Seed of "random".
+    """
+
+    init: str = "zeros"
+    momentum_scale: float = 0.0
+    seed: int = 0
+
+    def check(self, method: Method, optimizer: Optimizer) -> None:
+        """Refuse a choice that can have no effect.
+
+        Raises:
+            ValueError: Names the choice.
+        """
+        if self.init not in get_args(GrowInit):
+            raise ValueError(f"grow_init must be zeros, gradient or random, got {self.init!r}")
+        sees_gradient = method.timing != "after" or method.gradient_decay is not None
+        if self.init == "gradient" and not sees_gradient:
+            raise ValueError(f"grow_init 'gradient': method {method.name!r} sees no gradient")
+        if self.momentum_scale and not (sees_gradient and has_momentum(optimizer)):
+            raise ValueError(
+                "initial_acc_scale needs a method with gradients and SGD with momentum"
+            )
+
+    def write(
+        self,
+        optimizer: Optimizer,
+        weight: nn.Parameter,
+        fresh: Tensor,
+        gradient: Tensor | None,
+        key: tuple[int, ...],
+    ) -> None:
+        """Give weight and momentum of the connections marked by `fresh` their first values.
+
+        They are 0 already, so that "zeros" and a momentum scale of 0 are nothing to do.
+        """
+        if self.init == "random":
+            deviation = (weight.square().sum() / (weight != 0).sum().clamp(min=1)).sqrt()
+            _put(weight, fresh, rng.normal(weight.shape, key, weight.device) * deviation)
+        elif self.init == "gradient" and gradient is not None:
+            _put(weight, fresh, gradient * -learning_rate(optimizer, weight))
+        if self.momentum_scale and gradient is not None:
+            buffer = momentum_buffer(optimizer, weight)
+            _put(buffer, fresh, gradient * self.momentum_scale)
+
+
+def disconnect(optimizer: Optimizer, weight: nn.Parameter, gate: Tensor, mask: Tensor) -> None:
+    """Give a layer a new mask: gate it, zero weight and optimizer state of what is inactive.
+
+    New connections then are 0, because they were inactive before.
+    """
+    update_gate(gate, mask)
+    zero_inactive(weight, gate)
+    for state in state_of(optimizer, weight):
+        zero_inactive(state, gate)
+
+
+def _put(target: Tensor, where: Tensor, values: Tensor) -> None:
+    target.copy_(torch.where(where, values.to(target.dtype), target))

@@ -1,0 +1,50 @@
+"""Check that all ranks of a distributed run hold the same masks."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, distributed
+
+from sparse.rng import Draw
+
+
+def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
+    """Compare a digest of every mask across ranks; do nothing in a run of one process.
+
+    All ranks must call it together. It reads the result on the host, the one time an update waits
+    for the device.
+
+    Raises:
+        RuntimeError: A mask differs from that of rank 0; names the layer and the ranks.
+    """
+    if not masks or not _is_distributed():
+        return
+    mine = torch.stack([digest(mask) for mask in masks.values()])
+    everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(everyone, mine)
+    differs = torch.stack(everyone).ne(everyone[0]).cpu()
+    if not differs.any():
+        return
+    for layer, name in enumerate(masks):
+        ranks = differs[:, layer].nonzero().flatten().tolist()
+        if ranks:
+            raise RuntimeError(
+                f"the mask of {name} on rank {', '.join(map(str, ranks))} differs from rank 0: "
+                "weights, gradients or seeds are not the same on all ranks"
+            )
+
+
+def digest(mask: Tensor) -> Tensor:
+    """Condense a mask to one number: int64, 0-dim, the same on every device."""
+    flat = mask.reshape(-1)
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    factors = Draw((words.numel(),), (0,)).tensor(mask.device).long() * 2 + 1
+    return (words * factors).sum()
+
+
+def _is_distributed() -> bool:
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )

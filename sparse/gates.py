@@ -1,0 +1,57 @@
+"""The form a mask has between updates: made to zero gradients of inactive weights fast.
+
+On a CPU a gate holds 0 or -1 as an integer and is and-ed into the bit pattern of the gradient: one
+pass at memory speed, where a bool mask costs four times as much. It is as wide as the weight, at
+most 4 bytes. Elsewhere bytes are what counts and a gate is one bool per weight, True where
+inactive. Both give exactly 0 for an infinite or NaN gradient, which a product with a mask does not.
+"""
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+
+
+def make_gate(mask: Tensor, weight: Tensor) -> Tensor:
+    """Make the gate of a mask, laid out in memory as the weight is."""
+    return update_gate(_empty_gate(weight), mask)
+
+
+def update_gate(gate: Tensor, mask: Tensor) -> Tensor:
+    """Overwrite a gate with another mask."""
+    if gate.dtype is torch.bool:
+        return torch.logical_not(mask, out=gate) if gate.is_contiguous() else gate.copy_(~mask)
+    return gate.copy_(mask.view(torch.int8).neg())
+
+
+def gate_mask(gate: Tensor) -> Tensor:
+    """Give the mask of a gate: contiguous bool tensor, True = active."""
+    if gate.dtype is torch.bool:
+        return torch.logical_not(gate).contiguous()
+    return torch.ne(gate, 0).contiguous()
+
+
+def zero_inactive(tensor: Tensor, gate: Tensor) -> None:
+    """Set the inactive entries of a tensor of the weight's shape to exactly 0, in place."""
+    if gate.dtype is torch.bool:
+        tensor.masked_fill_(gate, 0)
+    elif tensor.element_size() == gate.element_size():
+        tensor.view(gate.dtype).bitwise_and_(gate)
+    elif tensor.element_size() == 8 and gate.dtype is torch.int32:
+        # A double is two integers, which see the same entry of the gate.
+        tensor.unsqueeze(-1).view(torch.int32).bitwise_and_(gate.unsqueeze(-1))
+    else:
+        tensor.masked_fill_(gate == 0, 0)
+
+
+def _empty_gate(weight: Tensor) -> Tensor:
+    on_cpu = weight.device.type == "cpu"
+    dtype = _INTEGERS[weight.element_size()] if on_cpu else torch.bool
+    return torch.empty_like(weight, dtype=dtype, requires_grad=False)
+
+
+def count_active(gate: Tensor) -> Tensor:
+    """Count the active weights of a gate: 0-dim int64 tensor on its device."""
+    if gate.dtype is torch.bool:
+        return gate.numel() - gate.sum()
+    return torch.count_nonzero(gate)

@@ -1,0 +1,116 @@
+"""Pure functions on masks: bool tensors in which True marks an active weight.
+
+All of them rank by magnitude and hold their counts to the unit; `selection` states the rule for
+ties and NaN.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse.rng import Draw
+from sparse.selection import Scores, largest, smallest
+
+
+def random_mask(
+    shape: Sequence[int],
+    num_active: int,
+    key: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Make a mask with exactly `num_active` entries at uniformly random places.
+
+    Args:
+        shape: Shape of the mask.
+        num_active: Number of True entries, from 0 to the number of elements.
+        key: Integers that select the random stream; the same key gives the same mask on any device.
+        device: Where to make it.
+    """
+    every = torch.ones(tuple(shape), dtype=torch.bool, device=device)
+    return largest(Draw(tuple(shape), tuple(key)), num_active, every)
+
+
+def topk_mask(scores: Scores, num_active: int | Tensor, among: Tensor | None = None) -> Tensor:
+    """Make a mask of the `num_active` entries of largest |score| among some (default: all)."""
+    if among is None:
+        device = scores.device if isinstance(scores, Tensor) else torch.device("cpu")
+        among = torch.ones(scores.shape, dtype=torch.bool, device=device)
+    return largest(scores, num_active, among)
+
+
+def drop_and_grow(
+    mask: Tensor,
+    drop_scores: Scores,
+    grow_scores: Scores,
+    num_dropped: int | Tensor,
+    *,
+    active_first: bool = True,
+) -> Tensor:
+    """Replace the weakest active entries: Evci et al. 2020, algorithm 1.
+
+    Drops the `num_dropped` active entries of smallest |drop score|, then activates as many of the
+    entries not kept, those of largest |grow score|. An entry dropped a moment ago is a candidate
+    too and may return. The number of active entries stays the same.
+
+    Args:
+        mask: The mask before.
+        drop_scores: Usually the weights; only active entries are looked at.
+        grow_scores: Usually the dense gradient, or a `Draw` for random growth.
+        num_dropped: At most the number of active entries.
+        active_first: Rank every active entry above every inactive one when dropping. False ranks
+            inactive entries as score 0 among the active ones, as the RigL repository does with its
+            drop noise off: an inactive entry can then be kept in place of an active zero.
+
+    Returns:
+        The mask after, a new bool tensor.
+    """
+    if active_first:
+        kept = mask ^ smallest(drop_scores, num_dropped, among=mask)
+    else:
+        assert isinstance(drop_scores, Tensor), "a random drop score is never zero"
+        kept = largest(drop_scores * mask, mask.sum() - num_dropped, torch.ones_like(mask))
+    return kept | largest(grow_scores, num_dropped, among=~kept)
+
+
+def bernoulli_growth(kept: Tensor, expected: Tensor, uniform: Tensor) -> Tensor:
+    """Activate each inactive entry with probability expected / number of inactive entries.
+
+    The random growth of Dettmers & Zettlemoyer 2019: the count is met in expectation only.
+
+    Args:
+        kept: The mask after dropping.
+        expected: 0-dim tensor, the number of entries to activate.
+        uniform: Numbers uniform on [0, 1), of the shape of `kept`.
+    """
+    return kept | (uniform < expected / (~kept).sum())
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Pack a bool tensor into bytes, eight entries each, the first in the lowest bit.
+
+    Returns:
+        1-dim uint8 tensor of ceil(numel / 8) bytes on the same device.
+    """
+    flat = mask.reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.uint8).view(-1, 8)
+    # One bit at a time keeps the temporaries at an eighth of the mask.
+    packed = padded[:, 0].clone()
+    for bit in range(1, 8):
+        packed |= padded[:, bit] << bit
+    return packed
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Undo `pack`.
+
+    Raises:
+        ValueError: The number of bytes does not fit the shape.
+    """
+    numel = math.prod(shape)
+    if packed.dtype != torch.uint8 or packed.shape != ((numel + 7) // 8,):
+        raise ValueError(f"{tuple(packed.shape)} bytes do not hold a mask of {tuple(shape)}")
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    flat = (packed[:, None] >> bits).bitwise_and_(1).view(torch.bool).view(-1)
+    return flat[:numel].view(*shape)

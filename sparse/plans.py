@@ -1,0 +1,81 @@
+"""What a factory makes of its arguments about layers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparse.distributions import count_active, fixed_sparsities, layer_sparsities
+from sparse.layers import prunable
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a sparsity is shared out among the prunable layers of a model.
+
+    Attributes:
+        sizes: Name -> number of weights, of every prunable layer in order.
+        num_active: Name -> number of active weights.
+        sparsities: Name -> sparsity.
+        maskable: The layers that are not dense by choice; a distribution may fill some of them.
+    """
+
+    sizes: Mapping[str, int]
+    num_active: Mapping[str, int]
+    sparsities: Mapping[str, float]
+    maskable: tuple[str, ...]
+
+
+def plan_layers(
+    model: nn.Module,
+    *,
+    sparsity: float,
+    distribution: str | None,
+    power_scale: float,
+    dense_layers: Sequence[str] | None,
+    sparsity_map: Mapping[str, float] | None,
+    scope: str = "layer",
+) -> Plan:
+    """Share a sparsity out among the layers of a model.
+
+    Args:
+        model: The model.
+        sparsity: See `layer_sparsities` for this and the rest.
+        distribution: "erk" if None.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs.
+        sparsity_map: Glob -> sparsity.
+        scope: "layer", or "global" for methods that rank the weights of all layers together: they
+            share one sparsity, and what is said about single layers is refused.
+
+    Raises:
+        ValueError: An argument is out of range or has no effect.
+    """
+    shapes = {name: tuple(weight.shape) for name, weight in prunable(model).items()}
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope must be layer or global, got {scope!r}")
+    if scope == "global":
+        if distribution is not None or power_scale != 1.0 or sparsity_map:
+            raise ValueError(
+                "distribution, power_scale and sparsity_map have no effect with the global scope, "
+                "which ranks all weights together"
+            )
+        distribution, dense_layers = "uniform", dense_layers or ()
+    distribution = distribution or "erk"
+    sparsities = layer_sparsities(
+        shapes,
+        sparsity=sparsity,
+        distribution=distribution,
+        power_scale=power_scale,
+        dense_layers=dense_layers,
+        sparsity_map=sparsity_map,
+    )
+    fixed = fixed_sparsities(shapes, distribution, dense_layers, sparsity_map)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return Plan(
+        sizes=sizes,
+        num_active={name: count_active(size, sparsities[name]) for name, size in sizes.items()},
+        sparsities=sparsities,
+        maskable=tuple(name for name in shapes if fixed.get(name) != 0.0),
+    )

@@ -1,0 +1,97 @@
+"""Random numbers that depend on a key and on nothing else.
+
+A counter-based generator: element i of a draw is a hash of (key, i). It keeps no state, so a
+resumed run and every rank draw the same numbers, and so does every device: the hash is integer
+arithmetic. Keys are made of (seed, step, layer index, purpose).
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+# Purposes keep the draws of one layer at one step independent of each other.
+INITIAL_MASK, GROW_SCORE, GROW_WEIGHT, DROP_NOISE = range(4)
+
+_LIMIT = 1 << 31
+CHUNK = 1 << 16  # elements that a CPU works on at a time: the passes over them stay in its cache
+
+_Array = TypeVar("_Array", bound=Any)  # an int32 tensor or NumPy array; both have the operators
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A tensor of random integers uniform on [0, 2^31) that exists only where it is looked at.
+
+    The hash is murmur3's 32-bit finalizer with key material mixed in before each multiplication:
+    a bijection of the element's index, so that values repeat at most once.
+
+    Attributes:
+        shape: Shape of the tensor; elements are counted in row-major order.
+        key: Integers in [0, 2^63) that select the stream.
+    """
+
+    shape: tuple[int, ...]
+    key: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.numel > _LIMIT:
+            raise ValueError(f"a layer may have at most {_LIMIT} weights, got {self.shape}")
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def tensor(self, device: torch.device | str = "cpu") -> Tensor:
+        """Draw all elements: int32 tensor of `shape`."""
+        device = torch.device(device)
+        flat = torch.arange(self.numel, dtype=torch.int32, device=device)
+        if device.type != "cpu" or is_fake(flat):
+            return _hash(flat, self.key).view(self.shape)
+        for start in range(0, self.numel, CHUNK):
+            _hash(flat[start : start + CHUNK].numpy(), self.key)
+        return flat.view(self.shape)
+
+    def window(self, start: int, stop: int, step: int = 1) -> Tensor:
+        """Draw elements start, start + step, ... < stop of the flat tensor, on the CPU."""
+        flat = torch.arange(start, stop, step, dtype=torch.int32)
+        _hash(flat.numpy(), self.key)
+        return flat
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Say whether a tensor only pretends to have data (tracing), so that NumPy cannot see it."""
+    return type(tensor) is not Tensor
+
+
+def uniform(draw: Draw, device: torch.device | str = "cpu") -> Tensor:
+    """Draw float32 numbers uniform on [0, 1), multiples of 2^-24."""
+    return (draw.tensor(device) >> 7).to(torch.float32).mul_(2.0**-24)
+
+
+def normal(shape: Sequence[int], key: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Draw float32 standard normal numbers, less than 5.8 in magnitude (Box-Muller)."""
+    first, second = (Draw(tuple(shape), (*key, part)) for part in range(2))
+    radius = uniform(first, device).neg_().add_(1.0).log_().mul_(-2.0).sqrt_()
+    return radius.mul_(uniform(second, device).mul_(2.0 * math.pi).cos_())
+
+
+def _hash(x: _Array, key: tuple[int, ...]) -> _Array:
+    """Hash indices in place."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    first, second = struct.unpack("<ii", digest)
+    x ^= first
+    x ^= (x >> 16) & 0xFFFF  # int32 shifts are arithmetic; the mask makes them logical
+    x *= 0x85EBCA6B - (1 << 32)
+    x ^= second
+    x ^= (x >> 13) & 0x7FFFF
+    x *= 0xC2B2AE35 - (1 << 32)
+    x ^= (x >> 16) & 0xFFFF
+    x &= 0x7FFFFFFF
+    return x

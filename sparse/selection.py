@@ -1,0 +1,165 @@
+"""Pick exactly k entries of a tensor by magnitude, without a full sort and without a device sync.
+
+The rule is the same everywhere: entries are ranked by |score|, NaN above every number, and of equal
+scores the lower flat index (row-major, whatever the memory layout) ranks higher. On a device the
+k-th magnitude comes from topk and ties are resolved by a running count, all on the device. On a CPU
+a bound is estimated from a sample, one pass collects the entries beyond it, and the selection ends
+among those few; if the bound let too few through, the pass is repeated without it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse.rng import CHUNK, Draw, is_fake
+
+Scores = Tensor | Draw
+
+_SAMPLE = 1 << 13  # sampled entries per layer
+_SIGMAS = 4.0  # how far the bound lies on the safe side
+
+
+def largest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
+    """Mark the k entries of largest magnitude; among equals the lower flat index wins.
+
+    Args:
+        scores: Tensor of any float type, of non-negative int32, or a `Draw`.
+        k: How many, at most the number of candidates; a 0-dim integer tensor keeps a count that
+            only the device knows on the device.
+        among: bool tensor of the same shape, the candidates.
+
+    Returns:
+        bool tensor of the shape of `among`, contiguous, with exactly k entries True.
+    """
+    return _select(scores, k, among, want_largest=True)
+
+
+def smallest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
+    """Mark the k entries of smallest magnitude; among equals the higher flat index wins.
+
+    It is the complement of `largest` within the candidates; arguments and result are as there.
+    """
+    return _select(scores, k, among, want_largest=False)
+
+
+def _select(scores: Scores, k: int | Tensor, among: Tensor, *, want_largest: bool) -> Tensor:
+    flat = among.reshape(-1)
+    if flat.device.type == "cpu" and not is_fake(flat):
+        chosen = torch.zeros_like(flat)
+        chosen.numpy()[_select_cpu(scores, int(k), flat, want_largest)] = True
+    else:
+        tensor = scores.tensor(among.device) if isinstance(scores, Draw) else scores
+        chosen = _select_device(_order_keys(tensor.reshape(-1)), k, flat, want_largest)
+    return chosen.view(among.shape)
+
+
+def _order_keys(scores: Tensor) -> Tensor:
+    """Map scores to non-negative integers ordered as their magnitudes, NaN on top."""
+    if not scores.is_floating_point():
+        return scores
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
+    return scores.abs().view(integer)
+
+
+def _select_device(keys: Tensor, k: int | Tensor, among: Tensor, want_largest: bool) -> Tensor:
+    if isinstance(k, int) and k == 0:
+        return torch.zeros_like(among)
+    if not want_largest:  # reverse the order of the keys, and that of the ties by flipping
+        keys = torch.iinfo(keys.dtype).max - keys.flip(0)
+        return _select_device(keys, k, among.flip(0), want_largest=True).flip(0)
+    keys = keys.masked_fill(~among, -1)
+    threshold = _kth_largest(keys, k)
+    above = keys > threshold
+    equal = (keys == threshold) & among
+    missing = k - above.sum()
+    return above | (equal & (equal.cumsum(0, dtype=torch.int32) <= missing))
+
+
+def _kth_largest(keys: Tensor, k: int | Tensor) -> Tensor:
+    if isinstance(k, int):
+        return torch.topk(keys, k, sorted=False).values.amin()
+    # With k unknown to the host: sort and index. k = 0 reads the largest key, above which is none,
+    # and the count of missing ties is then zero.
+    return keys.sort(descending=True).values.gather(0, (k - 1).clamp(min=0).view(1))
+
+
+def _select_cpu(scores: Scores, k: int, among: Tensor, want_largest: bool) -> Any:
+    """Find the flat indices of the selection, as a NumPy array."""
+    numel = among.numel()
+    read = _reader(scores)
+    candidates = among.numpy()
+    if k == 0:
+        return slice(0)
+    bound = None
+    if numel > 4 * _SAMPLE:
+        step = numel // _SAMPLE
+        sample = abs(read(0, numel, step)[candidates[::step]])
+        bound = _bound(sample, k / step, want_largest)
+    index, values = _collect(read, candidates, bound, want_largest)
+    if bound is not None and len(index) < k:
+        index, values = _collect(read, candidates, None, want_largest)
+    assert len(index) >= k, f"asked for {k} of {len(index)} candidates"
+    return index[_exact(values, k, want_largest)]
+
+
+def _reader(scores: Scores) -> Callable[[int, int, int], Any]:
+    """Give a function that reads entries start, start + step, ... < stop into a NumPy array."""
+    if isinstance(scores, Draw):
+        draw = scores
+        return lambda start, stop, step: draw.window(start, stop, step).numpy()
+    flat = scores.detach().reshape(-1)
+    if flat.dtype in (torch.float16, torch.bfloat16):  # NumPy is slow with one, blind to the other
+        return lambda start, stop, step: flat[start:stop:step].float().numpy()
+    array = flat.numpy()
+    return lambda start, stop, step: array[start:stop:step]
+
+
+def _bound(sample: Any, wanted: float, want_largest: bool) -> Any:
+    """Estimate a magnitude beyond which at least the wanted entries lie, or None for no bound."""
+    size = len(sample)
+    share = wanted / max(size, 1)
+    if share >= 1.0:
+        return None
+    rank = int(wanted + _SIGMAS * math.sqrt(wanted * (1.0 - share))) + 2
+    if rank >= size:
+        return None
+    place = size - rank if want_largest else rank - 1
+    sample.partition(place)
+    return sample[place]
+
+
+def _collect(read: Callable[[int, int, int], Any], among: Any, bound: Any, above: bool) -> Any:
+    """List index and score of the candidates on the bound's far side, chunk by chunk."""
+    indices, values = [], []
+    for start in range(0, len(among), CHUNK):
+        inside = among[start : start + CHUNK]
+        score = read(start, start + len(inside), 1)
+        if bound is not None:
+            # Two comparisons are cheaper than |score|. The upper side is the complement of what is
+            # surely below the bound, because every comparison with NaN is false.
+            if above:
+                inside = inside & ~((score < bound) & (score > -bound))
+            else:
+                inside = inside & (score <= bound) & (score >= -bound)
+        hit = inside.nonzero()[0]
+        values.append(torch.from_numpy(score.take(hit)))
+        indices.append(torch.from_numpy(hit).add_(start))
+    return torch.cat(indices).numpy(), torch.cat(values)
+
+
+def _exact(values: Tensor, k: int, want_largest: bool) -> Any:
+    """Find the places of the k largest or smallest magnitudes, ties as documented."""
+    keys = _order_keys(values).numpy()
+    size = len(keys)
+    place = size - k if want_largest else k - 1
+    ordered = keys.copy()
+    ordered.partition(place)
+    threshold = ordered[place]
+    chosen = keys > threshold if want_largest else keys < threshold
+    ties = (keys == threshold).nonzero()[0]
+    missing = k - int(chosen.sum())
+    chosen[ties[:missing] if want_largest else ties[len(ties) - missing :]] = True
+    return chosen

@@ -1,0 +1,367 @@
+"""Hold the masks of a model in training and apply them around every optimizer step."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse import checkpoints, exploration, rng
+from sparse.averages import average_gradients
+from sparse.clock import Clock, found_inf, inverse_scale
+from sparse.connections import NewConnections, disconnect
+from sparse.consistency import verify_across_ranks
+from sparse.gates import count_active, gate_mask, make_gate, zero_inactive
+from sparse.layers import named_parameters, prunable
+from sparse.masks import random_mask
+from sparse.methods import Method, Tensors
+from sparse.optimizers import check_optimizer, restore_gradients, withhold_gradients
+
+
+class Sparsifier:
+    """Train a model with masks that follow a method.
+
+    It hooks the optimizer, so that a training loop stays as it was. Before a step it zeroes the
+    gradients of inactive weights; weights and optimizer state of inactive connections are exactly 0
+    from the start, hence stay 0. When the method is due, it updates the masks.
+
+    Attributes:
+        method: The method.
+        num_updates: Topology updates so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        method: Method,
+        *,
+        num_active: Mapping[str, int],
+        maskable: Collection[str] | None = None,
+        masks: Tensors | None = None,
+        new_connections: NewConnections | None = None,
+        seed: int = 0,
+        hooks: bool = True,
+        track_exploration: bool = False,
+    ) -> None:
+        """Mask the model's weights and hook the optimizer.
+
+        Args:
+            model: The model; DDP and torch.compile wrappers do no harm.
+            optimizer: Its optimizer. What it holds at inactive connections is zeroed.
+            method: The method.
+            num_active: Name -> number of active weights to begin with, for each weight that
+                `prunable` lists, in that order (see `allocate`).
+            maskable: Names of the weights that may have a mask; by default those that begin with
+                less than all weights active.
+            masks: Masks to begin with, by name, with the counts of `num_active`; random ones by
+                default.
+            new_connections: How new connections begin; at zero by default.
+            seed: Seed of the random masks.
+            hooks: Whether to hook the optimizer; if not, call `before_step` and `after_step`
+                around each step that is really taken (with a GradScaler, use the hooks).
+            track_exploration: Whether to record which weights were ever active (1 bit per weight).
+
+        Raises:
+            ValueError: An argument does not fit the model or the optimizer.
+        """
+        self.method = method
+        self.num_updates = 0
+        self._weights = prunable(model)
+        if list(num_active) != list(self._weights):
+            raise ValueError("num_active must have the names that prunable(model) lists, in order")
+        if maskable is None:
+            maskable = {name for name, w in self._weights.items() if num_active[name] < w.numel()}
+        self._maskable = [name for name in self._weights if name in maskable]
+        check_optimizer(optimizer, {name: self._weights[name] for name in self._maskable})
+        self._optimizer = optimizer
+        self._new_connections = new_connections or NewConnections()
+        self._new_connections.check(method, optimizer)
+        self._clock = Clock()
+        self._gates: dict[str, Tensor] = {}
+        self._averages: dict[str, Tensor] = {}
+        self._method_state: dict[str, Tensor] = {}
+        self._last_update: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] | None = None
+        self._update_follows = False  # an update is to happen after the step under way
+        self._counts_step = True  # the step under way advances the clock
+        self._verified = False
+        self._withheld: list[tuple[nn.Parameter, Tensor]] = []
+        if masks is None:
+            masks = self._random_masks(num_active, seed)
+        self._install(masks)
+        checkpoints.check_counts(self._masks(self._gates), num_active)
+        self._explored: dict[str, Tensor] | None = {} if track_exploration else None
+        self._explore()
+        self._handles = []
+        if hooks:
+            self._handles.append(optimizer.register_step_pre_hook(self._pre_hook))
+            self._handles.append(optimizer.register_step_post_hook(self._post_hook))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken, the index of the coming one; may wait for the device."""
+        return self._clock.read()
+
+    @property
+    def is_update_step(self) -> bool:
+        """Whether the coming step comes with a topology update, should it not overflow."""
+        return self._is_due(self.step)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Name -> bool mask of every prunable weight, all True for dense ones; not to write to."""
+        return self._masks(self._weights)
+
+    @property
+    def num_active(self) -> dict[str, int]:
+        """Name -> number of active weights of every prunable weight. May wait for the device."""
+        if self._counts is None:
+            sums = {name: count_active(gate) for name, gate in self._gates.items()}
+            device = next(iter(sums.values())).device
+            counts = torch.stack([value.to(device) for value in sums.values()]).tolist()
+            self._counts = {name: weight.numel() for name, weight in self._weights.items()}
+            self._counts.update(zip(sums, counts, strict=True))
+        return dict(self._counts)
+
+    def remove(self) -> None:
+        """Unhook the optimizer; weights stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Do what precedes an optimizer step: mask the gradients, or update in the step's place."""
+        if not self._verified:
+            self._verify()
+        overflow = found_inf(self._optimizer)
+        decay = self.method.gradient_decay
+        if decay is not None:
+            average_gradients(self._averages, self._weights, self._maskable, decay, self._optimizer)
+        due = self._is_due_now(overflow)
+        self._update_follows = due and self.method.timing == "after"
+        self._counts_step = not (due and self.method.timing == "once")
+        if due and not self._update_follows:
+            self._update()
+            self._withheld = withhold_gradients(self._optimizer)
+            return
+        for name, gate in self._gates.items():
+            gradient = self._weights[name].grad
+            if gradient is not None:
+                zero_inactive(gradient, gate)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Do what follows an optimizer step: count it, and update if the method says so."""
+        restore_gradients(self._withheld)
+        self._withheld = []
+        if self._update_follows:
+            self._update()
+        if self._counts_step:
+            self._clock.tick(found_inf(self._optimizer))
+
+    @torch.no_grad()
+    def apply_to(self, module: nn.Module) -> None:
+        """Zero the inactive weights of another module with the same parameter names.
+
+        An average over training (EMA) of weights under moving masks is not sparse until then.
+
+        Raises:
+            ValueError: The module lacks a masked weight, or it has another shape there.
+        """
+        parameters = named_parameters(module)
+        for name, gate in self._gates.items():
+            weight = parameters.get(name)
+            if weight is None:
+                raise ValueError(f"the module to mask has no parameter {name}")
+            if weight.shape != gate.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(weight.shape)} in the module to mask, "
+                    f"its mask {tuple(gate.shape)}"
+                )
+            zero_inactive(weight, gate.to(weight.device))
+
+    def metrics(self) -> dict[str, float]:
+        """Summarize masks and the last update for a log. Waits for the device.
+
+        Returns:
+            "sparsity" over all prunable weights and "sparsity.<layer>" of each; after an update
+            "dropped" and "grown", the connections that went and came with it, and "drop_fraction"
+            if the method has one; with track_exploration "exploration_rate", the share of maskable
+            weights that were ever active.
+        """
+        active = self.num_active
+        sizes = {name: weight.numel() for name, weight in self._weights.items()}
+        metrics = {"sparsity": 1.0 - sum(active.values()) / sum(sizes.values())}
+        for name, size in sizes.items():
+            metrics[f"sparsity.{name.removesuffix('.weight')}"] = 1.0 - active[name] / size
+        metrics.update({name: float(value) for name, value in self._last_update.items()})
+        if self._explored is not None:
+            maskable = sum(sizes[name] for name in self._maskable)
+            metrics["exploration_rate"] = exploration.count(self._explored) / max(maskable, 1)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give all that a resumed run needs: numbers, strings and tensors on the CPU."""
+        return checkpoints.save(
+            method=self.method.name,
+            step=self.step,
+            num_updates=self.num_updates,
+            last_update={name: float(value) for name, value in self._last_update.items()},
+            masks=self._masks(self._gates),
+            averages=self._averages,
+            method_state=self._method_state,
+            explored=self._explored,
+        )
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` left off; also masks the weights and the optimizer's state.
+
+        Raises:
+            ValueError: A key is missing, or method, names, shapes or counts do not fit this run.
+        """
+        checkpoints.check(state, self.method.name)
+        maskable = {name: self._weights[name] for name in self._maskable}
+        # A method that begins dense has no masks before its first update.
+        masks = checkpoints.load_masks(state, maskable if state["masks"] else {})
+        if self.method.keeps_counts:
+            checkpoints.check_counts(masks, self.num_active)
+        averages = self.method.gradient_decay is not None
+        self._averages = checkpoints.load_averages(state, maskable, wanted=averages)
+        if self._explored is not None:
+            self._explored = checkpoints.load_explored(state, maskable)
+        device = next(iter(self._weights.values())).device
+        self._method_state = {name: v.to(device) for name, v in state["method_state"].items()}
+        self._last_update = dict(state["last_update"])
+        self.num_updates = state["num_updates"]
+        self._clock = Clock(state["step"])
+        self._install(masks)
+
+    def _pre_hook(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) > 1 or kwargs.get("closure") is not None:  # args[0] is the optimizer
+            raise ValueError(
+                "a sparse model cannot train with a closure, which computes gradients inside the "
+                "step; call loss.backward() before optimizer.step()"
+            )
+        self.before_step()
+
+    def _post_hook(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.after_step()
+
+    def _is_due(self, step: int) -> bool:
+        if not self._maskable or (self.method.timing == "once" and self.num_updates > 0):
+            return False
+        return self.method.due(step)
+
+    def _is_due_now(self, overflow: Tensor | None) -> bool:
+        """Decide on an update; asks the device only when one may be due and a step may be skipped.
+
+        The clock's bound cannot run past a due step unseen: it is exact after every question.
+        """
+        if not self._is_due(self._clock.bound) or not self._is_due(self._clock.read()):
+            return False
+        return overflow is None or not bool(overflow.item())
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Collect what the method sees as gradients."""
+        if self.method.gradient_decay is not None:
+            return dict(self._averages)
+        if self.method.timing == "after":
+            return {}
+        gradients = {name: self._weights[name].grad for name in self._maskable}
+        unscale = inverse_scale(self._optimizer)
+        return {
+            name: gradient if unscale is None else gradient * unscale
+            for name, gradient in gradients.items()
+            if gradient is not None
+        }
+
+    def _update(self) -> None:
+        step = self._clock.read()
+        old = self._masks(self._maskable)
+        weights = {name: self._weights[name].detach() for name in self._maskable}
+        gradients = self._gradients()
+        survivors = self.method.survivors(old, weights, step)
+        new = self.method.update(old, weights, gradients, step, self._method_state)
+        dropped, grown = [], []
+        for index, name in enumerate(self._weights):
+            if name not in old:
+                continue
+            weight = self._weights[name]
+            _check_mask(new.get(name), weight, name, self.method.name)
+            fresh = new[name] & ~old[name]
+            dropped.append((old[name] & ~new[name]).sum())
+            grown.append(fresh.sum())
+            if name not in self._gates:
+                self._gates[name] = make_gate(new[name], weight)
+            if survivors[name] is not old[name]:
+                disconnect(self._optimizer, weight, self._gates[name], survivors[name])
+            disconnect(self._optimizer, weight, self._gates[name], new[name])
+            key = (self._new_connections.seed, step, index, rng.GROW_WEIGHT)
+            self._new_connections.write(self._optimizer, weight, fresh, gradients.get(name), key)
+        self._finish_update(dropped, grown, step)
+
+    def _finish_update(self, dropped: list[Tensor], grown: list[Tensor], step: int) -> None:
+        self.num_updates += 1
+        self._counts = None
+        self._last_update = {"dropped": _total(dropped), "grown": _total(grown)}
+        fraction = self.method.drop_fraction(step)
+        if fraction is not None:
+            self._last_update["drop_fraction"] = fraction
+        self._explore()
+        self._verify()
+
+    def _masks(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Make the masks of some layers; a layer without a gate is dense, at no cost."""
+        return {
+            name: gate_mask(self._gates[name])
+            if name in self._gates
+            else torch.ones((), dtype=torch.bool, device=self._weights[name].device).expand(
+                self._weights[name].shape
+            )
+            for name in names
+        }
+
+    def _random_masks(self, num_active: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+        masks = {}
+        for index, (name, weight) in enumerate(self._weights.items()):
+            if num_active[name] < weight.numel():
+                key = (seed, 0, index, rng.INITIAL_MASK)
+                masks[name] = random_mask(weight.shape, num_active[name], key, weight.device)
+        return masks
+
+    @torch.no_grad()
+    def _install(self, masks: Tensors) -> None:
+        """Take masks over and zero what they leave inactive."""
+        for name, mask in masks.items():
+            if name not in self._maskable:
+                raise ValueError(f"there is a mask for {name}, which is not a maskable weight")
+            weight = self._weights[name]
+            _check_mask(mask, weight, name, "the caller")
+            self._gates[name] = make_gate(mask, weight)
+            disconnect(self._optimizer, weight, self._gates[name], mask)
+        self._counts = None
+
+    def _explore(self) -> None:
+        if self._explored is not None:
+            exploration.record(self._explored, self._masks(self._maskable))
+
+    def _verify(self) -> None:
+        verify_across_ranks(self._masks(self._gates))
+        self._verified = True
+
+
+def _check_mask(mask: Tensor | None, weight: Tensor, name: str, source: str) -> None:
+    if mask is None or mask.dtype != torch.bool or mask.shape != weight.shape:
+        found = "none" if mask is None else f"{mask.dtype} of {tuple(mask.shape)}"
+        raise ValueError(
+            f"{name} needs a bool mask of {tuple(weight.shape)}, {source} gave {found}"
+        )
+
+
+def _total(counts: list[Tensor]) -> Tensor:
+    device = counts[0].device
+    return torch.stack([count.to(device) for count in counts]).sum()
