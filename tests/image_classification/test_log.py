@@ -293,11 +293,12 @@ def test_progress_on_a_terminal_leaves_records_whole(monkeypatch: pytest.MonkeyP
     with os.fdopen(shown, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         show_progress()
-    screen = ""
+    content = b""
     with contextlib.suppress(OSError):  # the end of what a closed terminal has shown
         while True:
-            screen += os.read(seen, 1 << 16).decode()
+            content += os.read(seen, 1 << 16)
     os.close(seen)
+    screen = content.decode()
     assert "epoch 0" in screen
     assert "loss=2.5" in screen
     assert "sparsity=0.9" in screen
