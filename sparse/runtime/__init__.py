@@ -1,0 +1,25 @@
+"""Run trained sparse networks for real: compact files and CPU kernels that skip the zeros.
+
+    network = sparse.runtime.load("network.safetensors")
+    logits = network(images)
+
+A file is written by `save` (or `export.py`); `graph.trace` gives the graph it needs.
+"""
+
+from sparse.runtime.format import DTYPES, Compact, Header, read, save
+from sparse.runtime.graph import Node, trace
+from sparse.runtime.native import BuildError
+from sparse.runtime.network import Network, load
+
+__all__ = [
+    "DTYPES",
+    "BuildError",
+    "Compact",
+    "Header",
+    "Network",
+    "Node",
+    "load",
+    "read",
+    "save",
+    "trace",
+]

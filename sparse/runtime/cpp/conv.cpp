@@ -1,0 +1,223 @@
+#include "conv.h"
+
+#include <algorithm>
+
+namespace sparse_runtime {
+namespace {
+
+template <int VX, int VY, int SX>
+constexpr TileFunction tile() {
+  return &SparseTile<VX, VY, SX, std::make_integer_sequence<int, VX * VY>>::run;
+}
+
+template <int VY, int SX, int... X>
+TileFunction pick(int64_t vectors, std::integer_sequence<int, X...>) {
+  static constexpr TileFunction table[] = {tile<X + 1, VY, SX>()...};
+  return vectors >= 1 && vectors <= int64_t(sizeof...(X)) ? table[vectors - 1] : nullptr;
+}
+
+template <int VY, int SX>
+TileFunction pick(int64_t vectors) {
+  constexpr int most = VY == 1 ? 8 : kMaxTile / VY;
+  return pick<VY, SX>(vectors, std::make_integer_sequence<int, most>());
+}
+
+template <int SX>
+TileFunction pick(int64_t vectors, int64_t rows) {
+  switch (rows) {
+    case 1: return pick<1, SX>(vectors);
+    case 2: return pick<2, SX>(vectors);
+    case 3: return pick<3, SX>(vectors);
+    case 4: return pick<4, SX>(vectors);
+    case 5: return pick<5, SX>(vectors);
+    case 6: return pick<6, SX>(vectors);
+    case 7: return pick<7, SX>(vectors);
+    default: return nullptr;
+  }
+}
+
+// Part `index` of `count` nearly equal parts of [begin, end): its first element.
+int64_t cut(int64_t begin, int64_t end, int64_t index, int64_t count) {
+  return begin + (end - begin) * index / count;
+}
+
+}  // namespace
+
+TileFunction find_tile(int64_t vectors, int64_t rows, int64_t stride_x) {
+  if (stride_x == 1) return pick<1>(vectors, rows);
+  if (stride_x == 2) return pick<2>(vectors, rows);
+  return nullptr;
+}
+
+void fill_halo(const Op& op, float* out, int64_t y0, int64_t y1, int64_t c0, int64_t c1) {
+  if (op.halo == 0) return;
+  const int64_t n = op.vectors;
+  for (int64_t y = y0; y < y1; ++y) {
+    for (int64_t c = c0; c < c1; ++c) {
+      float* plane = out + y * op.out_row + c * op.out_plane;
+      for (int64_t k = 0; k < op.halo; ++k) {
+        const int64_t left = n - 1 - k % n, right = k % n, shift = k / n + 1;
+        const Vec before = load(plane + left * kLanes), after = load(plane + right * kLanes);
+        // The shift is 1 but for rows shorter than the padding: let the compiler know it.
+        store(plane - (k + 1) * kLanes,
+              shift == 1 ? shift_lanes(before, 1) : shift_lanes(before, shift));
+        store(plane + (n + k) * kLanes,
+              shift == 1 ? shift_lanes(after, -1) : shift_lanes(after, -shift));
+      }
+    }
+  }
+}
+
+void sparse_conv(const Op& op, float* arena, int64_t part, int64_t y0, int64_t y1,
+                 float* scratch) {
+  const int64_t tiles_y = (y1 - y0 + op.tile_rows - 1) / op.tile_rows;
+  const int64_t tiles_x = (op.vectors + op.tile_vectors - 1) / op.tile_vectors;
+  float* out = arena + op.out;
+  for (int64_t ty = 0; ty < tiles_y; ++ty) {
+    const int64_t y = cut(y0, y1, ty, tiles_y), y_end = cut(y0, y1, ty + 1, tiles_y);
+    for (int64_t tx = 0; tx < tiles_x; ++tx) {
+      const int64_t x = cut(0, op.vectors, tx, tiles_x);
+      const TileFunction run =
+          find_tile(cut(0, op.vectors, tx + 1, tiles_x) - x, y_end - y, op.stride_x);
+      run(op, part, arena + op.in + y * op.stride_y * op.in_row + x * op.stride_x * kLanes,
+          out + y * op.out_row + x * kLanes,
+          op.res < 0 ? nullptr : arena + op.res + y * op.res_row + x * kLanes,
+          op.mask ? op.mask + x * kLanes : nullptr, scratch);
+    }
+    fill_halo(op, out, y, y_end, op.part_begin[part], op.part_begin[part + 1]);
+  }
+}
+
+namespace {
+
+// Call f(0), .., f(N - 1) with constants of the compiler.
+template <int N, typename F, int... I>
+inline __attribute__((always_inline)) void for_each(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+
+template <int N, typename F>
+inline __attribute__((always_inline)) void for_each(F f) {
+  for_each<N>(f, std::make_integer_sequence<int, N>());
+}
+
+struct DenseTile {
+  int64_t in[kDenseVectors], out[kDenseVectors], res[kDenseVectors], column[kDenseVectors];
+};
+
+template <int NV>
+void pack(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int64_t k1,
+          float* packed) {
+  for (int64_t k = k0; k < k1; ++k, packed += NV * kLanes) {
+    const float* source = in + op.offsets[k];
+    for (int i = 0; i < NV; ++i) store(packed + i * kLanes, load(source + tile.in[i]));
+  }
+}
+
+// Four output channels by NV vectors, terms k0 <= k < k1.
+template <int NV>
+void multiply(const Op& op, const DenseTile& tile, int64_t c, int64_t k0, int64_t k1,
+              const float* packed, float* partial, float* out, const float* res) {
+  Vec s0[NV], s1[NV], s2[NV], s3[NV];
+  const int64_t last = op.channels - 1;
+#pragma GCC unroll 3
+  for (int i = 0; i < NV; ++i) {
+    if (k0 == 0) {
+      s0[i] = broadcast(op.bias[c]);
+      s1[i] = broadcast(op.bias[std::min(c + 1, last)]);
+      s2[i] = broadcast(op.bias[std::min(c + 2, last)]);
+      s3[i] = broadcast(op.bias[std::min(c + 3, last)]);
+    } else {
+      s0[i] = load(partial + i * kLanes);
+      s1[i] = load(partial + (NV + i) * kLanes);
+      s2[i] = load(partial + (2 * NV + i) * kLanes);
+      s3[i] = load(partial + (3 * NV + i) * kLanes);
+    }
+  }
+  const float* w = op.weights + (c / kDenseChannels * op.depth + k0) * kDenseChannels;
+  for (int64_t k = k0; k < k1; ++k, w += kDenseChannels, packed += NV * kLanes) {
+    // All inputs are loaded before the weights: 12 sums, 3 inputs and a weight fill 16 registers.
+    Vec x[NV];
+    for_each<NV>([&](auto i) { x[i] = load(packed + i * kLanes); });
+    Vec weight = broadcast(w[0]);
+    for_each<NV>([&](auto i) { s0[i] += weight * x[i]; });
+    weight = broadcast(w[1]);
+    for_each<NV>([&](auto i) { s1[i] += weight * x[i]; });
+    weight = broadcast(w[2]);
+    for_each<NV>([&](auto i) { s2[i] += weight * x[i]; });
+    weight = broadcast(w[3]);
+    for_each<NV>([&](auto i) { s3[i] += weight * x[i]; });
+  }
+  if (k1 < op.depth) {
+#pragma GCC unroll 3
+    for (int i = 0; i < NV; ++i) {
+      store(partial + i * kLanes, s0[i]);
+      store(partial + (NV + i) * kLanes, s1[i]);
+      store(partial + (2 * NV + i) * kLanes, s2[i]);
+      store(partial + (3 * NV + i) * kLanes, s3[i]);
+    }
+    return;
+  }
+  const auto finish = [&](Vec v, int i, int64_t channel) {
+    if (channel > last) return;
+    if (res) v += load(res + channel * op.res_plane + tile.res[i]);
+    if (op.relu) v = maximum(v, Vec{});
+    if (op.mask) v = keep(v, load_mask(op.mask + tile.column[i] * kLanes));
+    store(out + channel * op.out_plane + tile.out[i], v);
+  };
+#pragma GCC unroll 3
+  for (int i = 0; i < NV; ++i) {
+    finish(s0[i], i, c);
+    finish(s1[i], i, c + 1);
+    finish(s2[i], i, c + 2);
+    finish(s3[i], i, c + 3);
+  }
+}
+
+template <int NV>
+void dense_tile(const Op& op, float* arena, int64_t part, const DenseTile& tile, float* scratch) {
+  float* packed = scratch;
+  float* partials = scratch + kDenseDepth * kDenseVectors * kLanes;
+  const int64_t first = op.part_begin[part], end = op.part_begin[part + 1];
+  const float* res = op.res < 0 ? nullptr : arena + op.res;
+  for (int64_t k0 = 0; k0 < op.depth; k0 += kDenseDepth) {
+    const int64_t k1 = std::min(k0 + kDenseDepth, op.depth);
+    pack<NV>(op, arena + op.in, tile, k0, k1, packed);
+    for (int64_t c = first; c < end; c += kDenseChannels) {
+      multiply<NV>(op, tile, c, k0, k1, packed, partials + (c - first) * NV * kLanes,
+                   arena + op.out, res);
+    }
+  }
+}
+
+}  // namespace
+
+void dense_conv(const Op& op, float* arena, int64_t part, int64_t y0, int64_t y1,
+                float* scratch) {
+  const int64_t total = (y1 - y0) * op.vectors;
+  const int64_t tiles = (total + kDenseVectors - 1) / kDenseVectors;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = cut(0, total, t, tiles), size = cut(0, total, t + 1, tiles) - begin;
+    DenseTile tile{};
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t y = y0 + (begin + i) / op.vectors, x = (begin + i) % op.vectors;
+      tile.in[i] = y * op.stride_y * op.in_row + x * op.stride_x * kLanes;
+      tile.out[i] = y * op.out_row + x * kLanes;
+      tile.res[i] = y * op.res_row + x * kLanes;
+      tile.column[i] = x;
+    }
+    if (size == 3) dense_tile<3>(op, arena, part, tile, scratch);
+    if (size == 2) dense_tile<2>(op, arena, part, tile, scratch);
+    if (size == 1) dense_tile<1>(op, arena, part, tile, scratch);
+  }
+  fill_halo(op, arena + op.out, y0, y1, op.part_begin[part], op.part_begin[part + 1]);
+}
+
+int64_t scratch_floats(const Op& op) {
+  const int64_t channels = op.channels + kDenseChannels;
+  if (op.kind == kSparseConv) return channels * kMaxTile * kLanes;
+  if (op.kind == kDenseConv) return (kDenseDepth + channels) * kDenseVectors * kLanes;
+  return 0;
+}
+
+}  // namespace sparse_runtime

@@ -1,0 +1,140 @@
+#include "layers.h"
+
+#include <limits>
+
+#include "conv.h"
+#include "simd.h"
+
+namespace sparse_runtime {
+
+void read_input(const Op& op, const float* image, float* arena, int64_t y0, int64_t y1) {
+  for (int64_t y = y0; y < y1; ++y) {
+    for (int64_t c = 0; c < op.channels; ++c) {
+      const float* in = image + (c * op.height + y) * op.width;
+      float* out = arena + op.out + y * op.out_row + c * op.out_plane;
+      for (int64_t i = 0; i < op.vectors * kLanes; ++i) {
+        const int32_t column = op.offsets[i];
+        out[i] = column < 0 ? 0.0f : in[column];
+      }
+    }
+  }
+  fill_halo(op, arena + op.out, y0, y1, 0, op.channels);
+}
+
+void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
+  for (int64_t y = y0; y < y1; ++y) {
+    for (int64_t c = 0; c < op.channels; ++c) {
+      const float* in = arena + op.in + y * op.stride_y * op.in_row + c * op.in_plane;
+      float* out = arena + op.out + y * op.out_row + c * op.out_plane;
+      for (int64_t i = 0; i < op.vectors * kLanes; ++i) {
+        const int32_t place = op.offsets[i];
+        out[i] = place < 0 ? 0.0f : in[place];
+      }
+    }
+  }
+  fill_halo(op, arena + op.out, y0, y1, 0, op.channels);
+}
+
+void write_output(const Op& op, const float* arena, float* image, int64_t y0, int64_t y1) {
+  for (int64_t y = y0; y < y1; ++y) {
+    for (int64_t c = 0; c < op.channels; ++c) {
+      const float* in = arena + op.in + y * op.in_row + c * op.in_plane;
+      float* out = image + (c * op.height + y) * op.width;
+      for (int64_t i = 0; i < op.vectors * kLanes; ++i) {
+        if (op.offsets[i] >= 0) out[op.offsets[i]] = in[i];
+      }
+    }
+  }
+}
+
+void max_pool(const Op& op, float* arena, int64_t y0, int64_t y1) {
+  const Vec lowest = broadcast(-std::numeric_limits<float>::infinity());
+  for (int64_t y = y0; y < y1; ++y) {
+    for (int64_t c = 0; c < op.channels; ++c) {
+      const float* in = arena + op.in + c * op.in_plane;
+      float* out = arena + op.out + y * op.out_row + c * op.out_plane;
+      for (int64_t i = 0; i < op.vectors; ++i) {
+        Vec best = lowest;
+        for (int64_t dy = 0; dy < op.depth; ++dy) {
+          const int64_t row = y * op.stride_y + dy - op.pad;
+          if (row < 0 || row >= op.height) continue;
+          const int64_t first = i * op.stride_x;
+          const float* p = in + row * op.in_row + (first - op.pad) * kLanes;
+          const int32_t* valid = op.offsets + first * kLanes;
+          for (int64_t dx = 0; dx < op.depth; ++dx) {
+            const Vec v = load(p + dx * kLanes);
+            best = maximum(load_mask(valid + dx * kLanes) ? v : lowest, best);
+          }
+        }
+        store(out + i * kLanes, op.mask ? keep(best, load_mask(op.mask + i * kLanes)) : best);
+      }
+    }
+  }
+  fill_halo(op, arena + op.out, y0, y1, 0, op.channels);
+}
+
+namespace {
+
+float sum_lanes(Vec v) {
+  float sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += v[lane];
+  return sum;
+}
+
+}  // namespace
+
+void mean_pool(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1) {
+  const int64_t vectors = op.vectors;
+  for (int64_t c = c0; c < c1; ++c) {
+    const float* in = arena + op.in + c * op.in_plane;
+    Vec sum{};
+    for (int64_t y = 0; y < op.height; ++y) {
+      for (int64_t i = 0; i < vectors; ++i) sum += load(in + y * op.in_row + i * kLanes);
+    }
+    out[c] = sum_lanes(sum) / float(op.depth);
+  }
+}
+
+namespace {
+
+float sparse_dot(const Connection* p, int64_t n, const float* x) {
+  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+  for (; n >= 4; n -= 4, p += 4) {
+    s0 += p[0].weight * x[p[0].offset];
+    s1 += p[1].weight * x[p[1].offset];
+    s2 += p[2].weight * x[p[2].offset];
+    s3 += p[3].weight * x[p[3].offset];
+  }
+  for (; n > 0; --n, ++p) s0 += p->weight * x[p->offset];
+  return (s0 + s1) + (s2 + s3);
+}
+
+// `depth` is a multiple of the lanes.
+float dense_dot(const float* w, const float* x, int64_t depth) {
+  Vec s0{}, s1{}, s2{}, s3{};
+  int64_t k = 0;
+  for (; k + 4 * kLanes <= depth; k += 4 * kLanes) {
+    s0 += load(w + k) * load(x + k);
+    s1 += load(w + k + kLanes) * load(x + k + kLanes);
+    s2 += load(w + k + 2 * kLanes) * load(x + k + 2 * kLanes);
+    s3 += load(w + k + 3 * kLanes) * load(x + k + 3 * kLanes);
+  }
+  for (; k < depth; k += kLanes) s0 += load(w + k) * load(x + k);
+  return sum_lanes((s0 + s1) + (s2 + s3));
+}
+
+}  // namespace
+
+void linear(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1) {
+  const float* x = arena + op.in;
+  for (int64_t c = c0; c < c1; ++c) {
+    const float dot = op.kind == kSparseLinear
+                          ? sparse_dot(op.connections + op.row_begin[c],
+                                       op.row_begin[c + 1] - op.row_begin[c], x)
+                          : dense_dot(op.weights + c * op.depth, x, op.depth);
+    const float y = dot + op.bias[c];
+    out[c] = op.relu && y < 0 ? 0.0f : y;
+  }
+}
+
+}  // namespace sparse_runtime

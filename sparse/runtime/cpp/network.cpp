@@ -1,0 +1,210 @@
+// The C interface: a network is a list of operations, one arena per thread and a pool.
+#include <time.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "conv.h"
+#include "layers.h"
+#include "pool.h"
+
+namespace sparse_runtime {
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr size_t kHugePage = size_t(2) << 20;
+
+// Zeroed floats, aligned to a cache line; large ones on huge pages, where the system has them.
+class Floats {
+ public:
+  explicit Floats(int64_t count) {
+    size_t bytes = std::max<size_t>(size_t(count) * sizeof(float), kAlignment);
+    const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    data_ = static_cast<float*>(std::aligned_alloc(alignment, bytes));
+    if (!data_) throw std::bad_alloc();
+#ifdef __linux__
+    if (alignment == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
+    std::memset(data_, 0, bytes);
+  }
+  ~Floats() { std::free(data_); }
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+  float* get() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+struct Image {
+  const float* pixels;
+  float* arena;
+  float* logits;
+};
+
+// A step of an operation: some rows of some channels.
+struct Step {
+  int64_t part, begin, end;
+};
+
+bool is_conv(const Op& op) { return op.kind == kSparseConv || op.kind == kDenseConv; }
+
+bool is_vector(const Op& op) {
+  return op.kind == kMeanPool || op.kind == kSparseLinear || op.kind == kDenseLinear;
+}
+
+void run_step(const Op& op, const Image& image, const Step& s, float* scratch) {
+  float* out = op.out < 0 ? image.logits : image.arena + op.out;
+  switch (op.kind) {
+    case kInput: return read_input(op, image.pixels, image.arena, s.begin, s.end);
+    case kSparseConv: return sparse_conv(op, image.arena, s.part, s.begin, s.end, scratch);
+    case kDenseConv: return dense_conv(op, image.arena, s.part, s.begin, s.end, scratch);
+    case kMaxPool: return max_pool(op, image.arena, s.begin, s.end);
+    case kRepack: return repack(op, image.arena, s.begin, s.end);
+    case kOutput: return write_output(op, image.arena, out, s.begin, s.end);
+    case kMeanPool: return mean_pool(op, image.arena, out, s.begin, s.end);
+    default: return linear(op, image.arena, out, s.begin, s.end);
+  }
+}
+
+void run_whole(const Op& op, const Image& image, float* scratch) {
+  const int64_t size = is_vector(op) ? op.channels : op.rows;
+  const int64_t parts = is_conv(op) ? op.num_parts : 1;
+  for (int64_t part = 0; part < parts; ++part) run_step(op, image, {part, 0, size}, scratch);
+}
+
+class Network {
+ public:
+  Network(const Op* ops, int64_t num_ops, int64_t arena_floats, int threads)
+      : ops_(ops, ops + num_ops), arena_floats_(arena_floats), pool_(threads) {
+    int64_t scratch = 0;
+    for (const Op& op : ops_) scratch = std::max(scratch, scratch_floats(op));
+    for (int i = 0; i < threads; ++i) scratch_.push_back(std::make_unique<Floats>(scratch));
+    arenas_.push_back(std::make_unique<Floats>(arena_floats));
+  }
+
+  void run(const float* images, int64_t image_size, float* logits, int64_t logits_size, int64_t n) {
+    const int64_t threads = pool_.size();
+    const int64_t side_by_side = threads > 1 ? n / threads * threads : 0;
+    if (side_by_side > 0) {
+      while (int64_t(arenas_.size()) < threads) {
+        arenas_.push_back(std::make_unique<Floats>(arena_floats_));
+      }
+      pool_.run(side_by_side, [&](int64_t i, int thread) {
+        const Image image{images + i * image_size, arenas_[thread]->get(),
+                          logits + i * logits_size};
+        for (const Op& op : ops_) run_whole(op, image, scratch_[thread]->get());
+      });
+    }
+    for (int64_t i = side_by_side; i < n; ++i) {
+      const Image image{images + i * image_size, arenas_[0]->get(), logits + i * logits_size};
+      for (const Op& op : ops_) run_shared(op, image);
+    }
+  }
+
+  // Least processor time, in seconds, of one operation on what the arena holds.
+  double time(const Op& op, int repetitions) {
+    double best = 1e30;
+    std::vector<float> logits(size_t(op.channels));
+    const Image image{logits.data(), arenas_[0]->get(), logits.data()};
+    for (int i = 0; i < repetitions; ++i) {
+      const double start = now();
+      run_whole(op, image, scratch_[0]->get());
+      best = std::min(best, now() - start);
+    }
+    return best;
+  }
+
+  void profile(const float* images, float* logits, double* seconds) {
+    const Image image{images, arenas_[0]->get(), logits};
+    for (size_t i = 0; i < ops_.size(); ++i) {
+      const double start = now();
+      run_whole(ops_[i], image, scratch_[0]->get());
+      seconds[i] = now() - start;
+    }
+  }
+
+ private:
+  static double now() {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+  }
+
+  // One image on all threads: rows are dealt out, and ranges of channels where a layer has them.
+  void run_shared(const Op& op, const Image& image) {
+    if (pool_.size() == 1) return run_whole(op, image, scratch_[0]->get());
+    const int64_t size = is_vector(op) ? op.channels : op.rows;
+    const int64_t parts = is_conv(op) ? op.num_parts : 1;
+    int64_t grain = op.kind == kSparseConv ? op.tile_rows : 1;
+    // A few steps per thread even out; more only cost.
+    grain = std::max(grain, size * parts / (4 * pool_.size()));
+    const int64_t steps = (size + grain - 1) / grain;
+    pool_.run(steps * parts, [&](int64_t i, int thread) {
+      const int64_t step = i / parts;
+      run_step(op, image, {i % parts, size * step / steps, size * (step + 1) / steps},
+               scratch_[thread]->get());
+    });
+  }
+
+  std::vector<Op> ops_;
+  int64_t arena_floats_;
+  std::vector<std::unique_ptr<Floats>> arenas_, scratch_;
+  Pool pool_;
+};
+
+}  // namespace
+}  // namespace sparse_runtime
+
+using sparse_runtime::Network;
+using sparse_runtime::Op;
+
+extern "C" {
+
+int64_t sparse_runtime_lanes() { return sparse_runtime::kLanes; }
+int64_t sparse_runtime_op_size() { return int64_t(sizeof(Op)); }
+
+// 1 if there is a kernel for such a tile of a sparse convolution.
+int64_t sparse_runtime_has_tile(int64_t vectors, int64_t rows, int64_t stride_x) {
+  return sparse_runtime::find_tile(vectors, rows, stride_x) != nullptr;
+}
+
+// The tables that the operations point to stay the caller's. Null: no memory or no threads.
+void* sparse_runtime_create(const Op* ops, int64_t num_ops, int64_t arena_floats, int64_t threads) {
+  try {
+    return new Network(ops, num_ops, arena_floats, int(threads));
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+void sparse_runtime_destroy(void* network) { delete static_cast<Network*>(network); }
+
+// 0, or 1 when memory ran out.
+int64_t sparse_runtime_run(void* network, const float* images, int64_t image_size, float* logits,
+                           int64_t logits_size, int64_t num_images) {
+  try {
+    static_cast<Network*>(network)->run(images, image_size, logits, logits_size, num_images);
+    return 0;
+  } catch (...) {
+    return 1;
+  }
+}
+
+double sparse_runtime_time(void* network, const Op* op, int64_t repetitions) {
+  return static_cast<Network*>(network)->time(*op, int(repetitions));
+}
+
+void sparse_runtime_profile(void* network, const float* image, float* logits, double* seconds) {
+  static_cast<Network*>(network)->profile(image, logits, seconds);
+}
+
+}  // extern "C"

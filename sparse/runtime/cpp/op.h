@@ -1,0 +1,59 @@
+// The plan of a network: a list of operations on activations in an arena of floats.
+//
+// Layout of an activation: rows of channels of vectors. A row of width w is n vectors, and lane l of
+// vector i holds column l * n + i, so that the neighbor of a column is the same lane of the next
+// vector: every load of a convolution is aligned. Vectors -halo .. -1 and n .. n + halo - 1 repeat
+// the columns that lie in a neighboring lane. Lanes at columns outside the image are zero, and so
+// are the rows above and below the image.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_runtime {
+
+// Offset from the tile's first input vector, in floats, and weight of one connection.
+struct Connection {
+  int32_t offset;
+  float weight;
+};
+
+enum Kind : int64_t {
+  kInput = 0,
+  kSparseConv = 1,
+  kDenseConv = 2,
+  kMaxPool = 3,
+  kMeanPool = 4,
+  kSparseLinear = 5,
+  kDenseLinear = 6,
+  kRepack = 7,
+  kOutput = 8,
+};
+
+// Positions are in floats from the start of the arena. Every member is 8 bytes wide.
+struct Op {
+  int64_t kind;
+  int64_t in, out, res;             // res: activation to add, -1 for none; out: -1 for the logits
+  int64_t in_row, in_plane;         // distance between rows, between channels of a row
+  int64_t out_row, out_plane;
+  int64_t res_row, res_plane;
+  int64_t rows, vectors, channels;  // of the output
+  int64_t halo;                     // of the output, vectors on each side
+  int64_t stride_y, stride_x;       // input rows per output row, input vectors per output vector
+  int64_t relu;
+  int64_t tile_rows, tile_vectors;  // of a sparse convolution
+  int64_t num_parts, num_blocks;    // ranges of output channels, blocks of input channels
+  int64_t depth;                    // terms per output: dense convolution, linear; pool: window
+  int64_t width, height, in_channels;  // of the input
+  int64_t pad;                      // of a pool
+  const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are
+  const int32_t* row_begin;         // [parts][blocks][rows of the part + 1] into connections
+  const int32_t* row_channel;       // [parts][blocks][rows of the part]
+  const int64_t* part_begin;        // [parts + 1] first channel of each part
+  const Connection* connections;
+  const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth]
+  const int32_t* offsets;           // dense: [depth]; input, output, repack: [vectors][lanes] where
+                                    // in the row, or -1; pool: valid input columns from -pad on
+  const float* bias;                // [channels]
+};
+
+}  // namespace sparse_runtime

@@ -1,0 +1,309 @@
+"""Compact sparse files: a bit per weight for the mask, and the active values.
+
+A file is a safetensors container, so it loads without pickle and any safetensors reader lists it:
+
+- `<name>.mask`: uint8, bit i % 8 of byte i // 8 is 1 if weight i (C order) is active;
+- `<name>.values`: the active weights in the same order;
+- `<name>.scale`: float32 (out,), only with int8 values: weight = value * scale of its channel;
+- `<name>`: an entry that is stored whole: dense weights, biases, BatchNorm;
+- metadata: `format`, `header` (JSON: architecture, graph, normalization) and `sha256`, the digest
+  of the header and all tensors.
+
+BatchNorm is kept as trained unless the file is written folded: only then is its state dict lost.
+The runtime folds when it loads either.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sparse.runtime import graph
+from sparse.runtime.graph import Node
+
+FORMAT = "compact-sparse-1"
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+"""How values may be stored; BatchNorm and biases are always float32."""
+
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a file says about its network."""
+
+    arch: str
+    model: Mapping[str, Any]
+    """Further arguments of the architecture, such as num_classes."""
+    in_channels: int
+    image_size: int
+    """Side of the square images that the network was trained on."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Images are normalized by (x - mean) / std, x in [0, 1], per channel."""
+    dtype: str
+    folded: bool
+    """Whether BatchNorm is folded into the convolutions."""
+    names: tuple[str, ...]
+    """Entries of the state dict, in order."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the entries that are stored as mask and values."""
+    nodes: list[Node]
+
+
+class Compact:
+    """The content of a file."""
+
+    def __init__(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
+        self.header = header
+        self._tensors = tensors
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return the masks (True = active) of the entries that have one."""
+        return {
+            name: _unpack(self._tensors[name + ".mask"], shape)
+            for name, shape in self.header.shapes.items()
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the dense state dict: as it was trained, bit for bit, if written as float32.
+
+        Values of another type come back as float32. Of a folded file, BatchNorm becomes the
+        identity plus its bias, so that the model computes what the trained one did.
+        """
+        state = {name: self._dense(name) for name in self.header.names}
+        return _with_identity(self.header.nodes, state) if self.header.folded else state
+
+    def _dense(self, name: str) -> Tensor:
+        shape = self.header.shapes.get(name)
+        if shape is None:
+            value = self._tensors[name]
+            if value.dtype == torch.int8:
+                return _rescale(value, self._tensors[name + ".scale"])
+            return value.float() if value.is_floating_point() else value
+        mask = _unpack(self._tensors[name + ".mask"], shape)
+        values = self._tensors[name + ".values"]
+        dense = torch.zeros(shape, dtype=torch.float32)
+        dense[mask] = values.float()
+        if values.dtype == torch.int8:
+            return _rescale(dense, self._tensors[name + ".scale"])
+        return dense
+
+
+def save(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    nodes: Sequence[Node],
+    arch: str,
+    model: Mapping[str, Any],
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    in_channels: int = 3,
+    dtype: str = "float32",
+    fold: bool = False,
+) -> None:
+    """Write a compact file, whole or not at all.
+
+    Args:
+        path: Replaced if it exists.
+        state: Dense state dict; inactive weights are 0.
+        masks: Names of entries of `state` -> bool masks of their shapes, True = active. Entries
+            without one, or with all weights active, are stored whole.
+        nodes: Graph of the network (`graph.trace`).
+        arch: Name of the architecture.
+        model: Further arguments it is created with: plain numbers and strings.
+        image_size: Side of the images, in pixels.
+        mean: Normalization of the images, per channel.
+        std: The same.
+        in_channels: Channels of the images.
+        dtype: One of `DTYPES`, for the weights of convolutions and linear layers. int8 has one
+            scale per output channel: its largest magnitude over 127.
+        fold: Fold BatchNorm into the convolution before it and store one bias per channel instead
+            of four vectors: smaller, but the trained state dict cannot be recovered.
+
+    Raises:
+        ValueError: A weight that is not 0 where its mask is False, a mask that does not fit, an
+            unknown dtype, or a BatchNorm that does not follow a convolution of its own with `fold`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    kernels = {n.parameters + "weight" for n in nodes if n.op in ("conv", "linear")}
+    state = {name: value.detach().cpu() for name, value in state.items()}
+    if fold:
+        state = _fold(nodes, state)
+    masks = {name: mask.cpu() for name, mask in masks.items() if not bool(mask.all())}
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        tensors |= _store(name, value, masks.get(name), dtype if name in kernels else "float32")
+    unknown = masks.keys() - state.keys()
+    if unknown:
+        raise ValueError(f"there is no weight for the mask of {min(unknown)!r}")
+    header = {
+        "arch": arch,
+        "model": dict(model),
+        "in_channels": in_channels,
+        "image_size": image_size,
+        "mean": list(mean),
+        "std": list(std),
+        "dtype": dtype,
+        "folded": fold,
+        "names": list(state),
+        "shapes": {name: list(state[name].shape) for name in masks},
+        "nodes": graph.to_json(nodes),
+    }
+    text = json.dumps(header, separators=(",", ":"))
+    metadata = {"format": FORMAT, "header": text, "sha256": _digest(text, tensors)}
+    _write(Path(path), safetensors.torch.save(tensors, metadata))
+
+
+def read(path: str | Path) -> Compact:
+    """Return the content of a compact file, verified.
+
+    Raises:
+        ValueError: No such file, a damaged one, or one of another format; one line with its name.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged or not a compact sparse network: {reason}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a compact sparse network: write one with export.py")
+    text = metadata.get("header", "")
+    if metadata.get("sha256") != _digest(text, tensors):
+        raise ValueError(f"{path} is damaged: its content does not have the digest it was given")
+    return Compact(_parse(json.loads(text)), tensors)
+
+
+def _parse(header: Mapping[str, Any]) -> Header:
+    values = dict(header)
+    values["nodes"] = graph.from_json(header["nodes"])
+    values["shapes"] = {name: tuple(shape) for name, shape in header["shapes"].items()}
+    for name in ("mean", "std", "names"):
+        values[name] = tuple(header[name])
+    return Header(**values)
+
+
+def _store(name: str, value: Tensor, mask: Tensor | None, dtype: str) -> dict[str, Tensor]:
+    if not value.is_floating_point():
+        return {name: value}
+    if mask is not None:
+        if mask.shape != value.shape:
+            raise ValueError(
+                f"the mask of {name!r} is {tuple(mask.shape)}, its weight {tuple(value.shape)}"
+            )
+        if bool((value[~mask] != 0).any()):
+            raise ValueError(f"{name!r} has weights that are not 0 where its mask is inactive")
+    stored: dict[str, Tensor] = {}
+    if dtype == "int8":
+        largest = value.flatten(1).abs().amax(1)
+        scale = torch.where(largest > 0, largest / 127, 1.0).float()
+        value = (value.float() / scale.view(-1, *[1] * (value.dim() - 1))).round()
+        stored[name + ".scale"] = scale
+    value = value.to(DTYPES[dtype])
+    if mask is None:
+        return stored | {name: value.contiguous()}
+    bits = np.packbits(mask.numpy(), bitorder="little")
+    return stored | {name + ".mask": torch.from_numpy(bits), name + ".values": value[mask]}
+
+
+def _unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    flat = np.unpackbits(bits.numpy(), count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(flat.view(bool)).view(*shape)
+
+
+def _rescale(value: Tensor, scale: Tensor) -> Tensor:
+    return value.float() * scale.view(-1, *[1] * (value.dim() - 1))
+
+
+def _folds(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
+    """Return the pairs of a convolution and the BatchNorm that alone reads it."""
+    by_name = {node.name: node for node in nodes}
+    readers: dict[str, int] = {}
+    for node in nodes:
+        for name in node.inputs:
+            readers[name] = readers.get(name, 0) + 1
+    pairs = []
+    for node in nodes:
+        if node.op == "batch_norm":
+            conv = by_name.get(node.inputs[0])
+            if conv is not None and conv.op == "conv" and readers[conv.name] == 1:
+                pairs.append((conv, node))
+    return pairs
+
+
+def _fold(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state with scaled weights; of a folded BatchNorm only its bias stays."""
+    folded = dict(state)
+    for conv, norm in _folds(nodes):
+        entries = {name: state[norm.parameters + name].double() for name in _BATCH_NORM[:4]}
+        scale = entries["weight"] / torch.sqrt(entries["running_var"] + norm.eps)
+        shift = entries["bias"] - entries["running_mean"] * scale
+        weight = state[conv.parameters + "weight"]
+        scaled = weight.double() * scale.view(-1, 1, 1, 1)
+        folded[conv.parameters + "weight"] = scaled.to(weight.dtype)
+        bias = conv.parameters + "bias"
+        if bias in state:
+            folded[bias] = (state[bias].double() * scale).float()
+        for name in _BATCH_NORM:
+            folded.pop(norm.parameters + name, None)
+        folded[norm.parameters + "bias"] = shift.float()
+    return folded
+
+
+def _with_identity(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of a folded file with BatchNorms that only add their bias."""
+    full = dict(state)
+    for _, norm in _folds(nodes):
+        bias = state[norm.parameters + "bias"]
+        full[norm.parameters + "weight"] = torch.ones_like(bias)
+        full[norm.parameters + "running_mean"] = torch.zeros_like(bias)
+        full[norm.parameters + "running_var"] = torch.full_like(bias, 1 - norm.eps)
+        full[norm.parameters + "num_batches_tracked"] = torch.tensor(0)
+    return full
+
+
+def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,189 @@
+"""From graph to layers: BatchNorm folded into convolutions, ReLU and sums into what precedes them.
+
+What cannot be folded becomes a convolution too: a lone BatchNorm is a 1x1 depthwise one, so is a
+lone sum or ReLU (with weight 1), and average-pooling is a depthwise one with equal weights.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from sparse.runtime.graph import INPUT, Node
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(kw_only=True)
+class Layer:
+    """One step of execution; the value it computes is known by its name."""
+
+    name: str
+    kind: str
+    """conv, linear, max_pool or mean_pool."""
+    source: str
+    """Name of the layer whose value it reads, or `INPUT`."""
+    channels: int
+    """Output channels."""
+    weight: Array | None = None
+    """float32: (out, in / groups, kh, kw) of a convolution, (out, in) of a linear layer."""
+    bias: Array | None = None
+    """float32 (out,)."""
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    residual: str | None = None
+    """Name of a layer whose value is added before the ReLU."""
+    relu: bool = False
+
+
+def lower(
+    nodes: Sequence[Node], state: Mapping[str, Tensor], *, in_channels: int
+) -> list[Layer]:
+    """Return the layers of a graph, with folded weights.
+
+    Folding is done in float64: y = (x - mean) * scale + shift, scale = weight / sqrt(var + eps).
+
+    Raises:
+        ValueError: The graph does something to vectors that is neither a linear layer nor its ReLU.
+    """
+    return _Lowering(nodes, state, in_channels).layers
+
+
+class _Lowering:
+    def __init__(
+        self, nodes: Sequence[Node], state: Mapping[str, Tensor], in_channels: int
+    ) -> None:
+        self.layers: list[Layer] = []
+        self._state = state
+        self._uses = Counter(name for node in nodes for name in node.inputs)
+        self._uses[nodes[-1].name] += 1
+        # node -> the value that stands for it
+        self._values = {INPUT: INPUT}
+        self._channels = {INPUT: in_channels}
+        self._index = {INPUT: -1}
+        for node in nodes:
+            getattr(self, "_" + node.op)(node)
+
+    def _append(self, node: Node, layer: Layer) -> None:
+        self._index[layer.name] = len(self.layers)
+        self._channels[layer.name] = layer.channels
+        self._values[node.name] = layer.name
+        self.layers.append(layer)
+
+    def _source(self, node: Node) -> str:
+        return self._values[node.inputs[0]]
+
+    def _open(self, name: str, *kinds: str) -> Layer | None:
+        """Return the layer behind a node if something may still be folded into it."""
+        value = self._values[name]
+        if value == INPUT or self._uses[name] > 1:
+            return None
+        layer = self.layers[self._index[value]]
+        return layer if layer.kind in kinds and not layer.relu else None
+
+    def _array(self, name: str) -> Array:
+        return self._state[name].double().numpy()
+
+    def _conv(self, node: Node) -> None:
+        weight = self._state[node.parameters + "weight"].float().numpy()
+        self._append(node, self._convolution(node, weight, self._bias(node, len(weight))))
+
+    def _bias(self, node: Node, channels: int) -> Array:
+        bias = self._state.get(node.parameters + "bias")
+        return np.zeros(channels, np.float32) if bias is None else bias.float().numpy().copy()
+
+    def _convolution(self, node: Node, weight: Array, bias: Array) -> Layer:
+        return Layer(
+            name=node.name,
+            kind="conv",
+            source=self._source(node),
+            channels=len(weight),
+            weight=weight,
+            bias=bias,
+            kernel=node.kernel,
+            stride=node.stride,
+            padding=node.padding,
+            dilation=node.dilation,
+            groups=node.groups,
+        )
+
+    def _depthwise(self, node: Node, weight: Array, bias: Array | None = None) -> Layer:
+        """Append a depthwise convolution of a node's window; weight (channels,)."""
+        self._require_map(node)
+        window = np.broadcast_to(weight[:, None, None, None], (len(weight), 1, *node.kernel))
+        shift = np.zeros(len(weight)) if bias is None else bias
+        layer = self._convolution(node, window.astype(np.float32), shift.astype(np.float32))
+        layer.groups = len(weight)
+        self._append(node, layer)
+        return layer
+
+    def _ones(self, node: Node) -> Array:
+        return np.ones(self._channels[self._source(node)])
+
+    def _require_map(self, node: Node) -> None:
+        value = self._source(node)
+        if value != INPUT and self.layers[self._index[value]].kind in ("mean_pool", "linear"):
+            raise ValueError(f"the runtime has no {node.op} of vectors (node {node.name!r})")
+
+    def _batch_norm(self, node: Node) -> None:
+        names = ("weight", "bias", "running_mean", "running_var")
+        weight, bias, mean, var = (self._array(node.parameters + name) for name in names)
+        scale = weight / np.sqrt(var + node.eps)
+        shift = bias - mean * scale
+        conv = self._open(node.inputs[0], "conv")
+        if conv is None or conv.residual is not None:
+            self._depthwise(node, scale, shift)
+            return
+        assert conv.weight is not None
+        assert conv.bias is not None
+        conv.weight = (conv.weight * scale[:, None, None, None]).astype(np.float32)
+        conv.bias = (conv.bias * scale + shift).astype(np.float32)
+        self._values[node.name] = conv.name
+
+    def _relu(self, node: Node) -> None:
+        layer = self._open(node.inputs[0], "conv", "linear")
+        if layer is None:
+            layer = self._depthwise(node, self._ones(node))
+        layer.relu = True
+        self._values[node.name] = layer.name
+
+    def _add(self, node: Node) -> None:
+        # Only the later operand can take the other one in: it finds it computed.
+        early, late = sorted(node.inputs, key=lambda name: self._index[self._values[name]])
+        layer = self._open(late, "conv")
+        if layer is None or layer.residual is not None:
+            layer = self._depthwise(node, self._ones(node))
+            early = node.inputs[1]
+        layer.residual = self._values[early]
+        self._values[node.name] = layer.name
+
+    def _avg_pool(self, node: Node) -> None:
+        self._depthwise(node, self._ones(node) / (node.kernel[0] * node.kernel[1]))
+
+    def _max_pool(self, node: Node) -> None:
+        self._pool(node, "max_pool")
+
+    def _mean_pool(self, node: Node) -> None:
+        self._pool(node, "mean_pool")
+
+    def _pool(self, node: Node, kind: str) -> None:
+        self._require_map(node)
+        layer = self._convolution(node, self._ones(node), self._ones(node))
+        layer.kind, layer.weight, layer.bias = kind, None, None
+        self._append(node, layer)
+
+    def _linear(self, node: Node) -> None:
+        value = self._source(node)
+        if value == INPUT or self.layers[self._index[value]].kind not in ("mean_pool", "linear"):
+            raise ValueError(f"the runtime has no linear layer of images (node {node.name!r})")
+        weight = self._state[node.parameters + "weight"].float().numpy()
+        layer = self._convolution(node, weight, self._bias(node, len(weight)))
+        layer.kind = "linear"
+        self._append(node, layer)

@@ -1,0 +1,196 @@
+"""A network that runs: `load(path)(images)`."""
+
+import ctypes
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sparse.runtime import graph, native
+from sparse.runtime.format import Header, read
+from sparse.runtime.lower import Layer, lower
+from sparse.runtime.plan import Plan
+from sparse.runtime.tune import Tuner
+
+Images = Tensor | npt.NDArray[np.float32]
+
+
+class Network:
+    """A trained network, ready to classify images; made by `load`.
+
+    Attributes:
+        header: What the file says about the network.
+        backend: "native" or "torch".
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int,
+        kernels: native.Kernels | None,
+        tuner: Tuner | None,
+    ) -> None:
+        self._path = path
+        compact = read(path)
+        self.header: Header = compact.header
+        self.backend = "torch" if kernels is None else "native"
+        self._threads, self._kernels, self._tuner = threads, kernels, tuner
+        self._nodes = compact.header.nodes
+        self._state: dict[str, Tensor] | None = None
+        self._layers: Sequence[Layer] = ()
+        self._programs: dict[tuple[int, int, int], Program] = {}
+        if kernels is None:
+            self._state = compact.state_dict()
+        else:
+            self._layers = lower(
+                self._nodes, compact.state_dict(), in_channels=self.header.in_channels
+            )
+
+    def __call__(self, images: Images) -> Any:
+        """Return the logits (N, K) of images (N, C, H, W) or of one image (C, H, W).
+
+        Args:
+            images: float32 on the CPU, normalized with the header's mean and std; a NumPy array or
+                a tensor, and the logits are the same.
+
+        Raises:
+            ValueError: Not float32, or another shape than the network's.
+        """
+        tensor = images if isinstance(images, Tensor) else torch.from_numpy(images)
+        tensor = tensor.detach()
+        self._check(tensor)
+        batch = tensor[None] if tensor.dim() == 3 else tensor
+        logits = self._run(batch)
+        logits = logits[0] if tensor.dim() == 3 else logits
+        return logits if isinstance(images, Tensor) else logits.numpy()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the dense state dict, read again from the file: the runtime keeps no copy."""
+        return read(self._path).state_dict()
+
+    def prepare(self, height: int, width: int) -> None:
+        """Plan and tune for images of a size now, not at the first call."""
+        if self._kernels is not None:
+            self._program((self.header.in_channels, height, width))
+
+    def _check(self, images: Tensor) -> None:
+        if images.dtype != torch.float32 or images.device.type != "cpu":
+            raise ValueError(
+                f"images must be float32 on the CPU, got {images.dtype} on {images.device}"
+            )
+        if images.dim() not in (3, 4) or images.shape[-3] != self.header.in_channels:
+            raise ValueError(
+                f"images must be (N, {self.header.in_channels}, H, W), got {tuple(images.shape)}"
+            )
+
+    def _run(self, images: Tensor) -> Tensor:
+        if self._kernels is None:
+            assert self._state is not None
+            with torch.inference_mode():
+                return graph.run(self._nodes, self._state, images).clone()
+        channels, height, width = images.shape[1:]
+        return self._program((channels, height, width)).run(images.contiguous())
+
+    def _program(self, size: tuple[int, int, int]) -> "Program":
+        if size not in self._programs:
+            assert self._kernels is not None
+            plan = Plan(
+                self._layers, size, lanes=self._kernels.num_lanes, num_parts=self._threads
+            )
+            if self._tuner is not None:
+                self._tuner.tune(plan, self._kernels)
+            self._programs[size] = Program(plan, self._kernels, self._threads)
+        return self._programs[size]
+
+
+class Program:
+    """A plan in the hands of the kernels: owns arenas and threads."""
+
+    def __init__(self, plan: Plan, kernels: native.Kernels, threads: int) -> None:
+        self._plan, self._kernels = plan, kernels
+        operations = plan.operations()
+        self._handle = kernels.create(
+            ctypes.addressof(operations), len(operations), plan.arena_size, threads
+        )
+        if not self._handle:
+            raise MemoryError(f"no memory or threads for {4 * plan.arena_size} bytes")
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._kernels.destroy(self._handle)
+
+    def run(self, images: Tensor) -> Tensor:
+        """Return the logits of contiguous images (N, C, H, W)."""
+        logits = torch.empty(len(images), *self._plan.out_shape)
+        failed = self._kernels.run(
+            self._handle,
+            images.data_ptr(),
+            images[:1].numel(),
+            logits.data_ptr(),
+            math.prod(self._plan.out_shape),
+            len(images),
+        )
+        if failed:
+            raise MemoryError("no memory for the activations of another thread")
+        return logits
+
+    def profile(self, image: Tensor) -> list[float]:
+        """Return the processor seconds of each step of the plan, for one image."""
+        seconds = np.zeros(len(self._plan.steps))
+        logits = torch.empty(self._plan.out_shape)
+        self._kernels.profile(
+            self._handle, image.data_ptr(), logits.data_ptr(), seconds.ctypes.data
+        )
+        return [float(s) for s in seconds]
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int = 1,
+    backend: str = "auto",
+    level: str | None = None,
+    tune: bool = True,
+    cache: str | Path | None = None,
+) -> Network:
+    """Return the network of a compact file.
+
+    Args:
+        path: Written by `save` (export.py).
+        threads: A single image is split between them, a batch is dealt out.
+        backend: "native" (compiled kernels), "torch", or "auto": native, and torch with a warning
+            on a machine that cannot compile the kernels.
+        level: Instruction set of the kernels, one of `native.LEVELS`; by default the processor's
+            best.
+        tune: Measure, once per machine and layer, how each layer is computed fastest. Without it
+            a fixed rule decides.
+        cache: Directory of compiled kernels and measurements; by default beside torch's caches.
+
+    Raises:
+        ValueError: A damaged or foreign file, or an argument out of range; one line.
+        BuildError: backend "native" on a machine that cannot compile the kernels.
+    """
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if backend not in ("auto", "native", "torch"):
+        raise ValueError(f"backend must be auto, native or torch, got {backend!r}")
+    if level is not None and level not in native.LEVELS:
+        raise ValueError(f"level must be one of {', '.join(native.LEVELS)}, got {level!r}")
+    directory = native.default_cache() if cache is None else Path(cache)
+    kernels = None
+    if backend != "torch":
+        try:
+            kernels = native.load(level or native.cpu_level(), directory)
+        except native.BuildError as error:
+            if backend == "native":
+                raise
+            warnings.warn(f"torch runs the network, dense: {error}", stacklevel=2)
+    tuner = Tuner(directory) if tune and kernels is not None else None
+    return Network(Path(path), threads=threads, kernels=kernels, tuner=tuner)

@@ -1,0 +1,403 @@
+"""From layers to operations of the kernels, for images of one size."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sparse.runtime import native
+from sparse.runtime.graph import INPUT
+from sparse.runtime.layout import Arena, Map, Value, Vector, out_size, reach
+from sparse.runtime.lower import Array, Layer
+from sparse.runtime.tables import dense_table, linear_table, sparse_table
+
+MAX_TILE = 14  # kMaxTile of conv.h
+DENSE_DENSITY = 0.5  # untuned choice: at and above this, the dense kernel
+LINEAR_DENSITY = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a convolution is computed: what tuning decides."""
+
+    dense: bool = False
+    tile_vectors: int = 1
+    tile_rows: int = 1
+    block_size: int = 0
+    """Input channels per block; 0 for one block."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Step:
+    """One operation with what it reads and writes."""
+
+    kind: int
+    source: Value | None
+    target: Value | None
+    residual: Map | None = None
+    layer: Layer | None = None
+    stride: tuple[int, int] = (1, 1)
+    op: native.Op = field(default_factory=native.Op)
+    tables: list[Array] = field(default_factory=list)
+    """What the pointers of `op` point to."""
+
+
+class Plan:
+    """The operations of a network for images of one size.
+
+    Args:
+        layers: Result of `lower`.
+        size: Channels, height and width of the images.
+        lanes: Floats per vector of the kernels.
+        num_parts: Ranges of output channels that can be computed at the same time.
+
+    Raises:
+        ValueError: An image too small for the network.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], size: tuple[int, int, int], *, lanes: int, num_parts: int = 1
+    ) -> None:
+        self.steps: list[Step] = []
+        self._size, self._lanes, self._num_parts = size, lanes, num_parts
+        self._values: dict[str, Value] = {}
+        self._repacked: dict[tuple[int, int, int, int], Map] = {}
+        self._read_image(layers[0])
+        for layer in layers:
+            self._add(layer)
+        self._finish()
+        self.arena_size = self._place()
+        for step in self.steps:
+            self._fill(step)
+
+    def convolutions(self) -> list[Step]:
+        """Return the steps that can be tuned."""
+        return [step for step in self.steps if step.kind == native.SPARSE_CONV]
+
+    def operations(self) -> ctypes.Array[native.Op]:
+        """Return the operations as an array for the kernels; the tables stay this object's."""
+        return (native.Op * len(self.steps))(*(step.op for step in self.steps))
+
+    # Layouts.
+
+    def _read_image(self, first: Layer) -> None:
+        channels, height, width = self._size
+        stride = first.stride[1]
+        vectors = stride * self._out_vectors(first, width)
+        image = self._map(channels, height, width, vectors)
+        self._values[INPUT] = image
+        self.steps.append(Step(kind=native.INPUT, source=None, target=image))
+
+    def _map(self, channels: int, height: int, width: int, vectors: int) -> Map:
+        return Map(
+            channels=channels, height=height, width=width, vectors=vectors, lanes=self._lanes
+        )
+
+    def _out_vectors(self, layer: Layer, width: int) -> int:
+        """Return the least vectors of an output row: whole in the input's and in the output's."""
+        stride = layer.stride[1]
+        out = out_size(width, layer.kernel[1], stride, layer.padding[1], layer.dilation[1])
+        return max(-(-out // self._lanes), -(-width // (stride * self._lanes)))
+
+    def _add(self, layer: Layer) -> None:
+        if layer.kind in ("conv", "max_pool"):
+            self._add_window(layer)
+            return
+        source = self._values[layer.source]
+        target = Vector(channels=layer.channels, lanes=self._lanes)
+        kind = native.MEAN_POOL
+        if layer.kind == "linear":
+            assert layer.weight is not None
+            sparse = np.count_nonzero(layer.weight) < LINEAR_DENSITY * layer.weight.size
+            kind = native.SPARSE_LINEAR if sparse else native.DENSE_LINEAR
+        self._values[layer.name] = target
+        self.steps.append(Step(kind=kind, source=source, target=target, layer=layer))
+
+    def _add_window(self, layer: Layer) -> None:
+        source = self._map_of(layer.source)
+        (kh, kw), (sy, sx), (py, px), (dy, dx) = (
+            layer.kernel,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+        )
+        height = out_size(source.height, kh, sy, py, dy)
+        width = out_size(source.width, kw, sx, px, dx)
+        if min(height, width) < 1:
+            raise ValueError(
+                f"images of {self._size[1]}x{self._size[2]} are too small for this network: "
+                f"nothing is left after layer {layer.name}"
+            )
+        vectors = self._out_vectors(layer, source.width)
+        if source.vectors % sx == 0:
+            vectors = max(vectors, source.vectors // sx)
+        if source.vectors != vectors * sx:
+            if (kh, kw, py, px) == (1, 1, 0, 0):  # take only what is read
+                source = self._repack(source, vectors, (sy, sx))
+                sy = sx = 1
+            else:
+                source = self._repack(source, vectors * sx, (1, 1))
+        target = self._map(layer.channels, height, width, vectors)
+        source.require(
+            halo=max(px, reach(source.vectors, vectors, kw, sx, px, dx)),
+            top=py,
+            bottom=reach(source.height, height, kh, sy, py, dy),
+        )
+        residual = None
+        if layer.residual is not None:
+            residual = self._map_of(layer.residual)
+            if residual.vectors != vectors:
+                residual = self._repack(residual, vectors, (1, 1))
+        self._values[layer.name] = target
+        kind = native.SPARSE_CONV if layer.kind == "conv" else native.MAX_POOL
+        step = Step(
+            kind=kind,
+            source=source,
+            target=target,
+            residual=residual,
+            layer=layer,
+            stride=(sy, sx),
+        )
+        self.steps.append(step)
+
+    def _map_of(self, name: str) -> Map:
+        value = self._values[name]
+        assert isinstance(value, Map)
+        return value
+
+    def _repack(self, source: Map, vectors: int, stride: tuple[int, int]) -> Map:
+        key = (id(source), vectors, *stride)
+        if key not in self._repacked:
+            height, width = (out_size(s, 1, stride[i], 0, 1) for i, s in enumerate(_size(source)))
+            target = self._map(source.channels, height, width, vectors)
+            self._repacked[key] = target
+            self.steps.append(
+                Step(kind=native.REPACK, source=source, target=target, stride=stride)
+            )
+        return self._repacked[key]
+
+    def _finish(self) -> None:
+        """Let the last value be written where the caller wants it."""
+        last = self.steps[-1].target
+        assert last is not None
+        if isinstance(last, Map):
+            self.out_shape: tuple[int, ...] = (last.channels, last.height, last.width)
+            self.steps.append(Step(kind=native.OUTPUT, source=last, target=None))
+        else:
+            self.out_shape = (last.channels,)
+            self.steps[-1].target = None
+
+    # Memory.
+
+    def _place(self) -> int:
+        last_use: dict[int, int] = {}
+        for i, step in enumerate(self.steps):
+            for value in (step.source, step.residual):
+                if value is not None:
+                    last_use[id(value)] = i
+        arena = Arena()
+        for i, step in enumerate(self.steps):
+            dying = {id(v): v for v in (step.source, step.residual) if v is not None}
+            dying = {k: v for k, v in dying.items() if last_use[k] == i}
+            residual, target = step.residual, step.target
+            if target is None:
+                continue
+            if (
+                residual is not None
+                and residual is not step.source
+                and id(residual) in dying
+                and residual.key == target.key
+            ):
+                # A tile reads what it adds before it writes: the sum can take its place.
+                target.position = residual.position
+                del dying[id(residual)]
+            else:
+                arena.place(target)
+            for value in dying.values():
+                arena.release(value)
+        return arena.size
+
+    # Operations.
+
+    def _fill(self, step: Step) -> None:
+        op, layer, source, target = step.op, step.layer, step.source, step.target
+        op.kind = step.kind
+        op.stride_y, op.stride_x = step.stride
+        op.res = -1
+        op.num_parts = op.num_blocks = 1
+        op.out = -1 if target is None else target.position
+        if source is not None:
+            op.in_ = source.position
+        if isinstance(source, Map):
+            op.in_row, op.in_plane = source.row, source.plane
+            op.width, op.height, op.in_channels = source.width, source.height, source.channels
+        if isinstance(target, Map):
+            op.out_row, op.out_plane, op.halo = target.row, target.plane, target.halo
+            op.rows, op.vectors, op.channels = target.height, target.vectors, target.channels
+            mask = target.mask()
+            if mask is not None:
+                op.mask = self._keep(step, mask)
+        if layer is not None:
+            op.relu, op.channels = layer.relu, layer.channels
+            if layer.bias is not None:
+                op.bias = self._keep(step, layer.bias)
+        _FILL[step.kind](self, step)
+
+    def _keep(self, step: Step, table: Array) -> int:
+        table = aligned(table)
+        step.tables.append(table)
+        return table.ctypes.data
+
+    def _fill_input(self, step: Step) -> None:
+        assert isinstance(step.target, Map)
+        _, step.op.height, step.op.width = self._size
+        columns = step.target.columns(0, step.target.vectors)
+        step.op.offsets = self._keep(step, columns.astype(np.int32))
+
+    def _fill_output(self, step: Step) -> None:
+        source = step.source
+        assert isinstance(source, Map)
+        step.op.rows, step.op.vectors = source.height, source.vectors
+        step.op.channels = source.channels
+        columns = source.columns(0, source.vectors)
+        step.op.offsets = self._keep(step, columns.astype(np.int32))
+
+    def _fill_repack(self, step: Step) -> None:
+        source, target = step.source, step.target
+        assert isinstance(source, Map)
+        assert isinstance(target, Map)
+        column = target.columns(0, target.vectors)
+        taken = column * step.stride[1]
+        place = taken % source.vectors * source.lanes + taken // source.vectors
+        step.op.offsets = self._keep(step, np.where(column < 0, -1, place).astype(np.int32))
+
+    def _fill_max_pool(self, step: Step) -> None:
+        assert isinstance(step.source, Map)
+        assert isinstance(step.target, Map)
+        assert step.layer is not None
+        window, pad = step.layer.kernel[0], step.layer.padding[0]
+        step.op.depth, step.op.pad = window, pad
+        count = (step.target.vectors - 1) * step.stride[1] + window
+        valid = step.source.columns(-pad, count) >= 0
+        step.op.offsets = self._keep(step, np.where(valid, -1, 0).astype(np.int32))
+
+    def _fill_mean_pool(self, step: Step) -> None:
+        assert isinstance(step.source, Map)
+        step.op.vectors = step.source.vectors
+        step.op.depth = step.source.height * step.source.width
+
+    def _fill_linear(self, step: Step) -> None:
+        assert step.layer is not None
+        assert step.layer.weight is not None
+        weight = step.layer.weight
+        if step.kind == native.SPARSE_LINEAR:
+            table = linear_table(weight)
+            step.op.row_begin = self._keep(step, table.row_begin)
+            step.op.connections = self._keep(step, table.connections)
+        else:
+            depth = -(-weight.shape[1] // self._lanes) * self._lanes
+            padded = np.zeros((len(weight), depth), np.float32)
+            padded[:, : weight.shape[1]] = weight
+            step.op.depth = depth
+            step.op.weights = self._keep(step, padded)
+
+    def _fill_conv(self, step: Step) -> None:
+        if step.residual is not None:
+            step.op.res = step.residual.position
+            step.op.res_row, step.op.res_plane = step.residual.row, step.residual.plane
+        self.choose(step, default_choice(step))
+
+    def choose(self, step: Step, choice: Choice) -> None:
+        """Let a convolution be computed in another way."""
+        assert isinstance(step.source, Map)
+        assert step.layer is not None
+        op, layer = step.op, step.layer
+        del step.tables[_num_fixed(op) :]
+        parts = min(self._num_parts, -(-layer.channels // 16))
+        op.num_parts = parts
+        if choice.dense:
+            dense = dense_table(layer, step.source, num_parts=parts)
+            op.kind = native.DENSE_CONV
+            op.depth = len(dense.offsets)
+            op.weights = self._keep(step, dense.weights)
+            op.offsets = self._keep(step, dense.offsets)
+            op.part_begin = self._keep(step, dense.part_begin)
+            return
+        table = sparse_table(layer, step.source, block_size=choice.block_size, num_parts=parts)
+        op.kind = native.SPARSE_CONV
+        op.num_blocks = table.num_blocks
+        op.tile_vectors, op.tile_rows = choice.tile_vectors, choice.tile_rows
+        op.row_begin = self._keep(step, table.row_begin)
+        op.row_channel = self._keep(step, table.row_channel)
+        op.part_begin = self._keep(step, table.part_begin)
+        op.connections = self._keep(step, table.connections)
+
+
+_FILL: dict[int, Callable[[Plan, Step], None]] = {
+    native.INPUT: Plan._fill_input,
+    native.SPARSE_CONV: Plan._fill_conv,
+    native.MAX_POOL: Plan._fill_max_pool,
+    native.MEAN_POOL: Plan._fill_mean_pool,
+    native.SPARSE_LINEAR: Plan._fill_linear,
+    native.DENSE_LINEAR: Plan._fill_linear,
+    native.REPACK: Plan._fill_repack,
+    native.OUTPUT: Plan._fill_output,
+}
+
+
+def _size(value: Map) -> tuple[int, int]:
+    return value.height, value.width
+
+
+def _num_fixed(op: native.Op) -> int:
+    """Return the tables of a convolution that do not depend on the choice: mask and bias."""
+    return (1 if op.mask else 0) + (1 if op.bias else 0)
+
+
+def aligned(array: Array) -> Array:
+    """Return a contiguous copy that starts at a cache line, as vectors need it."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def density(layer: Layer) -> float:
+    """Return the share of weights that are not zero."""
+    assert layer.weight is not None
+    return float(np.count_nonzero(layer.weight)) / layer.weight.size
+
+
+def can_be_sparse(step: Step) -> bool:
+    """Tell whether there is a sparse kernel of this stride."""
+    return step.stride[1] <= 2
+
+
+def default_choice(step: Step) -> Choice:
+    """Return a choice without measuring."""
+    assert isinstance(step.target, Map)
+    assert step.layer is not None
+    if not can_be_sparse(step) or (
+        step.layer.groups == 1 and density(step.layer) >= DENSE_DENSITY
+    ):
+        return Choice(dense=True)
+    return tiles(step.target)[-1]
+
+
+def tiles(target: Map) -> list[Choice]:
+    """Return sensible tiles of an output, smallest first, without blocks."""
+    found = set()
+    for count in range(1, target.vectors + 1):
+        vectors = -(-target.vectors // count)
+        if vectors > 8:
+            continue
+        most = min(MAX_TILE // vectors, 7, target.height)
+        for rows in range(1, most + 1):
+            rows = -(-target.height // -(-target.height // rows))  # even cuts
+            found.add((vectors, rows))
+    largest = max(v * r for v, r in found)
+    chosen = [t for t in found if 2 * t[0] * t[1] >= min(largest, 8)]
+    chosen.sort(key=lambda t: (t[0] * t[1], t))
+    return [Choice(tile_vectors=v, tile_rows=r) for v, r in chosen]
