@@ -32,7 +32,7 @@ REASONS = {
 
 # The notebook behind the MobileNet rows had fc as a 1x1 convolution and left it to ERK to make
 # conv1 dense, unlike the training graph. Its figures are compared with; ours stay in table.csv.
-NOTEBOOK_MOBILENET = {"reshaped": {"fc.weight": (1000, 1024, 1, 1)}, "dense_layers": ["*.dw"]}
+NOTEBOOK_MOBILENET = {"reshaped": {"fc.weight": (1000, 1024, 1, 1)}, "dense_layers": []}
 
 
 class ReportNetwork(Protocol):

@@ -1,0 +1,218 @@
+"""Weights of other trainers under our names: pure functions from tensors to tensors.
+
+Our names are torchvision's (layer1.0.conv1.weight), without "module.". Masks are bool, True =
+active, and are given for sparse layers only.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# torchvision's name -> scope of the RigL repository's TensorFlow graph
+_RESNET50_BLOCKS = (3, 4, 6, 3)
+_MOBILENET_BLOCKS = 13
+_KERNELS = ("weights", "kernel", "depthwise_weights")
+_NORM = {
+    "weight": "gamma",
+    "bias": "beta",
+    "running_mean": "moving_mean",
+    "running_var": "moving_variance",
+}
+TF_ARCHES = ("resnet50", "mobilenet_v1")
+
+
+@dataclass(frozen=True)
+class Network:
+    """Weights and masks of a network."""
+
+    state_dict: dict[str, Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+
+def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Rename the weights of torchvision, of NVIDIA's ConvNets or of the port to our names.
+
+    NVIDIA's later versions number the stages of a ResNet from 0 (layers.0.0.conv1); a network that
+    was saved inside DistributedDataParallel has a "module." before each name.
+    """
+    return {_from_nvidia(name): tensor for name, tensor in state_dict.items()}
+
+
+def to_nvidia(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `from_torch` for NVIDIA's later versions."""
+    return {
+        re.sub(r"^layer(\d+)\.", lambda m: f"layers.{int(m[1]) - 1}.", name): tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def _from_nvidia(name: str) -> str:
+    name = name.removeprefix("module.")
+    return re.sub(r"^layers\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.", name)
+
+
+def from_port(state_dict: Mapping[str, Any], pruner: Mapping[str, Any]) -> Network:
+    """Bring in a checkpoint of the PyTorch port of RigL.
+
+    Args:
+        state_dict: Its weights.
+        pruner: Its entry "pruner". `backward_masks` lists a mask, or None for a dense layer, for
+            each weight that is neither a bias nor of a normalization layer, in traversal order.
+
+    Raises:
+        ValueError: The masks do not fit the weights.
+    """
+    weights = from_torch(state_dict)
+    kernels = [name for name, tensor in weights.items() if tensor.dim() >= 2]
+    listed: Sequence[Any] = pruner["backward_masks"]
+    if len(listed) != len(kernels):
+        raise ValueError(f"{len(listed)} masks do not fit {len(kernels)} convolutions and layers")
+    masks = {
+        name: mask.bool() for name, mask in zip(kernels, listed, strict=True) if mask is not None
+    }
+    return masked(weights, masks)
+
+
+def masked(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Network:
+    """Return the network with exact zeros where a mask is False.
+
+    Raises:
+        ValueError: A mask has another shape than its weight.
+    """
+    for name, mask in masks.items():
+        if weights[name].shape != mask.shape:
+            raise ValueError(
+                f"the mask of {name} has shape {tuple(mask.shape)}, "
+                f"its weight {tuple(weights[name].shape)}"
+            )
+    zeroed = {name: weights[name].masked_fill(~mask, 0) for name, mask in masks.items()}
+    return Network({**weights, **zeroed}, dict(masks))
+
+
+def from_tf(variables: Mapping[str, Tensor], arch: str) -> Network:
+    """Bring in a checkpoint of the RigL repository (TensorFlow 1).
+
+    Kernels change from (height, width, in, out) to (out, in, height, width). A mask stands beside
+    its kernel, and in the scope that both share. The max-pooling of that graph pads at the end
+    (SAME): `use_tf_pooling` gives a ResNet the same.
+
+    Args:
+        variables: Name -> tensor, such as "resnet_model/initial_conv/weights". Others (momentum,
+            step, thresholds) are left alone.
+        arch: One of `TF_ARCHES`.
+
+    Raises:
+        ValueError: An architecture that the repository does not have or a variable that is missing.
+    """
+    weights: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    for name, scope in tf_kernels(arch):
+        weight_name = f"{name}.weight"
+        weights[weight_name] = _from_tf_layout(_find(variables, scope, _KERNELS), name)
+        if (mask := _lookup(variables, scope, ("mask",))) is not None:
+            masks[weight_name] = _from_tf_layout(mask, name) != 0
+    for name, scope in tf_norms(arch):
+        for ours, theirs in _NORM.items():
+            weights[f"{name}.{ours}"] = _find(variables, scope, (theirs,))
+        weights[f"{name}.num_batches_tracked"] = torch.tensor(0)
+    weights["fc.bias"] = _find(variables, "final_dense", ("biases", "bias"))
+    return masked(weights, masks)
+
+
+def to_tf(network: Network, arch: str) -> dict[str, Tensor]:
+    """Undo `from_tf`, under the names of a graph whose every layer is sparse."""
+    variables: dict[str, Tensor] = {}
+    for name, scope in tf_kernels(arch):
+        kernel = network.state_dict[f"{name}.weight"]
+        last = "depthwise_weights" if name.endswith(".dw") else "weights"
+        variables[f"resnet_model/{scope}/{last}"] = _to_tf_layout(kernel, name)
+        if (mask := network.masks.get(f"{name}.weight")) is not None:
+            variables[f"resnet_model/{scope}/mask"] = _to_tf_layout(mask.float(), name)
+    for name, scope in tf_norms(arch):
+        for ours, theirs in _NORM.items():
+            variables[f"resnet_model/{scope}/{theirs}"] = network.state_dict[f"{name}.{ours}"]
+    variables["resnet_model/final_dense/biases"] = network.state_dict["fc.bias"]
+    return variables
+
+
+def use_tf_pooling(model: nn.Module) -> None:
+    """Let the max-pooling of a ResNet pad at the end only, as TensorFlow's SAME does."""
+    model.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=0, ceil_mode=True)
+
+
+def tf_kernels(arch: str) -> Iterator[tuple[str, str]]:
+    """Yield (our layer, its scope below "resnet_model") for every kernel.
+
+    Raises:
+        ValueError: `arch` is none of `TF_ARCHES`.
+    """
+    if arch not in TF_ARCHES:
+        raise ValueError(f"the RigL repository has {' and '.join(TF_ARCHES)}, not {arch}")
+    yield "conv1", "initial_conv"
+    if arch == "mobilenet_v1":
+        for block in range(_MOBILENET_BLOCKS):
+            yield f"blocks.{block}.dw", f"depthwise_nxn_{block}"
+            yield f"blocks.{block}.pw", f"contraction_1x1_{block}"
+    else:
+        for stage, block in _resnet_blocks():
+            group = f"block_group{stage}"
+            end = f"{group}_{block}_1" if block else f"block_group_projection_{group}"
+            if block == 0:
+                yield f"layer{stage}.0.downsample.0", f"bottleneck_projection_{end}"
+            for conv in (1, 2, 3):
+                yield f"layer{stage}.{block}.conv{conv}", f"bottleneck_{conv}_{end}"
+    yield "fc", "final_dense"
+
+
+def tf_norms(arch: str) -> Iterator[tuple[str, str]]:
+    """Yield (our BatchNorm, its scope): the graph numbers them in the order of execution."""
+    names = ["bn1"]
+    for layer, _ in tf_kernels(arch):
+        if layer.endswith("downsample.0"):
+            names.append(layer.removesuffix("0") + "1")
+        elif layer.startswith("layer"):
+            names.append(layer.replace("conv", "bn"))
+        elif layer.startswith("blocks"):
+            names.append(f"{layer}_bn")
+    for number, name in enumerate(names):
+        yield name, f"batch_normalization_{number}" if number else "batch_normalization"
+
+
+def _resnet_blocks() -> Iterator[tuple[int, int]]:
+    for stage, blocks in enumerate(_RESNET50_BLOCKS, start=1):
+        for block in range(blocks):
+            yield stage, block
+
+
+def _lookup(variables: Mapping[str, Tensor], scope: str, names: Sequence[str]) -> Tensor | None:
+    # A layer without a mask has its scope twice: initial_conv/initial_conv/weights.
+    for prefix in (scope, f"{scope}/{scope}"):
+        for name in names:
+            if (found := variables.get(f"resnet_model/{prefix}/{name}")) is not None:
+                return found
+    return None
+
+
+def _find(variables: Mapping[str, Tensor], scope: str, names: Sequence[str]) -> Tensor:
+    found = _lookup(variables, scope, names)
+    if found is None:
+        raise ValueError(f"there is no variable resnet_model/{scope}/{names[0]}")
+    return found
+
+
+def _from_tf_layout(kernel: Tensor, name: str) -> Tensor:
+    if kernel.dim() == 2:
+        return kernel.t().contiguous()
+    order = (2, 3, 0, 1) if name.endswith(".dw") else (3, 2, 0, 1)
+    return kernel.permute(order).contiguous()
+
+
+def _to_tf_layout(kernel: Tensor, name: str) -> Tensor:
+    if kernel.dim() == 2:
+        return kernel.t().contiguous()
+    order = (2, 3, 0, 1) if name.endswith(".dw") else (2, 3, 1, 0)
+    return kernel.permute(order).contiguous()
