@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a command in the image, a shell unless one is named:
-#   docker/run.sh [--cpu] [--NAME=VALUE...] IMAGENET [COMMAND...]
+#   docker/run.sh [--cpu] [--results=DIR] [--NAME=VALUE...] IMAGENET [COMMAND...]
 #
 #   bash docker/run.sh /data/imagenet bash scripts/rn50_rigl_erk_0.9.sh
 #   bash docker/run.sh --cpu none bash scripts/demo.sh --output results/demo
@@ -8,10 +8,9 @@
 #   IMAGENET       directory with train/ and val/, read-only in the image as /data/imagenet; or the
 #                  word none
 #   --cpu          no GPU
+#   --results=DIR  directory that is the image's results/ (default: results/ of this checkout); what
+#                  the command writes there belongs to the caller
 #   --NAME=VALUE   more flags for the engine, such as --network=host
-#   RESULTS        (variable) directory for the image's results/ (default: results/ of the checkout)
-#
-# What the command writes there belongs to the caller.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/docker/common.sh"
@@ -51,10 +50,12 @@ become_caller() {
 }
 
 cpu=
+results=$root/results
 extra=()
 while [[ ${1:-} == -* ]]; do
     case $1 in
         --cpu) cpu=yes ;;
+        --results=*) results=${1#*=} ;;
         --*=*) extra+=("$1") ;;
         *) fail "$1: write the engine's flags as --name=value" ;;
     esac
@@ -74,7 +75,6 @@ if [[ $imagenet != none ]]; then
     done
     flags+=(--mount "type=bind,source=$(realpath "$imagenet"),target=/data/imagenet,readonly")
 fi
-results=${RESULTS:-$root/results}
 mkdir -p "$results"
 flags+=(--mount "type=bind,source=$(realpath "$results"),target=/workspace/rn50/results")
 [[ ! -t 0 || ! -t 1 ]] || flags+=(--interactive --tty)

@@ -37,18 +37,16 @@ class Image:
     """The built image, and how to run it."""
 
     commit: str
-    mounts: tuple[str, ...]
-    environment: dict[str, str]
+    flags: tuple[str, ...]
 
-    def script(self, name: str, *arguments: str | Path, **environment: str) -> str:
+    def script(self, name: str, *arguments: str | Path) -> str:
         """Run docker/NAME with the arguments; return what it prints, or fail with it."""
         command = ["bash", str(ROOT / "docker" / name), *map(str, arguments)]
-        return execute(command, {**self.environment, **environment})
+        return execute(command, {"IMAGE": NAME})
 
-    def run(self, *command: str, flags: tuple[str, ...] = (), **environment: str) -> str:
+    def run(self, *command: str, flags: tuple[str, ...] = (), data: str = "none") -> str:
         """Run a command in the image through docker/run.sh, without a network."""
-        options = ["--cpu", "--network=none", *self.mounts, *flags]
-        return self.script("run.sh", *options, "none", *command, **environment)
+        return self.script("run.sh", *self.flags, *flags, data, *command)
 
 
 def execute(command: list[str], environment: dict[str, str] | None = None) -> str:
@@ -81,7 +79,7 @@ def require_engine() -> None:
 
 
 def site_packages() -> Path:
-    return Path(metadata.distribution("torch").locate_file("")).resolve()
+    return Path(str(metadata.distribution("torch").locate_file(""))).resolve()
 
 
 def base_with_torch(context: Path) -> str:

@@ -20,9 +20,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     build = ["bash", str(checkout / "docker/build.sh"), "--network=host"]
     execute([*build, "--build-arg", f"BASE_IMAGE={base}"], {"IMAGE": NAME})
     results = tmp_path_factory.mktemp("results")
-    yield Image(
-        commit=commit,
-        mounts=(f"--volume={building.site_packages()}:{SITE}:ro",),
-        environment={"IMAGE": NAME, "RESULTS": str(results)},
-    )
+    mount = f"--volume={building.site_packages()}:{SITE}:ro"
+    yield Image(commit, flags=("--cpu", "--network=none", f"--results={results}", mount))
     subprocess.run(["docker", "rmi", "--force", NAME, base], capture_output=True)

@@ -40,8 +40,7 @@ def test_the_demo_trains_offline_and_its_files_belong_to_the_caller(
     results.chmod(0o777)
     output = image.run(
         *"bash scripts/demo.sh --epochs 1 --output results/demo".split(),
-        flags=("--user=4321:8765",),
-        RESULTS=str(results),
+        flags=("--user=4321:8765", f"--results={results}"),
     )
     assert "rigl" in output.splitlines()[-3]
     files = [path for path in results.rglob("*") if path.is_file()]
@@ -50,7 +49,7 @@ def test_the_demo_trains_offline_and_its_files_belong_to_the_caller(
 
 
 def test_without_other_words_the_caller_is_the_user(image: Image, tmp_path: Path) -> None:
-    image.run("touch", "results/mine", RESULTS=str(tmp_path))
+    image.run("touch", "results/mine", flags=(f"--results={tmp_path}",))
     assert (tmp_path / "mine").owner() == tmp_path.owner()
 
 
@@ -58,7 +57,7 @@ def test_imagenet_is_mounted_read_only(image: Image, tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
     command = "ls /data/imagenet && ! touch /data/imagenet/train/new"
-    output = image.script("run.sh", "--cpu", "--network=none", tmp_path, "bash", "-c", command)
+    output = image.run("bash", "-c", command, data=str(tmp_path))
     assert output.split()[:2] == ["train", "val"]
     assert not list((tmp_path / "train").iterdir())
 
