@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from scipy.io import savemat
+from scipy.io import savemat  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, VAL, KIT = (
