@@ -5,6 +5,7 @@ All counts are 0-dim or per-layer tensors on the weights' device, because they f
 there; nothing is read back.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from sparse import rng
 from sparse.masks import bernoulli_growth
 from sparse.methods import Method, Tensors
-from sparse.rng import Draw, is_fake
+from sparse.rng import is_fake
 from sparse.schedules import DropFraction, Window
 from sparse.selection import largest, smallest
 
@@ -38,6 +39,8 @@ class Snfs(Method):
             original calls "none").
         growth: Grow where |momentum| is largest, or each candidate with equal probability.
         seed: Seed of all random numbers.
+        draw: Where random growth takes its numbers, uniform on [0, 1), from: a function of shape,
+            key and device.
     """
 
     name: ClassVar[str] = "snfs"
@@ -50,6 +53,7 @@ class Snfs(Method):
     redistribution: str = "momentum"
     growth: str = "momentum"
     seed: int = 0
+    draw: Callable[[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = rng.uniform
 
     def __post_init__(self) -> None:
         if self.redistribution not in get_args(Redistribution):
@@ -89,7 +93,7 @@ class Snfs(Method):
             scores = torch.zeros(kept.shape, device=kept.device) if momentum is None else momentum
             return kept | largest(scores, count, among=~kept)
         key = (self.seed, step, self.layers.index(name), rng.GROW_SCORE)
-        return bernoulli_growth(kept, count, rng.uniform(Draw(tuple(kept.shape), key), kept.device))
+        return bernoulli_growth(kept, count, self.draw(tuple(kept.shape), key, kept.device))
 
 
 def layer_shares(masks: Tensors, weights: Tensors, momenta: Tensors, redistribution: str) -> Tensor:

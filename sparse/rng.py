@@ -70,16 +70,18 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor) is not Tensor
 
 
-def uniform(draw: Draw, device: torch.device | str = "cpu") -> Tensor:
+def uniform(
+    shape: Sequence[int], key: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
     """Draw float32 numbers uniform on [0, 1), multiples of 2^-24."""
-    return (draw.tensor(device) >> 7).to(torch.float32).mul_(2.0**-24)
+    bits = Draw(tuple(shape), tuple(key)).tensor(device)
+    return (bits >> 7).to(torch.float32).mul_(2.0**-24)
 
 
 def normal(shape: Sequence[int], key: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Draw float32 standard normal numbers, less than 5.8 in magnitude (Box-Muller)."""
-    first, second = (Draw(tuple(shape), (*key, part)) for part in range(2))
-    radius = uniform(first, device).neg_().add_(1.0).log_().mul_(-2.0).sqrt_()
-    return radius.mul_(uniform(second, device).mul_(2.0 * math.pi).cos_())
+    radius = uniform(shape, (*key, 0), device).neg_().add_(1.0).log_().mul_(-2.0).sqrt_()
+    return radius.mul_(uniform(shape, (*key, 1), device).mul_(2.0 * math.pi).cos_())
 
 
 def _hash(x: _Array, key: tuple[int, ...]) -> _Array:
