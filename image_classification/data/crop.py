@@ -7,8 +7,7 @@ the first of ten attempts that fits, else the largest centered window with an al
 
 from __future__ import annotations
 
-from math import floor, log, sqrt
-from typing import NamedTuple
+from math import log
 
 import numpy as np
 
@@ -25,17 +24,8 @@ TOP, LEFT, FLIP, EXTRA = range(2 * ATTEMPTS, 2 * ATTEMPTS + 4)
 _NUM_DRAWS = EXTRA + 1
 
 
-class Window(NamedTuple):
-    """A region of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
 def crop_parameters(seed: int, epoch: int, indices: IntArray) -> FloatArray:
-    """Draw what a random crop needs before the size of the image is known.
+    """Draw what random crops need before the sizes of the images are known.
 
     Returns:
         One row per image: the width and the height of each attempt as fractions of the square
@@ -54,24 +44,34 @@ def crop_parameters(seed: int, epoch: int, indices: IntArray) -> FloatArray:
     return rows
 
 
-def crop_window(height: int, width: int, parameters: FloatArray) -> Window:
-    """Return the window of a training crop.
+def crop_windows(sizes: IntArray, parameters: FloatArray) -> IntArray:
+    """Return the windows of training crops.
 
     Args:
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-        parameters: A row of `crop_parameters`.
+        sizes: Height and width of each image in pixels, [n, 2].
+        parameters: Rows of `crop_parameters`, [n, columns].
+
+    Returns:
+        Top, left, height and width of each window in pixels, [n, 4].
     """
-    side = sqrt(height * width)
-    for w, h in zip(parameters[WIDTHS], parameters[HEIGHTS], strict=True):
-        window_width, window_height = floor(side * w + 0.5), floor(side * h + 0.5)
-        if 0 < window_width <= width and 0 < window_height <= height:
-            top = floor(parameters[TOP] * (height - window_height + 1))
-            left = floor(parameters[LEFT] * (width - window_width + 1))
-            return Window(top, left, window_height, window_width)
-    widest = ASPECT_RATIO[1]
-    window_width = min(width, floor(height * widest + 0.5))
-    window_height = min(height, floor(width * widest + 0.5))
-    return Window(
-        (height - window_height) // 2, (width - window_width) // 2, window_height, window_width
+    side = np.sqrt(sizes[:, :1] * sizes[:, 1:])
+    height, width = sizes[:, :1], sizes[:, 1:]
+    widths = _rounded(side * parameters[:, WIDTHS])
+    heights = _rounded(side * parameters[:, HEIGHTS])
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    found, first = fits.sum(axis=1) > 0, fits.argmax(axis=1)[:, None]
+    window = np.concatenate(
+        [np.take_along_axis(heights, first, axis=1), np.take_along_axis(widths, first, axis=1)], 1
     )
+    room = sizes - window
+    start = np.floor(parameters[:, [TOP, LEFT]] * (room + 1)).astype(np.int64)
+    if not found.all():
+        widest = _rounded(sizes.min(axis=1, keepdims=True) * ASPECT_RATIO[1])
+        largest = np.minimum(sizes, widest)
+        window = np.where(found[:, None], window, largest)
+        start = np.where(found[:, None], start, (sizes - largest) // 2)
+    return np.concatenate([start, window], axis=1)
+
+
+def _rounded(values: FloatArray) -> IntArray:
+    return np.floor(values + 0.5).astype(np.int64)

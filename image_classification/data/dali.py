@@ -7,7 +7,6 @@ to save: any batch of any epoch can be made at any time, alone.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -36,10 +35,12 @@ class DaliSource:
         self._training = training
         self._labels = torch.from_numpy(images.labels)
         self._feeds: Iterator[Feed] = iter(())
-        self._pipeline = _build(config, training=training, feed=self._next_feed)
+        self._pipeline = self._build()
 
     def read(self, epoch: int, batches: Sequence[IntArray]) -> Generator[Batch, None, None]:
         """Yield the images of each batch of indices."""
+        if self._pipeline is None:  # it broke on a file
+            self._pipeline = self._build()
         self._feeds = (self._feed(epoch, indices) for indices in batches)
         try:
             for number, indices in enumerate(batches):
@@ -52,6 +53,9 @@ class DaliSource:
     def close(self) -> None:
         """Free the pipeline with its threads and buffers."""
         self._pipeline = None
+
+    def _build(self) -> Any:
+        return _build(self._config, training=self._training, feed=self._next_feed)
 
     def _next_feed(self) -> Feed:
         return next(self._feeds)  # at the end of the epoch StopIteration tells DALI so
@@ -87,10 +91,13 @@ class DaliSource:
     def _drain(self) -> None:
         if self._pipeline is None:
             return
-        with contextlib.suppress(StopIteration):
+        try:
             while True:
                 self._pipeline.run()
-        self._pipeline.reset()
+        except StopIteration:
+            self._pipeline.reset()
+        except RuntimeError:  # by a file of a batch that nobody waits for
+            self._pipeline = None
 
 
 def _last_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Generator, Iterator, Sequence, Sized
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -12,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from image_classification.data.config import DataConfig
-from image_classification.data.crop import EXTRA, FLIP, crop_parameters, crop_window
+from image_classification.data.crop import EXTRA, FLIP, crop_parameters, crop_windows
 from image_classification.data.decode import read_image
 from image_classification.data.folder import ImageList
 from image_classification.data.order import FloatArray, IntArray
@@ -103,8 +104,8 @@ class _BatchDataset(Dataset[Tensor | ValueError], Sized):
 
     def _train(self, index: int, row: FloatArray) -> Tensor:
         image = read_image(self._images.path(index))
-        _, rows, columns = image.shape
-        top, left, height, width = crop_window(rows, columns, row)
+        size = np.array([image.shape[1:]])
+        ((top, left, height, width),) = crop_windows(size, row[None]).tolist()
         image = image[:, top : top + height, left : left + width]
         image = self._resize(image, [self._size, self._size])
         if row[FLIP]:
