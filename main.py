@@ -7,6 +7,7 @@ sparse-training method (sparse) and runs. Nothing else imports both packages for
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from torch import nn
 from torch.optim import Optimizer
 
@@ -25,6 +27,7 @@ from image_classification import build, config, distributed
 from image_classification.config import Config, flag
 from image_classification.log import Logger, run_metadata
 from image_classification.run import Extension
+from sparse.plans import plan_layers
 
 DESCRIPTION = "Train a network, dense or sparse, on a directory of images."
 
@@ -33,31 +36,61 @@ DESCRIPTION = "Train a network, dense or sparse, on a directory of images."
 class SparseFlags:
     """How the network is made and kept sparse."""
 
-    sparse_method: Literal["dense", "static", "set", "rigl"] | None = flag(
-        None, "dense (default), static (random fixed mask), set or rigl"
-    )
+    sparse_method: (
+        Literal["dense", "static", "set", "rigl", "snfs", "snip", "gmp", "rigl_reset"] | None
+    ) = flag(None, "how the network becomes sparse; dense by default (docs/methods.md)")
     static_topo: int = flag(0, "1: --sparse-method static (spelling of the earlier port)")
     sparsity: float | None = flag(None, "fraction of zero weights, in [0, 1)")
     dense_allocation: float | None = flag(None, "1 - sparsity (spelling of the earlier port)")
-    distribution: Literal["uniform", "er", "erk"] = flag(
-        "erk", "how sparsity is spread over layers", "--sp-distribution"
+    distribution: Literal["uniform", "er", "erk"] | None = flag(
+        None, "how sparsity is spread over layers; erk by default", "--sp-distribution"
     )
+    power_scale: float = flag(1.0, "exponent of the ERK ratio", "--erk-power-scale")
     dense_layers: list[str] | None = flag(
         None, "globs of layers kept dense; by default uniform's first layer", nargs="*"
     )
+    sparsity_map: str | None = flag(None, "YAML file of layer globs and their sparsities")
     delta_t: int = flag(100, "optimizer steps between topology updates", "--delta")
-    drop_fraction: float = flag(0.3, "first share of connections replaced", "--alpha")
-    drop_anneal: Literal["cosine", "constant", "linear"] = flag(
-        "cosine", "how the drop fraction falls"
-    )
+    t_start: int = flag(0, "optimizer step of the first topology update")
     t_end_fraction: float = flag(
         0.75, "share of all steps after which the topology is frozen", "--T-end-percent"
     )
+    t_end: int | None = flag(None, "the same as an optimizer step, in place of the fraction")
+    drop_fraction: float = flag(0.3, "first share of connections replaced", "--alpha")
+    drop_anneal: Literal["cosine", "constant", "linear", "exponential"] = flag(
+        "cosine", "how the drop fraction falls"
+    )
+    drop_power: float | None = flag(None, "exponent of --drop-anneal exponential")
+    drop_fraction_min: float = flag(0.0, "what the cosine of snfs ends at")
+    drop_noise: float = flag(0.0, "standard deviation of noise on |w| when dropping")
+    grow_init: Literal["zeros", "gradient", "random"] = flag("zeros", "weights of new connections")
+    initial_acc_scale: float = flag(0.0, "momentum of rigl's new connections per gradient")
+    redistribution: Literal["momentum", "magnitude", "nonzero", "numel", "none"] = flag(
+        "momentum", "what a layer's share of snfs's growth follows; none: counts stay"
+    )
+    growth: Literal["momentum", "random"] = flag("momentum", "where snfs grows")
+    scope: Literal["layer", "global"] = flag(
+        "layer", "rank weights within layers or over all (snip, gmp)", "--snip-scope", "--gmp-scope"
+    )
+    prune_start: int = flag(0, "optimizer step at which gmp starts")
+    prune_end: int | None = flag(None, "step of gmp's final sparsity; by default --t-end-fraction")
+    prune_every: int = flag(100, "optimizer steps between gmp's prunings")
 
 
-LAYER_FLAGS = "sparsity distribution dense_layers "
-UPDATE_FLAGS = LAYER_FLAGS + "delta_t drop_fraction drop_anneal t_end_fraction "
-METHOD_FLAGS = {"dense": "", "static": LAYER_FLAGS, "set": UPDATE_FLAGS, "rigl": UPDATE_FLAGS}
+LAYER_FLAGS = "sparsity distribution power_scale dense_layers sparsity_map "
+UPDATE_FLAGS = LAYER_FLAGS + (
+    "delta_t t_start t_end t_end_fraction drop_fraction drop_anneal drop_power "
+)
+METHOD_FLAGS = {  # the flags that have an effect, named as the arguments of sparse's factories
+    "dense": "",
+    "static": LAYER_FLAGS,
+    "set": UPDATE_FLAGS + "drop_noise grow_init",
+    "rigl": UPDATE_FLAGS + "drop_noise grow_init initial_acc_scale",
+    "rigl_reset": UPDATE_FLAGS + "drop_noise",
+    "snfs": UPDATE_FLAGS + "drop_fraction_min redistribution growth grow_init",
+    "snip": LAYER_FLAGS + "scope",
+    "gmp": LAYER_FLAGS + "scope prune_start prune_end prune_every t_end_fraction",
+}
 
 
 def resolve(flags: SparseFlags) -> SparseFlags:
@@ -88,9 +121,46 @@ def resolve(flags: SparseFlags) -> SparseFlags:
         raise ValueError("; ".join(unused))
     if "sparsity" in used and sparsity is None:
         raise ValueError(f"--sparse-method {method} needs --sparsity")
+    if flags.t_end is not None and flags.t_end_fraction != SparseFlags.t_end_fraction:
+        raise ValueError("--t-end and --t-end-fraction say the same: give one of them")
     if not 0 < flags.t_end_fraction <= 1:
         raise ValueError(f"--t-end-fraction must be in (0, 1], got {flags.t_end_fraction}")
     return resolved
+
+
+def arguments(flags: SparseFlags, total_steps: int) -> dict[str, Any]:
+    """Return the arguments of the method's factory that `flags` decide.
+
+    Raises:
+        ValueError: The topology would change beyond the run, or the sparsity map cannot be read.
+    """
+    assert flags.sparse_method is not None
+    used = {n: getattr(flags, n) for n in METHOD_FLAGS[flags.sparse_method].split()}
+    if fraction := used.pop("t_end_fraction", None):
+        end = "prune_end" if flags.sparse_method == "gmp" else "t_end"
+        if used[end] is None:
+            used[end] = int(fraction * total_steps)
+        elif used[end] > total_steps:
+            name = "--" + end.replace("_", "-")
+            raise ValueError(f"{name} {used[end]} is beyond the run's {total_steps} steps")
+    if used.get("sparsity_map") is not None:
+        used["sparsity_map"] = read_map(Path(used["sparsity_map"]))
+    if used and flags.sparse_method not in ("snip", "gmp"):  # their global scope has none
+        used["distribution"] = used["distribution"] or "erk"
+    return used
+
+
+def read_map(path: Path) -> dict[str, float]:
+    """Return the sparsities that a YAML file gives to layers, by glob."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--sparsity-map {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(v, int | float) for v in content.values()
+    ):
+        raise ValueError(f"--sparsity-map {path}: must map layer globs to sparsities")
+    return {str(name): float(value) for name, value in content.items()}
 
 
 def attach(
@@ -100,11 +170,15 @@ def attach(
     assert flags.sparse_method is not None
     if flags.sparse_method == "dense":
         return Extension()
-    arguments = {name: getattr(flags, name) for name in METHOD_FLAGS[flags.sparse_method].split()}
-    if "t_end_fraction" in arguments:
-        arguments["t_end"] = int(arguments.pop("t_end_fraction") * total_steps)
     factory = getattr(sparse, flags.sparse_method)
-    sparsifier = factory(model, optimizer, seed=seed, track_exploration=True, **arguments)
+    also = {"seed": seed, "track_exploration": True}
+    accepted = inspect.signature(factory).parameters
+    sparsifier = factory(
+        model,
+        optimizer,
+        **arguments(flags, total_steps),
+        **{name: value for name, value in also.items() if name in accepted},
+    )
 
     def metrics(*, per_layer: bool) -> dict[str, float]:
         values = sparsifier.metrics().items()
@@ -120,32 +194,44 @@ def attach(
 
 
 def sparse_plan(model: nn.Module, flags: SparseFlags, *, total_steps: int) -> dict[str, Any]:
-    """Return the sparse part of the plan: the method and the exact counts of every layer."""
-    method = flags.sparse_method
+    """Return the sparse part of the plan: the method and the exact counts of every layer.
+
+    With the global scope the counts of single layers are not known before training: null.
+    """
     shapes = {name: tuple(p.shape) for name, p in sparse.prunable(model).items()}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    counts = sizes
-    if method != "dense":
-        counts = sparse.allocate(
-            shapes,
-            sparsity=flags.sparsity,
-            distribution=flags.distribution,
-            dense_layers=flags.dense_layers,
-        )
-    updates = method not in ("dense", "static")
-    t_end = int(flags.t_end_fraction * total_steps)
+    given = arguments(flags, total_steps)
+    counts: dict[str, int] = sizes
+    if given:
+        names = [*LAYER_FLAGS.split(), "scope"]
+        counts = dict(plan_layers(model, **{n: given[n] for n in names if n in given}).num_active)
+    end = every = None
+    updates = 0
+    if flags.sparse_method == "gmp":
+        start, end, every = given["prune_start"], given["prune_end"], given["prune_every"]
+        updates = sparse.num_updates(every, start, end, total_steps)
+        updates += (end - start) % every != 0 and end < total_steps  # it prunes at its end, too
+    elif "t_end" in given:
+        start, end, every = given["t_start"], given["t_end"], given["delta_t"]
+        updates = sparse.num_updates(every, start, end, total_steps)
+    known = given.get("scope") != "global"
     return {
-        "method": method,
-        "sparsity": flags.sparsity,
-        "distribution": None if method == "dense" else flags.distribution,
-        "delta_t": flags.delta_t if updates else None,
-        "drop_fraction": flags.drop_fraction if updates else None,
-        "t_end": t_end if updates else None,
-        "num_updates": sparse.num_updates(flags.delta_t, 0, t_end, total_steps) if updates else 0,
+        "method": flags.sparse_method,
+        "sparsity": given.get("sparsity"),
+        "distribution": (given["distribution"] or "erk") if given and known else None,
+        "delta_t": every,
+        "drop_fraction": given.get("drop_fraction"),
+        "t_end": end,
+        "num_updates": updates,
         "overall_sparsity": 1 - sum(counts.values()) / sum(sizes.values()),
         "layers": [
-            {"name": n, "shape": list(shapes[n]), "num_active": k, "density": k / sizes[n]}
-            for n, k in counts.items()
+            {
+                "name": name,
+                "shape": list(shapes[name]),
+                "num_active": count if known else None,
+                "density": count / sizes[name] if known else None,
+            }
+            for name, count in counts.items()
         ],
     }
 
@@ -189,8 +275,10 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         enabled=world.is_main,
     )
     stack.callback(logger.close)
-    logger.parameters({**run_metadata(), **vars(c), **vars(flags)})
-    join = functools.partial(attach, flags=flags)
+    logger.parameters({**run_metadata(), **distributed.environment(), **vars(c), **vars(flags)})
+    join: build.Attach = functools.partial(attach, flags=flags)
+    if c.evaluate:  # the masks are in the weights
+        join = lambda *_: Extension()  # noqa: E731
     run = build.build(c, dataset, world=world, logger=logger, attach=join)
     stack.callback(run.close)
     return run.evaluate if c.evaluate else run.fit

@@ -76,7 +76,7 @@ class Config:
     stem: Literal["imagenet", "cifar"] = flag("imagenet", "cifar: 3x3 first layer, no max-pool")
     width: float = flag(1.0, "width multiplier of mobilenet_v1")
     pretrained_from_file: str | None = flag(
-        None, "checkpoint or state dict whose weights training starts from", "--pretrained-weights"
+        None, "checkpoint whose weights training starts from", "--pretrained-weights"
     )
 
     # schedule
@@ -334,6 +334,8 @@ def cut(config: Config, *, num_train: int, world_size: int) -> Steps:
             processes, or an epoch holds less than one step.
     """
     one = config.batch_size * world_size
+    if config.evaluate:
+        return Steps(1, 1, one)  # no step is taken
     wanted = one if config.optimizer_batch_size == -1 else config.optimizer_batch_size
     if wanted < one or wanted % one:
         raise ValueError(

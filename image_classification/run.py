@@ -30,7 +30,7 @@ class Extension:
     metrics: Callable[[], Mapping[str, float]] = dict
     """Numbers for every log record."""
     epoch_metrics: Callable[[], Mapping[str, float]] = dict
-    """Further numbers for the record of an epoch."""
+    """Further numbers at the end of an epoch, for the raport only."""
     bar: Sequence[str] = ()
     """Those of `metrics` that the progress bar shows."""
     prepare_ema: Callable[[nn.Module], object] = lambda model: None
@@ -150,15 +150,18 @@ class Run:
             "rng": rng,
             "config": dict(vars(self.config)),
         }
-        path = checkpoint.save(
-            Path(self.config.workspace),
-            state,
-            epoch=self.epoch,
-            is_best=is_best,
-            filename=self.config.checkpoint_filename,
-            keep=self.config.gather_checkpoints,
-        )
-        self.logger.message(f"SAVING {path}")
+        try:
+            path = checkpoint.save(
+                Path(self.config.workspace),
+                state,
+                epoch=self.epoch,
+                is_best=is_best,
+                filename=self.config.checkpoint_filename,
+                keep=self.config.gather_checkpoints,
+            )
+            self.logger.message(f"SAVING {path}")
+        except OSError as error:  # a full disk: the run is worth more than this checkpoint
+            self.logger.warning(str(error))
 
     def load_weights(self, path: Path, state: Mapping[str, Any]) -> None:
         """Take the weights, and the averaged ones, of a checkpoint and nothing else.
@@ -237,12 +240,15 @@ class Run:
 
     def _log_epoch(self, record: Mapping[str, float]) -> None:
         shown = dict(self.extension.metrics())
-        detail = dict(self.extension.epoch_metrics())
+        detail: dict[str, float] = {}
         for name, value in record.items():
             (detail if "time" in name or "latency" in name else shown)[name] = value
         epoch = (self.epoch - 1,)
         self.logger.log(epoch, shown, global_step=self.trainer.step)
         self.logger.log(epoch, detail, Verbosity.VERBOSE, global_step=self.trainer.step)
+        last = self.steps_per_epoch * self.trainer.accumulation
+        self.logger.log((self.epoch - 1, last), self.extension.epoch_metrics(), Verbosity.VERBOSE,
+                        global_step=self.trainer.step)  # fmt: skip
 
 
 def _summarize(totals: Mapping[str, float], record: Mapping[str, float]) -> dict[str, float]:
