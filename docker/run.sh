@@ -18,10 +18,13 @@ source "$root/docker/common.sh"
 run=("$ENGINE" run)
 flags=(--rm --init --ipc=host --ulimit=stack=67108864 --stop-timeout=60)
 
+# All GPUs, unless the flags given name some (--gpus=..., for Podman --device=nvidia.com/gpu=...).
 use_gpus() {
     command -v nvidia-smi >/dev/null ||
         fail "there is no NVIDIA driver (nvidia-smi) here: install it, or give --cpu"
     flags+=(--ulimit=memlock=-1) # pinned memory
+    [[ " ${extra[*]} " != *" --gpus="* && " ${extra[*]} " != *" --device=nvidia.com/gpu="* ]] ||
+        return 0
     if [[ $ENGINE == podman ]]; then
         nvidia-ctk cdi list 2>/dev/null | grep -q '^nvidia.com/gpu=all$' ||
             fail "Podman knows no GPU: run nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml," \

@@ -77,6 +77,12 @@ def test_docker_gets_gpus_memory_locks_and_the_caller(gpus: Machine) -> None:
     assert f"--user={os.getuid()}:{os.getgid()}" in flags
 
 
+def test_chosen_gpus_replace_all_of_them(gpus: Machine) -> None:
+    flags = gpus.run("--gpus=device=1", "none").split()
+    assert "--gpus=device=1" in flags
+    assert "--gpus=all" not in flags
+
+
 def test_nvidia_docker_is_used_where_there_is_one(gpus: Machine) -> None:
     gpus.add("nvidia-docker")
     call = gpus.run("none")
