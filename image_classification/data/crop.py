@@ -18,9 +18,11 @@ AREA = (0.08, 1.0)
 ASPECT_RATIO = (3 / 4, 4 / 3)
 
 # Columns of `crop_parameters`.
-WIDTHS = slice(0, ATTEMPTS)
-HEIGHTS = slice(ATTEMPTS, 2 * ATTEMPTS)
-TOP, LEFT, FLIP, EXTRA = range(2 * ATTEMPTS, 2 * ATTEMPTS + 4)
+HEIGHTS = slice(0, ATTEMPTS)
+WIDTHS = slice(ATTEMPTS, 2 * ATTEMPTS)
+SHAPES = slice(0, 2 * ATTEMPTS)
+PLACE = slice(2 * ATTEMPTS, 2 * ATTEMPTS + 2)
+FLIP, EXTRA = range(2 * ATTEMPTS + 2, 2 * ATTEMPTS + 4)
 _NUM_DRAWS = EXTRA + 1
 
 
@@ -28,18 +30,18 @@ def crop_parameters(seed: int, epoch: int, indices: IntArray) -> FloatArray:
     """Draw what random crops need before the sizes of the images are known.
 
     Returns:
-        One row per image: the width and the height of each attempt as fractions of the square
-        root of the image's area (columns `WIDTHS`, `HEIGHTS`), the place of the window as
-        fractions of the room there is (`TOP`, `LEFT`), 1 to flip and 0 not to (`FLIP`), and a
-        number uniform in [0, 1) for whatever else is random (`EXTRA`).
+        One row per image: the height and the width of each attempt as fractions of the square
+        root of the image's area (columns `HEIGHTS`, `WIDTHS`), the top and the left of the window
+        as fractions of the room there is (`PLACE`), 1 to flip and 0 not to (`FLIP`), and a number
+        uniform in [0, 1) for whatever else is random (`EXTRA`).
     """
     rows = draws(seed, epoch, indices, _NUM_DRAWS)
     low, high = AREA
-    area = low + (high - low) * rows[:, WIDTHS]
+    area = low + (high - low) * rows[:, HEIGHTS]
     low, high = map(log, ASPECT_RATIO)
-    ratio = np.exp(low + (high - low) * rows[:, HEIGHTS])
-    rows[:, WIDTHS] = np.sqrt(area * ratio)
+    ratio = np.exp(low + (high - low) * rows[:, WIDTHS])
     rows[:, HEIGHTS] = np.sqrt(area / ratio)
+    rows[:, WIDTHS] = np.sqrt(area * ratio)
     rows[:, FLIP] = rows[:, FLIP] < 0.5
     return rows
 
@@ -54,22 +56,19 @@ def crop_windows(sizes: IntArray, parameters: FloatArray) -> IntArray:
     Returns:
         Top, left, height and width of each window in pixels, [n, 4].
     """
-    side = np.sqrt(sizes[:, :1] * sizes[:, 1:])
-    height, width = sizes[:, :1], sizes[:, 1:]
-    widths = _rounded(side * parameters[:, WIDTHS])
-    heights = _rounded(side * parameters[:, HEIGHTS])
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    found, first = fits.sum(axis=1) > 0, fits.argmax(axis=1)[:, None]
-    window = np.concatenate(
-        [np.take_along_axis(heights, first, axis=1), np.take_along_axis(widths, first, axis=1)], 1
-    )
-    room = sizes - window
-    start = np.floor(parameters[:, [TOP, LEFT]] * (room + 1)).astype(np.int64)
+    side = np.sqrt(sizes[:, 0] * sizes[:, 1])[:, None]
+    attempts = _rounded(side * parameters[:, SHAPES]).reshape(-1, 2, ATTEMPTS)
+    inside = (attempts > 0) & (attempts <= sizes[:, :, None])
+    fits = inside[:, 0] & inside[:, 1]
+    rows, first = np.arange(len(sizes)), fits.argmax(axis=1)
+    found = fits[rows, first][:, None]
+    window = attempts[rows, :, first]
+    start = np.floor(parameters[:, PLACE] * (sizes - window + 1)).astype(np.int64)
     if not found.all():
         widest = _rounded(sizes.min(axis=1, keepdims=True) * ASPECT_RATIO[1])
         largest = np.minimum(sizes, widest)
-        window = np.where(found[:, None], window, largest)
-        start = np.where(found[:, None], start, (sizes - largest) // 2)
+        window = np.where(found, window, largest)
+        start = np.where(found, start, (sizes - largest) // 2)
     return np.concatenate([start, window], axis=1)
 
 

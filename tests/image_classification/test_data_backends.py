@@ -246,6 +246,14 @@ def test_validation_pixels_equal_those_of_torchvision(textured, interpolation, i
         loader.close()
 
 
+def test_the_triangular_filter_of_dali_is_its_antialiased_bilinear_one(textured):
+    loaded = [
+        batches(create_val_loader(config(textured, "dali-cpu", num_classes=2, interpolation=name)))
+        for name in ("triangular", "bilinear")
+    ]
+    assert equal(*loaded)
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_backends_crop_and_flip_alike(textured, interpolation):
     loaded = []
