@@ -7,6 +7,8 @@ import numpy as np
 from sparse.runtime.lower import Array
 
 ALIGNMENT = 16  # floats of a cache line
+WAY_LINES = 64  # lines of 4 KiB
+SPREADING = (9, 19, 27, 37, 45, 55)  # their first 7 multiples are 7 lines apart, modulo 64
 
 
 @dataclass(kw_only=True, eq=False)
@@ -30,7 +32,15 @@ class Map:
 
     @property
     def row(self) -> int:
-        return self.plane * self.channels
+        """Distance between rows, such that rows of a tile do not compete for places of a cache.
+
+        Caches of 4 KiB per way put addresses that are a multiple of 4 KiB apart in one place.
+        """
+        lines = -(-self.plane * self.channels // ALIGNMENT)
+        if lines >= WAY_LINES:
+            while lines % WAY_LINES not in SPREADING:
+                lines += 1
+        return lines * ALIGNMENT
 
     @property
     def key(self) -> tuple[int, ...]:

@@ -131,7 +131,7 @@ class Kernels:
             ("lanes", _INT, []),
             ("op_size", _INT, []),
             ("has_tile", _INT, [_INT] * 3),
-            ("create", _POINTER, [_POINTER, _INT, _INT, _INT]),
+            ("create", _POINTER, [_POINTER, _INT, _POINTER, _INT, _INT, _INT]),
             ("destroy", None, [_POINTER]),
             ("run", _INT, [_POINTER, _POINTER, _INT, _POINTER, _INT, _INT]),
             ("time", ctypes.c_double, [_POINTER, _POINTER, _INT]),

@@ -115,10 +115,7 @@ class Program:
 
     def __init__(self, plan: Plan, kernels: native.Kernels, threads: int) -> None:
         self._plan, self._kernels = plan, kernels
-        operations = plan.operations()
-        self._handle = kernels.create(
-            ctypes.addressof(operations), len(operations), plan.arena_size, threads
-        )
+        self._handle = plan.create(kernels, threads=threads)
         if not self._handle:
             raise MemoryError(f"no memory or threads for {4 * plan.arena_size} bytes")
 

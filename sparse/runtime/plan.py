@@ -1,7 +1,7 @@
 """From layers to operations of the kernels, for images of one size."""
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ from sparse.runtime import native
 from sparse.runtime.graph import INPUT
 from sparse.runtime.layout import Arena, Map, Value, Vector, out_size, reach
 from sparse.runtime.lower import Array, Layer
+from sparse.runtime.schedule import group, may_overwrite, schedule
 from sparse.runtime.tables import dense_table, linear_table, sparse_table
 
 MAX_TILE = 14  # kMaxTile of conv.h
@@ -67,7 +68,9 @@ class Plan:
         for layer in layers:
             self._add(layer)
         self._finish()
-        self.arena_size = self._place()
+        groups = group(self.steps)
+        self.pieces = schedule(self.steps, groups)
+        self.arena_size = self._place(groups)
         for step in self.steps:
             self._fill(step)
 
@@ -190,33 +193,61 @@ class Plan:
 
     # Memory.
 
-    def _place(self) -> int:
+    def _place(self, groups: Sequence[range]) -> int:
+        """Give every value its place; inside a group nothing but a residual is overwritten."""
         last_use: dict[int, int] = {}
         for i, step in enumerate(self.steps):
             for value in (step.source, step.residual):
                 if value is not None:
                     last_use[id(value)] = i
         arena = Arena()
-        for i, step in enumerate(self.steps):
-            dying = {id(v): v for v in (step.source, step.residual) if v is not None}
-            dying = {k: v for k, v in dying.items() if last_use[k] == i}
-            residual, target = step.residual, step.target
-            if target is None:
-                continue
-            if (
-                residual is not None
-                and residual is not step.source
-                and id(residual) in dying
-                and residual.key == target.key
-            ):
-                # A tile reads what it adds before it writes: the sum can take its place.
-                target.position = residual.position
-                del dying[id(residual)]
-            else:
-                arena.place(target)
-            for value in dying.values():
+        for members in groups:
+            dead: dict[int, Value] = {}
+            for i in members:
+                step = self.steps[i]
+                for value in (step.source, step.residual):
+                    if value is not None and last_use[id(value)] == i:
+                        dead[id(value)] = value
+                if step.target is None:
+                    continue
+                if self._sums_in_place(i, dead):
+                    assert step.residual is not None
+                    step.target.position = step.residual.position
+                    del dead[id(step.residual)]
+                else:
+                    arena.place(step.target)
+            for value in dead.values():
                 arena.release(value)
         return arena.size
+
+    def _sums_in_place(self, i: int, dead: Mapping[int, Value]) -> bool:
+        """Tell whether a sum can take the place of what is added: a tile reads before it writes."""
+        step = self.steps[i]
+        residual, target = step.residual, step.target
+        return (
+            residual is not None
+            and target is not None
+            and residual is not step.source
+            and id(residual) in dead
+            and residual.key == target.key
+            and may_overwrite(self.steps, self.pieces, i)
+        )
+
+    def order(self) -> Array:
+        """Return the pieces (step, begin, end) in the order of execution, int64."""
+        return np.array([(p.step, p.begin, p.end) for p in self.pieces], np.int64)
+
+    def create(self, kernels: native.Kernels, *, threads: int) -> int | None:
+        """Return the kernels' handle of this plan, None without memory or threads."""
+        operations, order = self.operations(), self.order()
+        return kernels.create(
+            ctypes.addressof(operations),
+            len(operations),
+            order.ctypes.data,
+            len(order),
+            self.arena_size,
+            threads,
+        )
 
     # Operations.
 
@@ -387,17 +418,20 @@ def default_choice(step: Step) -> Choice:
 
 
 def tiles(target: Map) -> list[Choice]:
-    """Return sensible tiles of an output, smallest first, without blocks."""
+    """Return sensible tiles of an output, smallest first, without blocks.
+
+    A tile is a whole row or half of one, and as many rows as the accumulators allow, or about half
+    of them: fewer than 7 sums do not hide the latency of an addition.
+    """
     found = set()
-    for count in range(1, target.vectors + 1):
+    least = -(-target.vectors // 8)
+    for count in (least, least + 1):
         vectors = -(-target.vectors // count)
-        if vectors > 8:
-            continue
         most = min(MAX_TILE // vectors, 7, target.height)
         for rows in range(1, most + 1):
             rows = -(-target.height // -(-target.height // rows))  # even cuts
             found.add((vectors, rows))
     largest = max(v * r for v, r in found)
-    chosen = [t for t in found if 2 * t[0] * t[1] >= min(largest, 8)]
+    chosen = [t for t in found if t[0] * t[1] >= min(largest, 7)]
     chosen.sort(key=lambda t: (t[0] * t[1], t))
     return [Choice(tile_vectors=v, tile_rows=r) for v, r in chosen]

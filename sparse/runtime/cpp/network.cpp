@@ -50,9 +50,14 @@ struct Image {
   float* logits;
 };
 
-// A step of an operation: some rows of some channels.
+// Some rows of some channels of an operation.
 struct Step {
   int64_t part, begin, end;
+};
+
+// Rows (or channels) of an operation, as the plan orders them.
+struct Piece {
+  int64_t op, begin, end;
 };
 
 bool is_conv(const Op& op) { return op.kind == kSparseConv || op.kind == kDenseConv; }
@@ -60,6 +65,8 @@ bool is_conv(const Op& op) { return op.kind == kSparseConv || op.kind == kDenseC
 bool is_vector(const Op& op) {
   return op.kind == kMeanPool || op.kind == kSparseLinear || op.kind == kDenseLinear;
 }
+
+int64_t extent(const Op& op) { return is_vector(op) ? op.channels : op.rows; }
 
 void run_step(const Op& op, const Image& image, const Step& s, float* scratch) {
   float* out = op.out < 0 ? image.logits : image.arena + op.out;
@@ -75,16 +82,19 @@ void run_step(const Op& op, const Image& image, const Step& s, float* scratch) {
   }
 }
 
-void run_whole(const Op& op, const Image& image, float* scratch) {
-  const int64_t size = is_vector(op) ? op.channels : op.rows;
+void run_rows(const Op& op, const Image& image, int64_t begin, int64_t end, float* scratch) {
   const int64_t parts = is_conv(op) ? op.num_parts : 1;
-  for (int64_t part = 0; part < parts; ++part) run_step(op, image, {part, 0, size}, scratch);
+  for (int64_t part = 0; part < parts; ++part) run_step(op, image, {part, begin, end}, scratch);
 }
 
 class Network {
  public:
-  Network(const Op* ops, int64_t num_ops, int64_t arena_floats, int threads)
-      : ops_(ops, ops + num_ops), arena_floats_(arena_floats), pool_(threads) {
+  Network(const Op* ops, int64_t num_ops, const Piece* pieces, int64_t num_pieces,
+          int64_t arena_floats, int threads)
+      : ops_(ops, ops + num_ops),
+        pieces_(pieces, pieces + num_pieces),
+        arena_floats_(arena_floats),
+        pool_(threads) {
     int64_t scratch = 0;
     for (const Op& op : ops_) scratch = std::max(scratch, scratch_floats(op));
     for (int i = 0; i < threads; ++i) scratch_.push_back(std::make_unique<Floats>(scratch));
@@ -101,12 +111,16 @@ class Network {
       pool_.run(side_by_side, [&](int64_t i, int thread) {
         const Image image{images + i * image_size, arenas_[thread]->get(),
                           logits + i * logits_size};
-        for (const Op& op : ops_) run_whole(op, image, scratch_[thread]->get());
+        run_alone(image, scratch_[thread]->get());
       });
     }
     for (int64_t i = side_by_side; i < n; ++i) {
       const Image image{images + i * image_size, arenas_[0]->get(), logits + i * logits_size};
-      for (const Op& op : ops_) run_shared(op, image);
+      if (threads == 1) {
+        run_alone(image, scratch_[0]->get());
+      } else {
+        for (const Op& op : ops_) run_shared(op, image);
+      }
     }
   }
 
@@ -117,7 +131,7 @@ class Network {
     const Image image{logits.data(), arenas_[0]->get(), logits.data()};
     for (int i = 0; i < repetitions; ++i) {
       const double start = now();
-      run_whole(op, image, scratch_[0]->get());
+      run_rows(op, image, 0, extent(op), scratch_[0]->get());
       best = std::min(best, now() - start);
     }
     return best;
@@ -125,10 +139,11 @@ class Network {
 
   void profile(const float* images, float* logits, double* seconds) {
     const Image image{images, arenas_[0]->get(), logits};
-    for (size_t i = 0; i < ops_.size(); ++i) {
+    std::fill(seconds, seconds + ops_.size(), 0.0);
+    for (const Piece& p : pieces_) {
       const double start = now();
-      run_whole(ops_[i], image, scratch_[0]->get());
-      seconds[i] = now() - start;
+      run_rows(ops_[p.op], image, p.begin, p.end, scratch_[0]->get());
+      seconds[p.op] += now() - start;
     }
   }
 
@@ -139,10 +154,13 @@ class Network {
     return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
   }
 
+  void run_alone(const Image& image, float* scratch) const {
+    for (const Piece& p : pieces_) run_rows(ops_[p.op], image, p.begin, p.end, scratch);
+  }
+
   // One image on all threads: rows are dealt out, and ranges of channels where a layer has them.
   void run_shared(const Op& op, const Image& image) {
-    if (pool_.size() == 1) return run_whole(op, image, scratch_[0]->get());
-    const int64_t size = is_vector(op) ? op.channels : op.rows;
+    const int64_t size = extent(op);
     const int64_t parts = is_conv(op) ? op.num_parts : 1;
     int64_t grain = op.kind == kSparseConv ? op.tile_rows : 1;
     // A few steps per thread even out; more only cost.
@@ -156,6 +174,7 @@ class Network {
   }
 
   std::vector<Op> ops_;
+  std::vector<Piece> pieces_;
   int64_t arena_floats_;
   std::vector<std::unique_ptr<Floats>> arenas_, scratch_;
   Pool pool_;
@@ -166,6 +185,7 @@ class Network {
 
 using sparse_runtime::Network;
 using sparse_runtime::Op;
+using sparse_runtime::Piece;
 
 extern "C" {
 
@@ -178,9 +198,10 @@ int64_t sparse_runtime_has_tile(int64_t vectors, int64_t rows, int64_t stride_x)
 }
 
 // The tables that the operations point to stay the caller's. Null: no memory or no threads.
-void* sparse_runtime_create(const Op* ops, int64_t num_ops, int64_t arena_floats, int64_t threads) {
+void* sparse_runtime_create(const Op* ops, int64_t num_ops, const Piece* pieces,
+                            int64_t num_pieces, int64_t arena_floats, int64_t threads) {
   try {
-    return new Network(ops, num_ops, arena_floats, int(threads));
+    return new Network(ops, num_ops, pieces, num_pieces, arena_floats, int(threads));
   } catch (...) {
     return nullptr;
   }

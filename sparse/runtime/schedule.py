@@ -1,0 +1,150 @@
+"""The order of execution: layers one after the other, or a few rows of several layers in turn.
+
+Activations of high resolution are larger than a core's cache. Where the weights of successive
+layers fit the cache together, the layers form a group, and a few rows go through the whole group
+before the next rows: what a layer writes is read while it is still near.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from sparse.runtime.layout import Map, Value
+from sparse.runtime.lower import Layer
+
+MAX_GROUP_BYTES = 192 * 1024  # weights of a group: under half of a 512 KiB second-level cache
+CHUNK_VECTORS = 28  # output vectors per channel of the last layer that go through at a time
+
+
+class Stage(Protocol):
+    """What scheduling needs to know of a step of a plan."""
+
+    source: Value | None
+    target: Value | None
+    residual: Map | None
+    layer: Layer | None
+    stride: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Output rows begin .. end - 1 of a step; channels of a step that has no rows."""
+
+    step: int
+    begin: int
+    end: int
+
+
+def group(steps: Sequence[Stage]) -> list[range]:
+    """Return the steps in groups: successive ones of rows whose weights are small together."""
+    groups: list[range] = []
+    start, size = 0, 0
+    for i, step in enumerate(steps):
+        weights = _weight_bytes(step)
+        if not _has_rows(step) or (i > start and size + weights > MAX_GROUP_BYTES):
+            if i > start:
+                groups.append(range(start, i))
+            start, size = i, 0
+        size += weights
+        if not _has_rows(step):
+            groups.append(range(i, i + 1))
+            start, size = i + 1, 0
+    if start < len(steps):
+        groups.append(range(start, len(steps)))
+    return groups
+
+
+def schedule(steps: Sequence[Stage], groups: Sequence[range]) -> list[Piece]:
+    """Return the pieces of all steps in an order in which everything is computed before it is read.
+
+    Every row of every step is in exactly one piece, and the pieces of a step are in order.
+    """
+    return [piece for members in groups for piece in _pieces(steps, members)]
+
+
+def _pieces(steps: Sequence[Stage], members: range) -> list[Piece]:
+    if len(members) == 1:
+        return [Piece(members[0], 0, num_rows(steps[members[0]]))]
+    last = steps[members[-1]].target
+    assert isinstance(last, Map)
+    chunk = max(1, CHUNK_VECTORS // last.vectors)
+    done = dict.fromkeys(members, 0)
+    pieces = []
+    for goal in range(chunk, last.height + chunk, chunk):
+        need = _needs(steps, members, min(goal, last.height))
+        for i in members:
+            if need[i] > done[i]:
+                pieces.append(Piece(i, done[i], need[i]))
+                done[i] = need[i]
+    return pieces
+
+
+def _needs(steps: Sequence[Stage], members: range, goal: int) -> dict[int, int]:
+    """Return how many first rows of each member are read, directly or not, for those of the last.
+
+    The last chunk asks for all rows, so that nothing is left for readers outside the group.
+    """
+    if goal == num_rows(steps[members[-1]]):
+        return {i: num_rows(steps[i]) for i in members}
+    need = dict.fromkeys(members, 0)
+    need[members[-1]] = goal
+    for j in reversed(members):
+        for i in members:
+            if i < j and need[j] > 0 and (read := rows_read(steps[j], steps[i].target, need[j])):
+                need[i] = max(need[i], min(read, num_rows(steps[i])))
+    return need
+
+
+def rows_read(step: Stage, value: Value | None, end: int) -> int:
+    """Return the end of the rows of `value` that a step reads for its rows below `end`."""
+    read = 0
+    if value is step.source:
+        layer = step.layer
+        kernel, padding, dilation = (1, 0, 1)
+        if layer is not None:
+            kernel, padding, dilation = layer.kernel[0], layer.padding[0], layer.dilation[0]
+        read = (end - 1) * step.stride[0] + (kernel - 1) * dilation - padding + 1
+    if value is step.residual:
+        read = max(read, end)
+    return read
+
+
+def may_overwrite(steps: Sequence[Stage], pieces: Sequence[Piece], writer: int) -> bool:
+    """Tell whether a step may write its sum over its residual, row by row.
+
+    It may if no other step reads a row of the residual after it was overwritten.
+    """
+    value = steps[writer].residual
+    written = 0
+    for piece in pieces:
+        step = steps[piece.step]
+        if piece.step == writer:
+            written = piece.end
+        elif value is step.source or value is step.residual:
+            padding = step.layer.padding[0] if step.layer is not None else 0
+            if piece.begin * step.stride[0] - padding < written:
+                return False
+    return True
+
+
+def num_rows(step: Stage) -> int:
+    """Return the rows of a step's output, or its channels if it has none."""
+    if isinstance(step.target, Map):
+        return step.target.height
+    if step.layer is not None:
+        return step.layer.channels
+    assert isinstance(step.source, Map)
+    return step.source.height
+
+
+def _has_rows(step: Stage) -> bool:
+    return isinstance(step.target, Map)
+
+
+def _weight_bytes(step: Stage) -> int:
+    if step.layer is None or step.layer.weight is None:
+        return 0
+    active = int(np.count_nonzero(step.layer.weight))
+    return min(8 * active, 4 * step.layer.weight.size)
