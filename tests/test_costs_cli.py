@@ -1,0 +1,187 @@
+"""The costs command: its JSON against the original counter, its tables against the published."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import costs
+from results import published
+
+ROOT = Path(__file__).parents[1]
+ORACLE = json.loads((ROOT / "tests/data/oracle.json").read_text())
+DENSE = {
+    "all_sparse": [],
+    "first_dense": ["conv1"],
+    "first_last_dense": ["conv1", "fc"],
+    "dw_first_dense": ["conv1"],
+    "dw_first_last_dense": ["conv1", "fc"],
+}
+
+
+def configurations(arch: str) -> list[str]:
+    """Return the oracle's configurations that are reachable by flags, depthwise layers dense."""
+    chosen = {"resnet50": {*DENSE} - {"dw_first_dense", "dw_first_last_dense"}}
+    chosen["mobilenet_v1"] = {"dw_first_dense", "dw_first_last_dense"}
+    return [k for k in ORACLE["models"][arch]["configs"] if k.rpartition("/")[2] in chosen[arch]]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert costs.main(argv) == 0
+    return capsys.readouterr().out
+
+
+def report(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    return dict(json.loads(run(capsys, *argv, "--json")))
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "mobilenet_v1"])
+def test_json_equals_the_original_counter_for_every_distribution(
+    arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [layer["name"] for layer in ORACLE["models"][arch]["layers"]]
+    for key in configurations(arch):
+        distribution, sparsity, dense = key.split("/")
+        config = ORACLE["models"][arch]["configs"][key]
+        flags = ["--arch", arch, "--distribution", distribution, "--sparsity", sparsity]
+        ours = report(capsys, *flags, "--dense-layers", *DENSE[dense])
+        layers = {layer["name"]: layer for layer in ours["layers"]}
+        assert layers.keys() == set(names)
+        assert [layers[n]["num_active"] for n in names] == config["num_active"], key
+        assert [layers[n]["density"] for n in names] == pytest.approx(config["density"], rel=1e-12)
+        for name, theirs in (("training_ratio", "rigl"), *((n, n) for n in TOTALS)):
+            assert ours[name] == pytest.approx(config[theirs], rel=1e-12), (key, name)
+
+
+TOTALS = ("inference_flops", "inference_ratio", "size_mb", "overall_sparsity")
+
+
+def test_published_cells_match_or_carry_their_reason() -> None:
+    table = published.table("rigl", costs.report_network)
+    assert "resnet50: 60 of 69 cells" in table
+    assert "mobilenet_v1: 3 of 18 cells" in table
+    ceil = published.table("rigl", costs.report_network, rounding="ceil")
+    assert "resnet50: 64 of 69 cells" in ceil
+    assert "mobilenet_v1: 5 of 18 cells" in ceil
+    rows = [line for line in table.splitlines() if line.startswith(("| rn50", "| mbv1"))]
+    assert len(rows) == len(published.read_rows("rigl")) == 29
+    for line in rows:
+        for cell in line.split("|")[3:6]:
+            assert cell.strip().endswith(("=", *published.REASONS)), line
+
+
+@pytest.mark.parametrize("rounding", ["floor", "ceil"])
+def test_cells_match_where_the_original_counter_matches(rounding: str) -> None:
+    suffix = "" if rounding == "floor" else "_ceil2019"
+    table = published.table("rigl", costs.report_network, rounding=rounding)
+    lines = [line for line in table.splitlines() if line.startswith(("| rn50", "| mbv1"))]
+    for line, theirs in zip(lines, ORACLE["published"], strict=True):
+        for cell, name in zip(line.split("|")[3:6], ("train", "inference", "size"), strict=True):
+            match = theirs["match"].get(name + suffix, theirs["match"][name])
+            assert cell.strip().endswith("=") == match, line
+
+
+def test_every_published_figure_of_the_table_is_the_one_in_the_record() -> None:
+    for row, theirs in zip(published.read_rows("rigl"), ORACLE["published"], strict=True):
+        assert row["published_top1"] == theirs["top1"]
+        for name in ("train", "inference", "size"):
+            assert row[f"published_{name}"] == theirs[name]
+
+
+def test_a_differing_cell_without_a_reason_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = published.read_rows("rigl")
+    monkeypatch.setattr(published, "read_rows", lambda _: [{**rows[1], "differs": ""}])
+    with pytest.raises(ValueError, match=r"rn50_erk_0\.8_5x\.sh: size 23\.683"):
+        published.table("rigl", costs.report_network)
+
+
+@pytest.mark.parametrize(
+    ("printed", "ours", "cell"),
+    [
+        ("0.42", 0.4153, "0.42 ="),
+        ("0.24", 0.2456, "0.24 / 0.2456 c"),
+        ("5.8", 5.7903, "5.8 ="),
+        ("3.2e18", 3.2253e18, "3.2e18 ="),
+        ("1.14e9", 1.1562e9, "1.14e9 / 1.1562 c"),
+    ],
+)
+def test_digits_are_compared_as_printed(printed: str, ours: float, cell: str) -> None:
+    assert published.compare(printed, ours, "c")[0] == cell
+
+
+def test_the_port_table_says_how_sparse_its_networks_really_are() -> None:
+    table = published.table("port", costs.report_network)
+    line = next(line for line in table.splitlines() if "rn50_rigl_uniform_0.9 " in line)
+    assert line.split("|")[-2].strip() == "82.74"
+    line = next(line for line in table.splitlines() if "rn50_rigl_uniform_0.8 " in line)
+    assert line.split("|")[-2].strip() == "73.55"
+
+
+def test_method_and_length_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--arch", "small_cnn", "--num-classes", "10", "--sparsity", "0.9"]
+    f = report(capsys, *flags, "--method", "static")["inference_ratio"]
+    for method, expected in (("set", f), ("snfs", (2 * f + 1) / 3), ("snip", f)):
+        ours = report(capsys, *flags, "--method", method, "--multiplier", "5")
+        assert ours["training_ratio"] == pytest.approx(5 * expected)
+    rigl = report(capsys, *flags, "--delta-t", "10")["training_ratio"]
+    assert rigl == pytest.approx((30 * f + 2 * f + 1) / 33)
+    gmp = report(capsys, *flags, "--method", "gmp")["training_ratio"]
+    longer = report(capsys, *flags, "--method", "gmp", "--multiplier", "10")["training_ratio"]
+    assert f < gmp < 1
+    assert longer / 10 == pytest.approx(gmp, rel=0.03)  # finer steps
+
+
+def test_conventions(capsys: pytest.CaptureFixture[str]) -> None:
+    by = {
+        c: report(capsys, "--sparsity", "0.8", "--convention", c)
+        for c in ("published", "true", "macs")
+    }
+    config = ORACLE["models"]["resnet50"]["configs"]["erk/0.8/all_sparse"]
+    assert by["true"]["inference_ratio"] == pytest.approx(config["true_ratio"], rel=1e-12)
+    assert by["macs"]["inference_ratio"] == pytest.approx(config["macs_ratio"], rel=1e-12)
+    assert by["macs"]["inference_flops"] == by["true"]["macs"] == by["published"]["macs"]
+
+
+def test_text_names_every_layer_and_the_totals(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "--arch", "small_cnn", "--num-classes", "10", "--sparsity", "0.9")
+    for words in ("features.3.weight", "fc.weight", "of dense", "MB", "sparsity", "published"):
+        assert words in text
+
+
+def test_the_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tradeoff.svg"
+    assert run(capsys, "--plot", str(path)) == ""
+    drawn = path.read_text()
+    assert drawn.count("<use") > 2 * len(published.read_rows("rigl"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--sparsity 1.5", "sparsity must be in [0, 1), got 1.5"),
+        ("--method rigl", "--method rigl does not go with --sparsity 0.0"),
+        ("--method dense --sparsity 0.5", "--method dense does not go with --sparsity 0.5"),
+        ("--sparsity 0.5 --dense-layers conv9", "conv9"),
+        ("--sparsity 0.5 --delta-t 0", "--delta-t 0"),
+        ("--sparsity 0.5 --method gmp --prune-end 5", "end=5"),
+        ("--arch resnet51", "resnet51"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    flags: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert costs.main(flags.split()) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "costs.py", "--sparsity", "0.9", "--json"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert json.loads(done.stdout)["size_mb"] == pytest.approx(13.498864)
