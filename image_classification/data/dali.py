@@ -39,16 +39,11 @@ class DaliSource:
 
     def read(self, epoch: int, batches: Sequence[IntArray]) -> Generator[Batch, None, None]:
         """Yield the images of each batch of indices."""
-        if self._pipeline is None:  # it broke on a file
-            self._pipeline = self._build()
+        self._clear()
         self._feeds = (self._feed(epoch, indices) for indices in batches)
-        try:
-            for number, indices in enumerate(batches):
-                images = self._run(batches[number : number + self._config.prefetch + 1])
-                yield images, self._labels[torch.from_numpy(indices)]
-        finally:
-            self._feeds = iter(())
-            self._drain()
+        for number, indices in enumerate(batches):
+            images = self._run(batches[number : number + self._config.prefetch + 1])
+            yield images, self._labels[torch.from_numpy(indices)]
 
     def close(self) -> None:
         """Free the pipeline with its threads and buffers."""
@@ -88,16 +83,18 @@ class DaliSource:
             for index in indices:
                 read_image(self._images.path(index))
 
-    def _drain(self) -> None:
-        if self._pipeline is None:
-            return
+    def _clear(self) -> None:
+        """Make the pipeline ready for an epoch, whatever is left in it of the one before."""
+        self._feeds = iter(())
         try:
-            while True:
+            while self._pipeline is not None:
                 self._pipeline.run()
         except StopIteration:
             self._pipeline.reset()
         except RuntimeError:  # by a file of a batch that nobody waits for
             self._pipeline = None
+        if self._pipeline is None:
+            self._pipeline = self._build()
 
 
 def _last_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -329,6 +330,23 @@ def test_an_unreadable_file_is_named_in_one_line(numbered, tmp_path, backend, wo
     with pytest.raises(ValueError, match=re.escape(f"cannot read image {directory}/6.png: ")):
         batches(loader, 2)
     loader.close()
+
+
+def test_a_process_may_end_within_an_epoch(textured):
+    script = f"""
+from pathlib import Path
+from image_classification.data import DataConfig, create_train_loader
+running = []
+for backend in {FOLDER_BACKENDS}:
+    config = DataConfig(path=Path({str(textured)!r}), backend=backend, image_size=32,
+                        batch_size=2, workers=1, num_classes=2)
+    running.append(create_train_loader(config).epoch(0))
+    next(running[-1])
+"""
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("backend", data.BACKENDS[1:])
