@@ -27,6 +27,7 @@ from image_classification import build, config, distributed
 from image_classification.config import Config, flag
 from image_classification.log import Logger, run_metadata
 from image_classification.run import Extension
+from sparse import costs
 from sparse.plans import plan_layers
 
 DESCRIPTION = "Train a network, dense or sparse, on a directory of images."
@@ -236,13 +237,48 @@ def sparse_plan(model: nn.Module, flags: SparseFlags, *, total_steps: int) -> di
     }
 
 
+def cost_plan(
+    model: nn.Module, flags: SparseFlags, *, image_size: int, total_steps: int
+) -> dict[str, Any] | None:
+    """Return FLOPs and bytes (see `sparse.costs.report`), in the published convention.
+
+    The training ratio is relative to dense training of the same length. With the global scope
+    nothing is known before training: None.
+    """
+    layers = costs.trace_layers(model, image_size)
+    given = arguments(flags, total_steps)
+    if not given:
+        return costs.report(layers, method="dense")
+    if given.get("scope") == "global":
+        return None
+    shared = plan_layers(model, **{name: given[name] for name in LAYER_FLAGS.split()})
+    ramp = None
+    if flags.sparse_method == "gmp":
+        ramp = costs.gmp_mean_ramp(
+            start=given["prune_start"],
+            end=given["prune_end"],
+            every=given["prune_every"],
+            total_steps=total_steps,
+        )
+    return costs.report(
+        layers,
+        {name: 1 - zeros for name, zeros in shared.sparsities.items()},
+        method=str(flags.sparse_method),
+        delta_t=given.get("delta_t", 100),
+        mean_ramp=ramp,
+        num_active=shared.num_active,
+    )
+
+
 def dry_run(c: Config, flags: SparseFlags) -> str:
     """Return the resolved plan as one JSON object; no data and no device is touched."""
     dataset = build.inspect(c)
     plan = build.plan(c, dataset, world_size=distributed.world_from_env().world_size)
     with torch.device("meta"):
         model = build.create_model(c, dataset)
-    plan["sparse"] = sparse_plan(model, flags, total_steps=plan["total_steps"])
+    steps = plan["total_steps"]
+    plan["sparse"] = sparse_plan(model, flags, total_steps=steps)
+    plan["cost"] = cost_plan(model, flags, image_size=plan["image_size"], total_steps=steps)
     return json.dumps(plan)
 
 

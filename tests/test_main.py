@@ -118,6 +118,45 @@ def test_dry_run_is_the_plan_of_a_published_row() -> None:
     active = [layer["num_active"] for layer in sparse["layers"]]
     assert active == ORACLE["models"]["resnet50"]["configs"]["erk/0.9/all_sparse"]["num_active"]
     assert sparse["overall_sparsity"] == pytest.approx(0.9, abs=1e-5)
+    cost, oracle = resolved["cost"], ORACLE["models"]["resnet50"]["configs"]["erk/0.9/all_sparse"]
+    for key in ("inference_flops", "inference_ratio", "size_mb", "overall_sparsity"):
+        assert cost[key] == pytest.approx(oracle[key], rel=1e-6), key
+    assert cost["training_ratio"] == pytest.approx(oracle["rigl"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argv", "updates"),
+    [
+        ("static", 0),
+        ("set --delta-t 70", 1 + 375 // 70),
+        ("snfs --redistribution none --t-end 400", 5),
+        ("snip", 0),
+        ("snip --scope global", 0),
+        ("gmp --prune-start 10 --prune-end 60 --prune-every 20", 4),  # 10, 30, 50 and 60
+        ("rigl_reset --t-start 100", 3),
+    ],
+)
+def test_every_method_has_a_plan(argv: str, updates: int) -> None:
+    shape = "--data-backend synthetic --synthetic-batches 100 -a small_cnn -b 4 --epochs 5"
+    resolved = plan(*shape.split(), "--sparsity", "0.8", "--sparse-method", *argv.split())
+    assert resolved["total_steps"] == 500
+    assert resolved["sparse"]["num_updates"] == updates
+    known = "global" not in argv
+    assert all((x["num_active"] is not None) == known for x in resolved["sparse"]["layers"])
+    assert (resolved["cost"] is not None) == known
+
+
+def test_sparsity_map(tmp_path: Path) -> None:
+    path = tmp_path / "map.yaml"
+    path.write_text("'layer*': 0.5\nfc: 0.0\n")
+    shape = "--arch resnet18 --sparse-method static --sparsity 0.8".split()
+    layers = plan(*shape, "--sparsity-map", str(path))["sparse"]["layers"]
+    density = {x["name"]: x["density"] for x in layers}
+    assert density["layer1.0.conv1.weight"] == 0.5
+    assert density["fc.weight"] == 1.0
+    path.write_text("nothing*: 0.5\n")
+    done = run("--dry-run", *shape, "--sparsity-map", str(path))
+    assert (done.returncode, "nothing*" in done.stderr) == (2, True)
 
 
 def test_flags_of_the_earlier_port_are_understood() -> None:
