@@ -42,6 +42,22 @@ RUN if [ "$WITH_APEX" = 1 ] && ! python -m pip show --quiet apex; then \
     fi
 
 
+# The CPU kernels of sparse.runtime, where the base image has a compiler; elsewhere they are compiled
+# at their first use, if one is found then.
+FROM environment AS kernels
+WORKDIR /opt/kernels
+COPY sparse sparse
+RUN mkdir sparse/runtime/prebuilt \
+    && levels=portable \
+    && if [ "$(uname -m)" = x86_64 ]; then levels="portable avx2 avx512"; fi \
+    && if command -v c++; then \
+        for level in $levels; do \
+            python -c "from sparse.runtime.native import *; build('$level', PREBUILT)" \
+                || exit 1; \
+        done; \
+    fi
+
+
 FROM ${BASE_IMAGE}
 
 # Base images may have a user of this number already; docker/run.sh may choose any other.
@@ -65,6 +81,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 
 WORKDIR /workspace/rn50
 COPY . .
+COPY --from=kernels /opt/kernels/sparse/runtime/prebuilt sparse/runtime/prebuilt
 
 # The checkout may come from a umask that lets its owner alone read.
 ARG GIT_COMMIT=unknown
