@@ -1,0 +1,265 @@
+"""Every row of results/table.csv: its script, the plan that it makes and the costs of that plan."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import costs
+import main
+from results import published
+
+ROOT = Path(__file__).parents[1]
+ROWS = {row["script"]: row for row in published.read_rows()}
+WARMUP = {"resnet50": 5, "mobilenet_v1": 8}
+MILESTONES = {"resnet50": (30, 70, 90), "mobilenet_v1": (40, 75, 95)}
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Path:
+    """Return a program that prints its arguments in place of Python."""
+    path = tmp_path / "python"
+    path.write_text(
+        "#!/bin/sh\nprintf 'WORLD_SIZE=%s\\0' \"${WORLD_SIZE:-}\"\nprintf '%s\\0' \"$@\"\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def call(
+    script: str, *flags: str, python: Path, cwd: Path, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script from another directory; GPUs and schedulers of this machine are hidden."""
+    return subprocess.run(
+        ["bash", str(ROOT / script), *flags],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(python), "NPROC": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def command(script: str, *flags: str, python: Path, cwd: Path, **env: str) -> list[str]:
+    """Return the command that a script starts, WORLD_SIZE first."""
+    done = call(script, *flags, python=python, cwd=cwd, **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\0")[:-1]
+
+
+def value(argv: list[str], flag: str) -> str:
+    return argv[argv.index(flag) + 1]
+
+
+def test_every_script_is_a_row_and_every_row_has_its_script() -> None:
+    scripts = [*(ROOT / "scripts").glob("rn50_*.sh"), *(ROOT / "scripts/rigl").glob("*.sh")]
+    assert {str(s.relative_to(ROOT)) for s in scripts} == ROWS.keys()
+    assert len(ROWS) == 12 + 29 + 11
+
+
+@pytest.mark.parametrize("script", ROWS)
+def test_the_plan_of_a_row(
+    script: str, recorder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = ROWS[script]
+    world, program, *argv = command(script, "--dry-run", python=recorder, cwd=tmp_path)
+    assert (world, program) == ("WORLD_SIZE=1", str(ROOT / "main.py"))
+    assert main.main(argv) == 0
+    plan = json.loads(capsys.readouterr().out)
+
+    assert plan["arch"] == row["arch"]
+    assert plan["epochs"] == int(row["epochs"])
+    assert plan["optimizer_batch_size"] == int(row["optimizer_batch_size"])
+    assert plan["label_smoothing"] == float(row["label_smoothing"])
+    assert (plan["momentum"], plan["weight_decay"]) == (0.9, 1e-4)
+    assert plan["sparse"]["method"] == row["method"]
+    assert (plan["sparse"]["distribution"] or "") == row["distribution"]
+    assert (plan["sparse"]["sparsity"] or 0) == float(row["sparsity"])
+    assert plan["sparse"]["overall_sparsity"] == plan_sparsity(row)
+    check_costs(plan["cost"], row)
+    check_rigl(plan, row) if row["source"] == "rigl" else check_port(plan, row)
+    if row["method"] == "rigl":
+        assert (plan["sparse"]["delta_t"], plan["sparse"]["drop_fraction"]) == (100, 0.3)
+        assert plan["sparse"]["num_updates"] == plan["sparse"]["t_end"] // 100 + 1
+
+
+def plan_sparsity(row: Mapping[str, str]) -> Any:
+    """Return the zeros among the prunable weights: the table has those among all kernels."""
+    report = published.row_report(costs.report_network, row)
+    layers = [layer for layer in report["layers"] if ".dw." not in layer["name"]]
+    active = sum(layer["num_active"] for layer in layers)
+    return pytest.approx(1 - active / sum(layer["num_weights"] for layer in layers))
+
+
+def check_costs(cost: Mapping[str, Any], row: Mapping[str, str]) -> None:
+    """Hold the plan's costs to the columns of the table, which have six digits."""
+    if row["source"] == "rigl" and row["method"] == "dense":
+        assert cost["inference_flops"] == pytest.approx(float(row["inference"]), rel=1e-5)
+    else:
+        assert cost["inference_ratio"] == pytest.approx(float(row["inference"]), rel=1e-5)
+        training = cost["training_ratio"] * float(row["length"])
+        assert training == pytest.approx(float(row["train"]), rel=1e-5)
+    assert cost["size_mb"] == pytest.approx(float(row["size"]), rel=1e-5)
+    assert cost["overall_sparsity"] == pytest.approx(float(row["overall_sparsity"]), abs=1e-6)
+    dense = {f"{name}.weight" for name in row["dense_layers"].split()}
+    assert dense <= {layer["name"] for layer in cost["layers"] if layer["density"] == 1}
+
+
+def check_rigl(plan: Mapping[str, Any], row: Mapping[str, str]) -> None:
+    """The multiplier stretches epochs, milestones, warm-up and t_end, nothing else."""
+    length = int(row["length"])
+    assert abs(plan["total_steps"] - 32_000 * length) <= 156  # whole epochs of 312 steps
+    assert (plan["lr"], plan["nesterov"], plan["mixup"]) == (1.6, True, 0)
+    assert (plan["lr_schedule"], plan["lr_per_step"]) == ("step", True)
+    assert plan["lr_milestones"] == [epoch * length for epoch in MILESTONES[row["arch"]]]
+    assert plan["warmup_epochs"] == WARMUP[row["arch"]] * length
+    if row["method"] == "rigl":
+        assert plan["sparse"]["t_end"] == 25_000 * length
+
+
+def check_port(plan: Mapping[str, Any], row: Mapping[str, str]) -> None:
+    assert plan["total_steps"] == 625 * plan["epochs"]
+    assert (plan["lr"], plan["nesterov"], plan["mixup"]) == (1.2, False, 0.2)
+    assert (plan["lr_schedule"], plan["lr_per_step"]) == ("cosine", False)
+    assert plan["warmup_epochs"] == 10
+    if row["method"] in ("set", "snfs", "rigl", "gmp"):
+        assert plan["sparse"]["t_end"] == plan["total_steps"] * 4 // 5
+
+
+def test_the_published_accuracy_stands_in_the_script_and_nothing_else_does() -> None:
+    for script, row in ROWS.items():
+        text = (ROOT / script).read_text()
+        claimed = [line for line in text.splitlines() if "Top-1" in line]
+        assert len(claimed) == bool(row["published_top1"])
+        for line in claimed:
+            assert line.endswith(
+                f" published by {SOURCES[row['source']]}: {row['published_top1']}."
+            )
+
+
+SOURCES = {"rigl": "RigL", "port": "the earlier port"}
+
+
+@pytest.mark.parametrize(
+    ("script", "gpus", "micro", "accumulated"),
+    [
+        ("scripts/rn50_rigl_erk_0.9.sh", 1, 256, 8),
+        ("scripts/rn50_rigl_erk_0.9.sh", 4, 256, 2),
+        ("scripts/rn50_rigl_erk_0.9.sh", 8, 256, 1),
+        ("scripts/rn50_rigl_erk_0.9.sh", 16, 128, 1),
+        ("scripts/rigl/rn50_erk_0.9_5x.sh", 1, 256, 16),
+        ("scripts/rigl/rn50_erk_0.9_5x.sh", 4, 256, 4),
+        ("scripts/rigl/rn50_erk_0.9_5x.sh", 8, 256, 2),
+        ("scripts/rigl/rn50_erk_0.9_5x.sh", 16, 256, 1),
+    ],
+)
+def test_the_global_batch_does_not_depend_on_the_number_of_gpus(
+    script: str, gpus: int, micro: int, accumulated: int, recorder: Path, tmp_path: Path
+) -> None:
+    batch = ROWS[script]["optimizer_batch_size"]
+    done = call(script, "--dry-run", python=recorder, cwd=tmp_path, NPROC=str(gpus))
+    argv = done.stdout.split("\0")
+    assert argv[0] == f"WORLD_SIZE={gpus}"
+    assert (value(argv, "--optimizer-batch-size"), value(argv, "-b")) == (batch, str(micro))
+    assert f"{batch} = {gpus} processes x {micro} images x {accumulated} accumulated" in done.stderr
+
+
+def test_a_smaller_gpu_takes_smaller_micro_batches(recorder: Path, tmp_path: Path) -> None:
+    argv = command(
+        "scripts/rn50_dense.sh", "--dry-run", python=recorder, cwd=tmp_path, BATCH_SIZE="100"
+    )
+    assert value(argv, "-b") == "64"
+
+
+def test_gpus_that_do_not_divide_the_batch_are_refused(recorder: Path, tmp_path: Path) -> None:
+    done = call("scripts/rn50_dense.sh", python=recorder, cwd=tmp_path, NPROC="3")
+    assert done.returncode == 2
+    assert done.stderr == "rn50_dense: 3 processes do not divide its global batch of 2048\n"
+
+
+def test_launchers(recorder: Path, tmp_path: Path) -> None:
+    env = {"python": recorder, "cwd": tmp_path, "RESULTS": str(tmp_path / "out")}
+    script = "scripts/rn50_rigl_erk_0.8.sh"
+    plain = command(script, **env)
+    assert plain[:2] == ["WORLD_SIZE=", str(ROOT / "main.py")]
+    one_node = command(script, **env, NPROC="8")
+    assert one_node[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "NPROC": "8"}
+    two_nodes = command(script, **env, **nodes)
+    assert value(two_nodes, "--node-rank") == "1"
+    assert value(two_nodes, "--master-addr") == "first"
+    assert value(two_nodes, "-b") == "128"
+    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "3"}
+    in_a_step = command(script, **env, **task)
+    assert in_a_step[:2] == ["WORLD_SIZE=", str(ROOT / "main.py")]
+    assert value(in_a_step, "-b") == "128"
+
+
+def test_a_batch_job_starts_its_tasks_with_srun(recorder: Path, tmp_path: Path) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho srun was called >&2\nexec "$@"\n')
+    srun.chmod(0o755)
+    done = call(
+        "scripts/rn50_dense.sh",
+        python=recorder,
+        cwd=tmp_path,
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        RESULTS=str(tmp_path / "out"),
+        SLURM_JOB_ID="7",
+        SLURM_NTASKS="8",
+    )
+    assert "srun was called" in done.stderr
+    assert value(done.stdout.split("\0"), "-b") == "256"
+
+
+def test_several_nodes_need_an_address(recorder: Path, tmp_path: Path) -> None:
+    done = call("scripts/rn50_dense.sh", python=recorder, cwd=tmp_path, NNODES="2")
+    assert done.returncode != 0
+    assert "NODE_RANK: is needed with NNODES" in done.stderr
+
+
+def test_data_and_results_can_be_elsewhere_and_a_dry_run_writes_nothing(
+    recorder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    env = {"DATA": "/images", "RESULTS": str(out)}
+    argv = command("scripts/rn50_dense.sh", "--dry-run", python=recorder, cwd=tmp_path, **env)
+    assert argv[2] == "/images"
+    assert value(argv, "--workspace") == str(out)
+    assert not out.exists()
+    command("scripts/rn50_dense.sh", python=recorder, cwd=tmp_path, **env)
+    assert out.is_dir()
+
+
+def test_flags_of_the_caller_come_last(recorder: Path, tmp_path: Path) -> None:
+    argv = command(
+        "scripts/rigl/mbv1_dense.sh", "--dry-run", "--amp", python=recorder, cwd=tmp_path
+    )
+    assert argv[-2:] == ["--dry-run", "--amp"]
+
+
+def test_a_row_plans_itself_for_real(tmp_path: Path) -> None:
+    """One row as a user starts it: nothing but the plan on standard output."""
+    done = call(
+        "scripts/rn50_rigl_erk_0.8_500ep.sh",
+        "--dry-run",
+        python=Path(sys.executable),
+        cwd=tmp_path,
+        NPROC="8",
+    )
+    plan = json.loads(done.stdout)
+    assert (plan["epochs"], plan["world_size"], plan["accumulation"]) == (500, 8, 1)
+    assert plan["sparse"]["num_updates"] == 2501
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ROWS)
+def test_every_row_plans_itself_for_real(script: str, tmp_path: Path) -> None:
+    done = call(script, "--dry-run", python=Path(sys.executable), cwd=tmp_path)
+    assert json.loads(done.stdout)["epochs"] == int(ROWS[script]["epochs"])
