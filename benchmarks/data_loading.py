@@ -5,7 +5,7 @@ from scikit-learn's sample photos): reading, decoding, random resized crop, flip
 The loaders take turns within each round, so that a busy machine slows all of them; medians over
 the rounds are printed. A CPU-second counts user and system time of this process and its workers.
 
-    python benchmarks/data_loading.py [--json]
+    python -m benchmarks.data_loading [--json]
 """
 
 from __future__ import annotations
