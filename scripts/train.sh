@@ -31,7 +31,7 @@ world=$((nnodes * nproc))
 launch=("$PYTHON")
 if [[ -n ${SLURM_STEP_NUM_TASKS:-} && -n ${SLURM_PROCID:-} ]] && ((SLURM_STEP_NUM_TASKS > 1)); then
     world=$SLURM_STEP_NUM_TASKS # this script is itself one task of the step
-elif [[ -n ${SLURM_JOB_ID:-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
+elif [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_NUM_TASKS:-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
     world=$SLURM_NTASKS
     launch=(srun "$PYTHON")
 elif ((nnodes > 1)); then

@@ -185,3 +185,9 @@ def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:
         command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
     )
     assert json.loads(done.stdout)["size_mb"] == pytest.approx(13.498864)
+
+
+@pytest.mark.parametrize("source", ["rigl", "port"])
+def test_the_tables_of_the_document_are_those_of_the_command(source: str) -> None:
+    text = (ROOT / "results/README.md").read_text()
+    assert published.table(source, costs.report_network) in text

@@ -4,6 +4,7 @@ tests/data/tf_graphs.json lists the variables of the RigL repository's own graph
 they gave for the values that `value` makes of a variable's name.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def value(name: str, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(array.astype(np.float32))
 
 
+@functools.cache
 def variables(graph: str) -> dict[str, Tensor]:
     return {name: value(name, shape) for name, shape in GRAPHS[graph]["variables"].items()}
 
@@ -108,7 +110,7 @@ def test_tensorflow_names_and_layouts_round_trip(graph: str) -> None:
 
 
 def test_a_missing_variable_is_named() -> None:
-    broken = variables("mobilenet_v1")
+    broken = dict(variables("mobilenet_v1"))
     del broken["resnet_model/contraction_1x1_4/weights"]
     with pytest.raises(ValueError, match="resnet_model/contraction_1x1_4/weights"):
         foreign.from_tf(broken, "mobilenet_v1")
