@@ -15,7 +15,6 @@ The runtime folds when it loads either.
 
 import hashlib
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from sparse.masks import pack, unpack
 from sparse.runtime import graph
 from sparse.runtime.graph import Node
 
@@ -57,6 +56,8 @@ class Header:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """Images are normalized by (x - mean) / std, x in [0, 1], per channel."""
+    interpolation: str
+    """How they were resized."""
     dtype: str
     folded: bool
     """Whether BatchNorm is folded into the convolutions."""
@@ -77,7 +78,7 @@ class Compact:
     def masks(self) -> dict[str, Tensor]:
         """Return the masks (True = active) of the entries that have one."""
         return {
-            name: _unpack(self._tensors[name + ".mask"], shape)
+            name: unpack(self._tensors[name + ".mask"], shape)
             for name, shape in self.header.shapes.items()
         }
 
@@ -97,7 +98,7 @@ class Compact:
             if value.dtype == torch.int8:
                 return _rescale(value, self._tensors[name + ".scale"])
             return value.float() if value.is_floating_point() else value
-        mask = _unpack(self._tensors[name + ".mask"], shape)
+        mask = unpack(self._tensors[name + ".mask"], shape)
         values = self._tensors[name + ".values"]
         dense = torch.zeros(shape, dtype=torch.float32)
         dense[mask] = values.float()
@@ -117,6 +118,7 @@ def save(
     image_size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    interpolation: str = "bilinear",
     in_channels: int = 3,
     dtype: str = "float32",
     fold: bool = False,
@@ -134,6 +136,7 @@ def save(
         image_size: Side of the images, in pixels.
         mean: Normalization of the images, per channel.
         std: The same.
+        interpolation: How images were resized.
         in_channels: Channels of the images.
         dtype: One of `DTYPES`, for the weights of convolutions and linear layers. int8 has one
             scale per output channel: its largest magnitude over 127.
@@ -164,6 +167,7 @@ def save(
         "image_size": image_size,
         "mean": list(mean),
         "std": list(std),
+        "interpolation": interpolation,
         "dtype": dtype,
         "folded": fold,
         "names": list(state),
@@ -227,13 +231,7 @@ def _store(name: str, value: Tensor, mask: Tensor | None, dtype: str) -> dict[st
     value = value.to(DTYPES[dtype])
     if mask is None:
         return stored | {name: value.contiguous()}
-    bits = np.packbits(mask.numpy(), bitorder="little")
-    return stored | {name + ".mask": torch.from_numpy(bits), name + ".values": value[mask]}
-
-
-def _unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    flat = np.unpackbits(bits.numpy(), count=math.prod(shape), bitorder="little")
-    return torch.from_numpy(flat.view(bool)).view(*shape)
+    return stored | {name + ".mask": pack(mask), name + ".values": value[mask]}
 
 
 def _rescale(value: Tensor, scale: Tensor) -> Tensor:

@@ -116,6 +116,12 @@ class _Tracer:
     def _skip(self, node: fx.Node) -> None:
         self._names[node] = self._names[node.args[0]]  # type: ignore[index]
 
+    def _flatten(self, node: fx.Node) -> None:
+        source = self._names[node.args[0]]  # type: ignore[index]
+        if source not in {n.name for n in self._nodes if n.op == "mean_pool"}:
+            raise ValueError("the runtime flattens only what has been averaged over the image")
+        self._skip(node)
+
     def _module(self, node: fx.Node, module: nn.Module) -> None:
         prefix, inputs = f"{node.target}.", node.args[:1]
         if isinstance(module, nn.Conv2d):
@@ -138,6 +144,8 @@ class _Tracer:
             self._add(node, "avg_pool", inputs, **_window(module))
         elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             self._add(node, "mean_pool", inputs)
+        elif isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+            self._flatten(node)
         elif isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d):
             self._skip(node)
         else:
@@ -152,10 +160,7 @@ class _Tracer:
         elif function in (F.relu, torch.relu, "relu", "relu_"):
             self._add(node, "relu", node.args[:1])
         elif function in (torch.flatten, "flatten") and node.args[1:] in ((1,), (1, -1)):
-            source = self._names[node.args[0]]  # type: ignore[index]
-            if next(n.op for n in self._nodes if n.name == source) != "mean_pool":
-                raise ValueError("the runtime flattens only what has been averaged over the image")
-            self._skip(node)
+            self._flatten(node)
         elif function in (torch.mean, "mean") and tuple(node.args[1:]) in (([2, 3],), ((2, 3),)):
             self._add(node, "mean_pool", node.args[:1])
         else:

@@ -87,8 +87,11 @@ def sparse_table(layer: Layer, source: Map, *, block_size: int, num_parts: int) 
             begin.append(ends)
             channel.append(chosen)
             start = int(ends[-1])
-    offset = offsets(layer, source)[tap, i, j]
-    stream = np.lexsort((offset, rank[block, out]))
+    taps = offsets(layer, source)
+    offset = taps[tap, i, j]
+    nearness = np.empty(taps.size, np.int64)  # rank of a tap in the order of memory
+    nearness[np.argsort(taps.ravel(), kind="stable")] = np.arange(taps.size)
+    stream = np.argsort(rank[block, out] * taps.size + nearness.reshape(taps.shape)[tap, i, j])
     connections = np.empty(len(stream), CONNECTION)
     connections["offset"] = offset[stream]
     connections["weight"] = weight[out, tap_in, i, j][stream]

@@ -75,9 +75,14 @@ def _fastest(plan: Plan, step: Step, bench: _Bench) -> Choice:
     A disturbance then hits all alike, and the least of several times is free of it.
     """
     tried: dict[Choice, tuple[native.Op, list[Any]]] = {}
-    for choice in _candidates(step):
-        plan.choose(step, choice)
-        tried[choice] = (native.Op.from_buffer_copy(step.op), list(step.tables))
+    tabled = None
+    for choice in sorted(_candidates(step), key=lambda c: (c.dense, c.block_size)):
+        if tabled is None or (choice.dense, choice.block_size) != tabled:
+            tabled = choice.dense, choice.block_size
+            plan.choose(step, choice)
+        op = native.Op.from_buffer_copy(step.op)
+        op.tile_vectors, op.tile_rows = choice.tile_vectors, choice.tile_rows
+        tried[choice] = (op, list(step.tables))
     seconds = dict.fromkeys(tried, math.inf)
     for repetitions in ROUNDS:
         for choice in sorted(seconds, key=lambda c: seconds[c])[: -(-len(tried) // repetitions)]:

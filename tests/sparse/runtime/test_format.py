@@ -1,0 +1,184 @@
+"""Compact files: what they hold, what they cost, and that damage is noticed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from image_classification.models import create_model
+from sparse import runtime
+from sparse.distributions import allocate
+from sparse.layers import prunable
+from tests.sparse.runtime.conftest import prune_
+
+Save = Callable[..., Path]
+
+# 10^6 bytes of ResNet-50 as published by Evci et al. (2020).
+PUBLISHED = {("erk", 0.8): 23.683, ("erk", 0.9): 13.499, ("uniform", 0.9): 13.532}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype, name
+        assert torch.equal(found[name], value), name
+
+
+def test_the_state_dict_comes_back_bit_for_bit(save: Save) -> None:
+    model = create_model("small_cnn", num_classes=7)
+    compact = runtime.read(save(model, density=0.13))
+    assert_same(compact.state_dict(), model.state_dict())
+
+
+def test_an_active_weight_may_be_zero(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3))
+    mask = torch.zeros(5, 3, 3, 3, dtype=torch.bool)
+    mask[::2, :, 1] = True
+    model[0].weight.data.mul_(mask)
+    model[0].weight.data[2, 0, 1, 1] = 0.0  # grown, and not yet trained
+    path = tmp_path / "file"
+    write(path, model, {"0.weight": mask})
+    compact = runtime.read(path)
+    assert torch.equal(compact.masks()["0.weight"], mask)
+    assert_same(compact.state_dict(), model.state_dict())
+
+
+def write(path: Path, model: nn.Module, masks: dict[str, Tensor], **options: object) -> None:
+    runtime.save(
+        path,
+        model.state_dict(),
+        masks,
+        nodes=runtime.trace(model.eval()),
+        arch="resnet50",
+        model={},
+        image_size=224,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("distribution", "sparsity"), PUBLISHED)
+def test_folded_files_have_the_published_size(
+    tmp_path: Path, distribution: str, sparsity: float
+) -> None:
+    model = torchvision.models.resnet50(weights=None)
+    weights = prunable(model)
+    counts = allocate(
+        {name: tuple(w.shape) for name, w in weights.items()},
+        sparsity=sparsity,
+        distribution=distribution,
+    )
+    masks = {}
+    for name, weight in weights.items():
+        masks[name] = torch.arange(weight.numel()).view_as(weight) < counts[name]
+        weight.data.masked_fill_(~masks[name], 0.0)
+    path = tmp_path / "network.safetensors"
+    published = 1e6 * PUBLISHED[distribution, sparsity]
+
+    write(path, model, masks, fold=True)
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert header < 50_000
+    assert path.stat().st_size - header == pytest.approx(published, rel=0.001)
+
+    # Unfolded, each of the 26,560 channels has four vectors of BatchNorm instead of one bias.
+    write(path, model, masks)
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    normalization = 3 * 4 * 26_560
+    assert path.stat().st_size - header - normalization == pytest.approx(published, rel=0.001)
+
+
+def test_other_readers_of_safetensors_find_the_documented_entries(save: Save) -> None:
+    model = create_model("small_cnn", num_classes=7)
+    path = save(model, density=0.5)
+    tensors = safetensors.torch.load_file(path)
+    weight = model.state_dict()["features.3.weight"].flatten()
+    bits = tensors["features.3.weight.mask"]
+    active = torch.stack([bits >> i & 1 for i in range(8)], 1).flatten().bool()
+    assert torch.equal(active, weight != 0)
+    assert torch.equal(tensors["features.3.weight.values"], weight[weight != 0])
+    assert torch.equal(tensors["fc.bias"], model.fc.bias)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 6e-4), ("bfloat16", 5e-3), ("int8", 4e-3)])
+def test_narrow_values_are_close_and_small(save: Save, dtype: str, error: float) -> None:
+    model = create_model("small_cnn", num_classes=7)
+    full = save(model, density=0.5).stat().st_size
+    path = save(model, density=1.0, dtype=dtype)  # weights are pruned already: all whole
+    pruned = save(model, density=0.5, dtype=dtype)
+    assert pruned.stat().st_size < full * (0.6 if dtype != "int8" else 0.4)
+    for state in (runtime.read(path).state_dict(), runtime.read(pruned).state_dict()):
+        wanted = model.state_dict()
+        assert list(state) == list(wanted)
+    for name, value in runtime.read(pruned).state_dict().items():
+        assert value.dtype == model.state_dict()[name].dtype
+        largest = model.state_dict()[name].abs().max()
+        assert torch.allclose(value, model.state_dict()[name], rtol=0, atol=float(error * largest))
+    assert torch.equal(value, model.state_dict()[name])  # the last one, a bias, is exact
+
+
+def test_a_folded_file_gives_a_state_dict_that_computes_the_same(save: Save) -> None:
+    model = create_model("resnet18", num_classes=7)
+    images = torch.randn(2, 3, 64, 64)
+    compact = runtime.read(save(model, fold=True))
+    with torch.no_grad():
+        wanted = model(images)
+        model.load_state_dict(compact.state_dict())
+        assert torch.allclose(model(images), wanted, rtol=1e-4, atol=1e-4)
+    assert all((compact.state_dict()[n] != 0).equal(m) for n, m in compact.masks().items())
+
+
+def test_a_damaged_byte_anywhere_is_noticed(save: Save) -> None:
+    path = save(create_model("small_cnn", num_classes=7))
+    whole = path.read_bytes()
+    for position in range(0, len(whole), len(whole) // 40):
+        damaged = bytearray(whole)
+        damaged[position] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"network\.safetensors is (damaged|not)") as error:
+            runtime.read(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 something else", bytes(1000)])
+def test_foreign_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "some.file"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"some\.file is damaged or not a compact") as error:
+        runtime.read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_other_safetensors_files_and_missing_ones_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    safetensors.torch.save_file({"x": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="is not a compact sparse network"):
+        runtime.read(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        runtime.read(tmp_path / "missing")
+
+
+def test_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3))
+    inactive = torch.zeros(5, 3, 3, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"'0.weight' has weights that are not 0"):
+        write(tmp_path / "file", model, {"0.weight": inactive})
+    with pytest.raises(ValueError, match=r"the mask of '0.weight' is \(5, 3\)"):
+        write(tmp_path / "file", model, {"0.weight": inactive[..., 0, 0]})
+    with pytest.raises(ValueError, match="no weight for the mask of '1.weight'"):
+        write(tmp_path / "file", model, {"1.weight": inactive})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_replaced_whole(save: Save) -> None:
+    model = create_model("small_cnn", num_classes=7)
+    path = save(model, density=0.5)
+    prune_(model, 0.1)
+    path = save(model, density=0.1)
+    assert_same(runtime.read(path).state_dict(), model.state_dict())
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]

@@ -1,0 +1,194 @@
+"""Every kernel against torch, over random geometries and densities."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sparse.runtime import graph, native
+from sparse.runtime.lower import lower
+from sparse.runtime.network import Program
+from sparse.runtime.plan import Choice, Plan, can_be_sparse
+from sparse.runtime.tables import DENSE_CHANNELS
+
+TOLERANCE = 1e-4
+
+FEW = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    assert found.shape == wanted.shape
+    assert torch.isfinite(found).all()
+    error = float((found - wanted).abs().max())
+    assert error <= TOLERANCE * max(1e-3, float(wanted.abs().max())), error
+
+
+def run(
+    model: nn.Module,
+    images: Tensor,
+    kernels: native.Kernels,
+    *,
+    threads: int = 1,
+    choice: Choice | None = None,
+) -> Tensor:
+    """Return what the kernels compute for a model; `choice` is used for all convolutions."""
+    nodes = graph.trace(model.eval())
+    layers = lower(nodes, model.state_dict(), in_channels=images.shape[1])
+    size = tuple(images.shape[1:])
+    plan = Plan(layers, size, lanes=kernels.num_lanes, num_parts=threads)
+    for step in plan.convolutions():
+        if choice is not None and (choice.dense or can_be_sparse(step)):
+            plan.choose(step, choice)
+    return Program(plan, kernels, threads).run(images)
+
+
+class Convolution(nn.Module):
+    """A convolution and, on request, what the runtime fuses into it."""
+
+    def __init__(self, *, relu: bool, add: bool, **options: object) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(**options)
+        self.other = nn.Conv2d(**options) if add else None
+        self.relu = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.other is not None:
+            y = self.other(x) + y
+        return self.relu(y)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Convolution, Tensor]:
+    """Draw a convolution and an image that it fits."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    per_group, out_per_group = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (5, 1), (7, 7)]))
+    dilation = draw(st.sampled_from([1, 1, 2]))
+    padding = (draw(st.integers(0, 4)), draw(st.integers(0, 4)))
+    least = [1 + dilation * (k - 1) - 2 * p for k, p in zip(kernel, padding, strict=True)]
+    height = draw(st.integers(max(1, least[0]), 20))
+    width = draw(st.integers(max(1, least[1]), 40))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    model = Convolution(
+        relu=draw(st.booleans()),
+        add=draw(st.booleans()),
+        in_channels=groups * per_group,
+        out_channels=groups * out_per_group,
+        kernel_size=kernel,
+        stride=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+    )
+    weight = model.conv.weight.data
+    density = draw(st.sampled_from([0.0, 0.02, 0.2, 0.5, 1.0]))
+    weight[torch.rand(weight.shape) >= density] = 0
+    if draw(st.booleans()):
+        weight[0] = 0  # an output channel without connections
+    return model, torch.randn(groups * per_group, height, width)
+
+
+@given(case=convolutions(), threads=st.sampled_from([1, 1, 2]), data=st.data())
+@FEW
+def test_convolutions_equal_torch(
+    each_kernels: native.Kernels,
+    case: tuple[Convolution, Tensor],
+    threads: int,
+    data: st.DataObject,
+) -> None:
+    model, image = case
+    rows = data.draw(st.integers(1, 7))
+    choice = Choice(
+        dense=data.draw(st.booleans()),
+        tile_rows=rows,
+        tile_vectors=data.draw(st.integers(1, 8 if rows == 1 else 14 // rows)),
+        block_size=data.draw(st.sampled_from([0, 1, 4])) if model.conv.groups == 1 else 0,
+    )
+    with torch.no_grad():
+        wanted = model(image[None])
+    assert_close(run(model, image[None], each_kernels, threads=threads, choice=choice), wanted)
+
+
+@given(
+    kernel=st.sampled_from([2, 3, 5]),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 1),
+    size=st.tuples(st.integers(5, 33), st.integers(5, 33)),
+    offset=st.sampled_from([-5.0, 0.0]),
+)
+@FEW
+def test_max_pooling_equals_torch(
+    each_kernels: native.Kernels,
+    kernel: int,
+    stride: int,
+    padding: int,
+    size: tuple[int, int],
+    offset: float,
+) -> None:
+    images = torch.randn(2, 3, *size) + offset  # with negative maxima the padding must not win
+    model = nn.Sequential(nn.MaxPool2d(kernel, stride, padding))
+    assert torch.equal(run(model, images, each_kernels), model(images))
+
+
+@given(
+    channels=st.integers(1, 20),
+    classes=st.integers(1, 20),
+    density=st.sampled_from([0.0, 0.2, 1.0]),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    threads=st.sampled_from([1, 2]),
+)
+@FEW
+def test_pooled_classifiers_equal_torch(
+    each_kernels: native.Kernels,
+    channels: int,
+    classes: int,
+    density: float,
+    size: tuple[int, int],
+    threads: int,
+) -> None:
+    model = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(1),
+        nn.Linear(channels, channels),
+        nn.ReLU(),
+        nn.Linear(channels, classes),
+    )
+    for layer in (model[2], model[4]):
+        layer.weight.data[torch.rand(layer.weight.shape) >= density] = 0
+    images = torch.randn(3, channels, *size)
+    with torch.no_grad():
+        wanted = model(images)
+    assert_close(run(model, images, each_kernels, threads=threads), wanted)
+
+
+def test_a_nan_is_not_hidden_by_relu(kernels: native.Kernels) -> None:
+    model = Convolution(relu=True, add=False, in_channels=1, out_channels=4, kernel_size=1)
+    images = torch.zeros(1, 1, 8, 8)
+    images[0, 0, 3, 4] = torch.nan
+    for dense in (False, True):
+        found = run(model, images, kernels, choice=Choice(dense=dense))
+        assert torch.equal(found.isnan(), images.isnan().expand(1, 4, 8, 8))
+
+
+def test_channels_beyond_a_group_of_the_dense_kernel_stay_untouched(
+    kernels: native.Kernels,
+) -> None:
+    for channels in range(1, 2 * DENSE_CHANNELS):
+        model = nn.Sequential(nn.Conv2d(2, channels, 3, padding=1), nn.Conv2d(channels, 3, 1))
+        images = torch.randn(1, 2, 9, 9)
+        with torch.no_grad():
+            wanted = model(images)
+        assert_close(run(model, images, kernels, choice=Choice(dense=True)), wanted)
+
+
+def test_an_image_without_output_is_refused(kernels: native.Kernels) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 5))
+    with pytest.raises(ValueError, match="images of 4x9 are too small"):
+        run(model, torch.zeros(1, 1, 4, 9), kernels)

@@ -1,0 +1,194 @@
+"""Whole networks: loaded from a file, run by the kernels, compared with the model itself."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from image_classification.models import create_model
+from sparse import runtime
+from sparse.runtime import native
+from sparse.runtime.network import Network
+from tests.sparse.runtime.test_kernels import assert_close
+
+Save = Callable[..., Path]
+ROOT = Path(runtime.__file__).parents[2]
+
+BLOCKS = (1, 2, 1, 1)  # of every kind, at the widths of the real networks' kin
+NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "basic": (64, lambda: ResNet(BasicBlock, BLOCKS, num_classes=7)),
+    "bottleneck": (97, lambda: ResNet(Bottleneck, BLOCKS, num_classes=7)),
+    "wide": (64, lambda: ResNet(Bottleneck, BLOCKS, num_classes=7, width_per_group=96)),
+    "resnext": (64, lambda: ResNet(Bottleneck, BLOCKS, 7, groups=32, width_per_group=4)),
+    "mobilenet_v1": (96, lambda: create_model("mobilenet_v1", num_classes=7, width=0.5)),
+    "wrn22_2": (32, lambda: create_model("wrn22_2", num_classes=7)),
+    "small_cnn": (40, lambda: create_model("small_cnn", num_classes=7)),
+}
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_architectures_compute_what_the_model_computes(
+    name: str, save: Save, kernel_cache: Path, kernels: native.Kernels
+) -> None:
+    size, create = NETWORKS[name]
+    model = create()
+    path = save(model, density=0.3)
+    images = torch.randn(3, 3, size, size)
+    wanted = logits_of(model, images)
+    network = runtime.load(path, tune=False, cache=kernel_cache)
+    assert network.backend == "native"
+    assert_close(network(images), wanted)
+    assert_close(runtime.load(path, backend="torch")(images), wanted)
+    two = runtime.load(path, tune=False, cache=kernel_cache, threads=2)
+    assert_close(two(images), wanted)
+
+
+def test_sixteen_lanes_and_portable_kernels_run_networks(
+    save: Save, each_kernels: native.Kernels
+) -> None:
+    model = ResNet(Bottleneck, BLOCKS, num_classes=7)
+    path = save(model)
+    images = torch.randn(1, 3, 112, 112)
+    network = Network(path, threads=1, kernels=each_kernels, tuner=None)
+    assert_close(network(images), logits_of(model, images))
+
+
+def test_images_may_be_of_any_kind(save: Save, kernel_cache: Path) -> None:
+    model = create_model("small_cnn", num_classes=7)
+    network = runtime.load(save(model), tune=False, cache=kernel_cache)
+    images = torch.randn(2, 3, 32, 48)
+    wanted = logits_of(model, images)
+    found = network(images)
+    assert isinstance(found, Tensor)
+    assert_close(found, wanted)
+    assert_close(network(images[0]), wanted[0])
+    assert_close(network(images.contiguous(memory_format=torch.channels_last)), wanted)
+    array = network(images.numpy())
+    assert isinstance(array, np.ndarray)
+    assert np.array_equal(array, found.numpy())
+    # another size afterwards, and the first again: each has a plan of its own
+    small = torch.randn(1, 3, 17, 19)
+    assert_close(network(small), logits_of(model, small))
+    assert torch.equal(network(images), found)
+    assert network(images[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "float32"),
+        (torch.zeros(1, 1, 32, 32), r"\(N, 3, H, W\)"),
+        (torch.zeros(32, 32), r"\(N, 3, H, W\)"),
+    ],
+)
+def test_other_images_are_refused(
+    save: Save, kernel_cache: Path, images: Tensor, message: str
+) -> None:
+    path = save(create_model("small_cnn", num_classes=7))
+    network = runtime.load(path, tune=False, cache=kernel_cache)
+    with pytest.raises(ValueError, match=message):
+        network(images)
+
+
+def test_the_state_dict_of_a_loaded_network_is_the_trained_one(
+    save: Save, kernel_cache: Path
+) -> None:
+    model = create_model("wrn22_2", num_classes=7)
+    state = runtime.load(save(model), cache=kernel_cache).state_dict()
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_tuning_is_remembered_and_changes_no_result(save: Save, kernel_cache: Path) -> None:
+    model = create_model("small_cnn", num_classes=7)
+    path = save(model)
+    images = torch.randn(1, 3, 32, 32)
+    first = runtime.load(path, cache=kernel_cache)(images)
+    assert_close(first, logits_of(model, images))
+    (tuned,) = kernel_cache.glob("tuned-*.json")
+    written = tuned.stat().st_mtime_ns
+    assert torch.equal(runtime.load(path, cache=kernel_cache)(images), first)
+    assert tuned.stat().st_mtime_ns == written
+    tuned.write_text("{ damaged")
+    assert_close(runtime.load(path, cache=kernel_cache)(images), first)
+
+
+def test_without_a_compiler_torch_runs_the_network_and_says_so_once(
+    save: Save, tmp_path: Path
+) -> None:
+    model = create_model("small_cnn", num_classes=7)
+    path = save(model)
+    program = """
+import sys, torch, sparse.runtime
+images = torch.ones(1, 3, 32, 32)
+for _ in range(2):
+    network = sparse.runtime.load(sys.argv[1], cache=sys.argv[2])
+print(network.backend, *network(images)[0].tolist())
+"""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path), str(empty)],
+        env={**os.environ, "PATH": str(empty), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    backend, *logits = done.stdout.split()
+    assert backend == "torch"
+    assert_close(
+        torch.tensor([float(x) for x in logits]), logits_of(model, torch.ones(1, 3, 32, 32))[0]
+    )
+    assert done.stderr.count("there is no C++ compiler") == 1
+
+
+def test_a_failing_compiler_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Save
+) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'file.cpp:1: error: no such thing' >&2; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(native.BuildError, match="failed: file.cpp:1: error: no such thing"):
+        native.build("portable", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"backend": "cuda"}, "backend must be auto, native or torch"),
+        ({"level": "sse9"}, "level must be one of avx512, avx2, portable"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(
+    save: Save, arguments: dict[str, object], message: str
+) -> None:
+    path = save(create_model("small_cnn", num_classes=7))
+    with pytest.raises(ValueError, match=message):
+        runtime.load(path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [("vit_b_16", "cannot be traced|does not know"), ("mobilenet_v2", "does not know .*ReLU6")],
+)
+def test_unknown_operations_are_named(arch: str, message: str) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.get_model(arch, weights=None)
+    with pytest.raises(ValueError, match=message):
+        runtime.trace(model.eval())

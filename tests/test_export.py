@@ -1,0 +1,163 @@
+"""export.py on real checkpoints: to a compact file, back, and to ONNX."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import export
+import sparse
+from image_classification import checkpoint
+from image_classification.config import Config
+from image_classification.models import create_model
+from sparse import runtime
+
+ROOT = Path(export.__file__).parent
+
+
+def train(directory: Path, *, method: bool = True, **options: object) -> tuple[Path, nn.Module]:
+    """Write the checkpoint of a small sparse network after a step, and return it with the network.
+
+    One connection is active with the value 0, as after a topology update.
+    """
+    flags = {"data": "x", "arch": "small_cnn", "num_classes": 4, "image_size": 40} | options
+    config = Config(**flags)
+    torch.manual_seed(0)
+    model = create_model(config.arch, num_classes=4, stem=config.stem, width=config.width)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = sparse.static(model, optimizer, sparsity=0.8, distribution="erk", seed=1)
+    model(torch.randn(4, 3, 40, 40)).sum().backward()
+    optimizer.step()
+    if method:
+        weight = model.features[3].weight
+        active = sparsifier.masks["features.3.weight"].nonzero()[0]
+        weight.data[tuple(active)] = 0.0
+    state = {
+        "epoch": 1,
+        "arch": config.arch,
+        "state_dict": model.state_dict(),
+        "ema": {"n_averaged": torch.tensor(1)}
+        | {f"module.{n}": v * 2 if v.is_floating_point() else v for n, v in state_of(model)},
+        "config": dict(vars(config)),
+    }
+    if method:
+        state["sparse"] = sparsifier.state_dict()
+    return checkpoint.save(directory, state, epoch=1, is_best=False), model.eval()
+
+
+def state_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(model.state_dict().items())
+
+
+def convert(*arguments: object) -> str:
+    return export.run(export.build_parser().parse_args([str(a) for a in arguments]))
+
+
+def assert_same_state(found: dict[str, Tensor], model: nn.Module, factor: float = 1.0) -> None:
+    wanted = model.state_dict()
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        expected = value * factor if value.is_floating_point() else value
+        assert torch.equal(found[name], expected), name
+
+
+def test_there_and_back_gives_the_same_state_dict(tmp_path: Path) -> None:
+    source, model = train(tmp_path / "run")
+    compact, back = tmp_path / "net.safetensors", tmp_path / "back.pth.tar"
+    convert(source, compact)
+    convert(compact, back, "--to", "torch")
+    state = checkpoint.load(back)
+    assert state["arch"] == "small_cnn"
+    assert_same_state(state["state_dict"], model)
+
+
+def test_masks_come_from_the_sparsifier_and_else_from_the_zeros(tmp_path: Path) -> None:
+    with_masks, model = train(tmp_path / "a")
+    without, _ = train(tmp_path / "b", method=False)
+    for source, inactive_zeros in ((with_masks, 1), (without, 0)):
+        convert(source, tmp_path / "net")
+        compact = runtime.read(tmp_path / "net")
+        weight = compact.state_dict()["features.3.weight"]
+        mask = compact.masks()["features.3.weight"]
+        assert int((weight[mask] == 0).sum()) == inactive_zeros
+        assert not weight[~mask].any()
+
+
+def test_the_exported_network_computes_what_the_model_computes(tmp_path: Path) -> None:
+    source, model = train(tmp_path / "run")
+    convert(source, tmp_path / "net")
+    network = runtime.load(tmp_path / "net", backend="torch")
+    images = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        assert torch.allclose(network(images), model(images), rtol=1e-4, atol=1e-5)
+    header = network.header
+    assert (header.arch, header.image_size, header.interpolation) == ("small_cnn", 40, "bilinear")
+    assert header.model == {"num_classes": 4, "stem": "imagenet", "width": 1.0}
+
+
+def test_the_average_of_the_weights_on_request(tmp_path: Path) -> None:
+    source, model = train(tmp_path / "run")
+    convert(source, tmp_path / "net", "--ema")
+    assert_same_state(runtime.read(tmp_path / "net").state_dict(), model, factor=2.0)
+
+
+def test_onnx_computes_what_the_model_computes(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="needs onnx and onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs the graph")
+    source, model = train(tmp_path / "run")
+    convert(source, tmp_path / "net")
+    images = torch.randn(3, 3, 40, 40)
+    with torch.no_grad():
+        wanted = model(images)
+    for start in (source, tmp_path / "net"):
+        convert(start, tmp_path / "net.onnx", "--to", "onnx")
+        session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+        (found,) = session.run(None, {"images": images.numpy()})
+        assert torch.allclose(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing", "out"], "missing cannot be read: No such file"),
+        (["net", "out", "--ema"], "--ema needs a checkpoint"),
+        (["net", "out", "--to", "onnx", "--fold"], "--dtype and --fold have no effect"),
+        (["net", "no/such/directory/out"], "cannot be written"),
+        (["cut", "out"], "cut .*damaged"),
+        (["zip", "out"], "zip "),
+        (["net"], "required: output"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, _ = train(tmp_path / "run")
+    convert(source, "net")
+    Path("cut").write_bytes(Path("net").read_bytes()[:-100])
+    Path("zip").write_bytes(source.read_bytes()[:-100])
+    assert export.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("export.py: error: ")
+    assert error.count("\n") == 1
+    assert not Path("out").exists()
+    with pytest.raises(ValueError, match=message):
+        convert(*arguments)
+
+
+def test_the_command_line_says_what_it_wrote(tmp_path: Path) -> None:
+    source, model = train(tmp_path / "run")
+    target = tmp_path / "net.safetensors"
+    command = [sys.executable, "export.py", str(source), str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    total = sum(p.numel() for p in sparse.prunable(model).values())
+    assert f"{target}: small_cnn, " in done.stdout
+    assert f" of {total} masked weights active" in done.stdout
+    assert not done.stderr
