@@ -96,8 +96,8 @@ def check_counts(masks: Tensors, num_active: Mapping[str, int]) -> None:
         count = int(mask.sum())
         if count != num_active[name]:
             raise ValueError(
-                f"sparse state: the mask of {name} has {count} active weights, this run "
-                f"{num_active[name]}; its sparsity or distribution is another"
+                f"the mask of {name} has {count} active weights, this run {num_active[name]}; "
+                "it is of another sparsity or distribution"
             )
 
 

@@ -68,6 +68,18 @@ def momentum_buffer(optimizer: Optimizer, weight: nn.Parameter) -> Tensor:
     return buffer
 
 
+def create_momentum_buffers(optimizer: Optimizer) -> None:
+    """Give SGD the momentum buffers it lacks, made of zeros.
+
+    Its fused kernel allocates them without a value, and leaves them so if a GradScaler makes it
+    skip the first step: training would go on from whatever the memory held.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                momentum_buffer(optimizer, parameter)
+
+
 def has_momentum(optimizer: Optimizer) -> bool:
     """Say whether this is SGD with momentum, whose buffers `momentum_buffer` gives."""
     return all(group.get("momentum", 0.0) > 0.0 for group in optimizer.param_groups) and (

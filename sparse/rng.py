@@ -70,9 +70,7 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor) is not Tensor
 
 
-def uniform(
-    shape: Sequence[int], key: Sequence[int], device: torch.device | str = "cpu"
-) -> Tensor:
+def uniform(shape: Sequence[int], key: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Draw float32 numbers uniform on [0, 1), multiples of 2^-24."""
     bits = Draw(tuple(shape), tuple(key)).tensor(device)
     return (bits >> 7).to(torch.float32).mul_(2.0**-24)

@@ -16,7 +16,13 @@ from sparse.gates import count_active, gate_mask, make_gate, zero_inactive
 from sparse.layers import named_parameters, prunable
 from sparse.masks import random_mask
 from sparse.methods import Method, Tensors
-from sparse.optimizers import check_optimizer, restore_gradients, withhold_gradients
+from sparse.optimizers import (
+    check_optimizer,
+    create_momentum_buffers,
+    has_momentum,
+    restore_gradients,
+    withhold_gradients,
+)
 
 
 class Sparsifier:
@@ -85,13 +91,16 @@ class Sparsifier:
         self._last_update: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] | None = None
         self._update_follows = False  # an update is to happen after the step under way
-        self._counts_step = True  # the step under way advances the clock
+        self._counts_step = True  # the step under way is one to count
         self._verified = False
         self._withheld: list[tuple[nn.Parameter, Tensor]] = []
         if masks is None:
             masks = self._random_masks(num_active, seed)
+        else:
+            wanted = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
+            _check_masks(masks, wanted | {n: self._weights[n] for n in masks}, "the caller")
+            checkpoints.check_counts(masks, num_active)
         self._install(masks)
-        checkpoints.check_counts(self._masks(self._gates), num_active)
         self._explored: dict[str, Tensor] | None = {} if track_exploration else None
         self._explore()
         self._handles = []
@@ -118,11 +127,9 @@ class Sparsifier:
     def num_active(self) -> dict[str, int]:
         """Name -> number of active weights of every prunable weight. May wait for the device."""
         if self._counts is None:
-            sums = {name: count_active(gate) for name, gate in self._gates.items()}
-            device = next(iter(sums.values())).device
-            counts = torch.stack([value.to(device) for value in sums.values()]).tolist()
+            sums = [count_active(gate) for gate in self._gates.values()]
             self._counts = {name: weight.numel() for name, weight in self._weights.items()}
-            self._counts.update(zip(sums, counts, strict=True))
+            self._counts.update(zip(self._gates, _gather(sums).tolist(), strict=True))
         return dict(self._counts)
 
     def remove(self) -> None:
@@ -137,12 +144,18 @@ class Sparsifier:
         if not self._verified:
             self._verify()
         overflow = found_inf(self._optimizer)
+        if overflow is not None and has_momentum(self._optimizer):
+            create_momentum_buffers(self._optimizer)
         decay = self.method.gradient_decay
         if decay is not None:
             average_gradients(self._averages, self._weights, self._maskable, decay, self._optimizer)
-        due = self._is_due_now(overflow)
+        # The device is asked only when an update may be due and steps may have been skipped. The
+        # clock's bound cannot run past a due step, because it is exact after every question.
+        due = self._is_due(self._clock.bound) and self._is_due(self._clock.read())
+        skipped = due and overflow is not None and bool(overflow.item())
+        due = due and not skipped
         self._update_follows = due and self.method.timing == "after"
-        self._counts_step = not (due and self.method.timing == "once")
+        self._counts_step = not (skipped or (due and self.method.timing == "once"))
         if due and not self._update_follows:
             self._update()
             self._withheld = withhold_gradients(self._optimizer)
@@ -256,15 +269,6 @@ class Sparsifier:
             return False
         return self.method.due(step)
 
-    def _is_due_now(self, overflow: Tensor | None) -> bool:
-        """Decide on an update; asks the device only when one may be due and a step may be skipped.
-
-        The clock's bound cannot run past a due step unseen: it is exact after every question.
-        """
-        if not self._is_due(self._clock.bound) or not self._is_due(self._clock.read()):
-            return False
-        return overflow is None or not bool(overflow.item())
-
     def _gradients(self) -> dict[str, Tensor]:
         """Collect what the method sees as gradients."""
         if self.method.gradient_decay is not None:
@@ -286,12 +290,12 @@ class Sparsifier:
         gradients = self._gradients()
         survivors = self.method.survivors(old, weights, step)
         new = self.method.update(old, weights, gradients, step, self._method_state)
+        _check_masks(new, weights, f"method {self.method.name}")
         dropped, grown = [], []
         for index, name in enumerate(self._weights):
             if name not in old:
                 continue
             weight = self._weights[name]
-            _check_mask(new.get(name), weight, name, self.method.name)
             fresh = new[name] & ~old[name]
             dropped.append((old[name] & ~new[name]).sum())
             grown.append(fresh.sum())
@@ -307,7 +311,7 @@ class Sparsifier:
     def _finish_update(self, dropped: list[Tensor], grown: list[Tensor], step: int) -> None:
         self.num_updates += 1
         self._counts = None
-        self._last_update = {"dropped": _total(dropped), "grown": _total(grown)}
+        self._last_update = {"dropped": _gather(dropped).sum(), "grown": _gather(grown).sum()}
         fraction = self.method.drop_fraction(step)
         if fraction is not None:
             self._last_update["drop_fraction"] = fraction
@@ -337,10 +341,7 @@ class Sparsifier:
     def _install(self, masks: Tensors) -> None:
         """Take masks over and zero what they leave inactive."""
         for name, mask in masks.items():
-            if name not in self._maskable:
-                raise ValueError(f"there is a mask for {name}, which is not a maskable weight")
             weight = self._weights[name]
-            _check_mask(mask, weight, name, "the caller")
             self._gates[name] = make_gate(mask, weight)
             disconnect(self._optimizer, weight, self._gates[name], mask)
         self._counts = None
@@ -354,14 +355,18 @@ class Sparsifier:
         self._verified = True
 
 
-def _check_mask(mask: Tensor | None, weight: Tensor, name: str, source: str) -> None:
-    if mask is None or mask.dtype != torch.bool or mask.shape != weight.shape:
-        found = "none" if mask is None else f"{mask.dtype} of {tuple(mask.shape)}"
-        raise ValueError(
-            f"{name} needs a bool mask of {tuple(weight.shape)}, {source} gave {found}"
-        )
+def _check_masks(masks: Tensors, weights: Mapping[str, Tensor], source: str) -> None:
+    for name, weight in weights.items():
+        mask = masks.get(name)
+        if mask is None or mask.dtype != torch.bool or mask.shape != weight.shape:
+            found = "none" if mask is None else f"{mask.dtype} of {tuple(mask.shape)}"
+            raise ValueError(
+                f"{source} gave no bool mask of {tuple(weight.shape)} for {name}, but {found}"
+            )
 
 
-def _total(counts: list[Tensor]) -> Tensor:
-    device = counts[0].device
-    return torch.stack([count.to(device) for count in counts]).sum()
+def _gather(counts: list[Tensor]) -> Tensor:
+    """Bring counts of several layers, perhaps on several devices, into one tensor."""
+    if not counts:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.stack([count.to(counts[0].device) for count in counts])

@@ -1,0 +1,105 @@
+"""Small networks, batches and loops that several tests share."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sparse
+
+# Short schedules: updates at 0, 4, 8, 12 of each method.
+METHODS: dict[str, tuple[Callable[..., sparse.Sparsifier], dict[str, Any]]] = {
+    "static": (sparse.static, {}),
+    "set": (sparse.set, {"delta_t": 4, "t_end": 15}),
+    "rigl": (sparse.rigl, {"delta_t": 4, "t_end": 15}),
+    "rigl_reset": (sparse.rigl_reset, {"delta_t": 4, "t_end": 15}),
+    "snfs": (sparse.snfs, {"delta_t": 4, "t_end": 15}),
+    "snfs_none": (sparse.snfs, {"delta_t": 4, "t_end": 15, "redistribution": "none"}),
+    "snip": (sparse.snip, {}),
+    "snip_global": (sparse.snip, {"scope": "global"}),
+    "gmp": (sparse.gmp, {"prune_every": 4, "prune_start": 2, "prune_end": 14}),
+    "gmp_global": (sparse.gmp, {"prune_every": 4, "prune_end": 14, "scope": "global"}),
+}
+
+
+def convnet(seed: int = 0) -> nn.Sequential:
+    """Build a network with a convolution, a norm and linear layers; the last one is unlike."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 20),
+        nn.ReLU(),
+        nn.Linear(20, 4),
+    )
+
+
+def mlp(seed: int = 0) -> nn.Sequential:
+    """Build a network without BatchNorm, in float64: gradients add up over any split of a batch."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def images(step: int, count: int = 6) -> tuple[Tensor, Tensor]:
+    """Make the batch of a step for `convnet`."""
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(count, 2, 6, 6, generator=generator)
+    return inputs, torch.randint(0, 4, (count,), generator=generator)
+
+
+def rows(step: int, count: int = 12) -> tuple[Tensor, Tensor]:
+    """Make the batch of a step for `mlp`."""
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(count, 10, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(0, 3, (count,), generator=generator)
+
+
+def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
+    """Make SGD with momentum and weight decay."""
+    defaults: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+    return torch.optim.SGD(model.parameters(), **(defaults | options))
+
+
+def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute the loss of a batch and add its gradients."""
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    return loss.detach()
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    batches: Callable[[int], tuple[Tensor, Tensor]] = images,
+) -> Iterator[int]:
+    """Take optimizer steps, one per item."""
+    for step in steps:
+        optimizer.zero_grad()
+        backward(model, batches(step))
+        optimizer.step()
+        yield step
+
+
+def make(name: str, model: nn.Module, optimizer: Any, **options: Any) -> sparse.Sparsifier:
+    """Attach a method of `METHODS` at sparsity 0.8."""
+    factory, defaults = METHODS[name]
+    return factory(model, optimizer, **({"sparsity": 0.8} | defaults | options))
+
+
+def assert_inactive_zero(sparsifier: sparse.Sparsifier, model: nn.Module, optimizer: Any) -> None:
+    """Check that weights and optimizer state of inactive connections are exactly 0."""
+    weights = sparse.prunable(model)
+    for name, mask in sparsifier.masks.items():
+        tensors = [weights[name], *optimizer.state.get(weights[name], {}).values()]
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.shape == mask.shape:
+                assert not tensor.detach()[~mask].any(), name

@@ -1,0 +1,156 @@
+"""Several processes: growth by |mean gradient|, identical masks, and divergence that is caught."""
+
+import copy
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+import sparse
+from tests.sparse.nets import backward, make, mlp, rows, sgd, train
+
+pytestmark = pytest.mark.distributed
+
+METHODS = ["rigl", "set", "snfs", "snfs_none", "snip", "snip_global", "gmp"]
+STEPS = range(13)
+
+
+def run(world_size: int, work: Callable[..., Any], folder: Path) -> list[Any]:
+    """Run `work(rank, world_size)` in processes joined by gloo and give their results by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # One server imports the library once and forks every rank from there.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    arguments = (world_size, port, work, str(folder))
+    mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _process(rank: int, world_size: int, port: int, work: Callable[..., Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    try:
+        torch.save(work(rank, world_size), Path(folder) / f"{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+def results_of(model: Any, sparsifier: sparse.Sparsifier) -> dict[str, Any]:
+    weights = {name: weight.detach() for name, weight in sparse.prunable(model).items()}
+    return {"masks": sparsifier.masks, "weights": weights, "step": sparsifier.step}
+
+
+def train_share(rank: int, world_size: int) -> dict[str, Any]:
+    """Train every method on this rank's share of each batch, and RigL with mean |gradient|."""
+    results = {}
+    for method in METHODS:
+        model = DistributedDataParallel(mlp(seed=rank))  # rank 0's weights win
+        optimizer = sgd(model, lr=0.5)
+        sparsifier = make(method, model, optimizer)
+        torch.manual_seed(rank)  # as data loading does: masks must not depend on it
+
+        def share(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            inputs, labels = rows(step)
+            return inputs.chunk(world_size)[rank], labels.chunk(world_size)[rank]
+
+        list(train(model, optimizer, STEPS, share))
+        results[method] = results_of(model, sparsifier)
+    results["local"] = mean_of_magnitudes(rank, world_size)
+    return results
+
+
+def mean_of_magnitudes(rank: int, world_size: int) -> dict[str, Any]:
+    """Give the masks of a first RigL update that ranks by the mean over ranks of |gradient|."""
+    model = mlp()
+    optimizer = sgd(model)
+    sparsifier = make("rigl", model, optimizer, drop_anneal="constant")
+    inputs, labels = rows(0)
+    backward(model, (inputs.chunk(world_size)[rank], labels.chunk(world_size)[rank]))
+    for parameter in model.parameters():
+        parameter.grad.abs_()
+        distributed.all_reduce(parameter.grad)
+    optimizer.step()
+    return sparsifier.masks
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_do_what_one_process_does(world_size: int, tmp_path: Path) -> None:
+    ranks = run(world_size, train_share, tmp_path)
+    for method in METHODS:
+        model = mlp()
+        optimizer = sgd(model, lr=0.5)
+        sparsifier = make(method, model, optimizer)
+        list(train(model, optimizer, STEPS, rows))
+        alone = results_of(model, sparsifier)
+        for name, mask in alone["masks"].items():
+            assert torch.equal(mask, ranks[0][method]["masks"][name]), (method, name)
+            weight = ranks[0][method]["weights"][name]
+            torch.testing.assert_close(weight, alone["weights"][name])
+            for rank in ranks[1:]:
+                assert torch.equal(rank[method]["masks"][name], mask)
+                assert torch.equal(rank[method]["weights"][name], weight)
+        assert ranks[0][method]["step"] == alone["step"]
+    # What averages |gradient| over ranks would have grown something else.
+    model = mlp()
+    optimizer = sgd(model)
+    sparsifier = make("rigl", model, optimizer, drop_anneal="constant")
+    list(train(model, optimizer, range(1), rows))
+    wrong = ranks[0]["local"]
+    assert any(not torch.equal(mask, wrong[name]) for name, mask in sparsifier.masks.items())
+
+
+def plant_divergence(rank: int, world_size: int) -> str:
+    """Let one rank's weights go astray between two updates and report what the library says."""
+    model = DistributedDataParallel(mlp())
+    optimizer = sgd(model)
+    sparsifier = make("rigl", model, optimizer, drop_anneal="constant")
+    list(train(model, optimizer, range(2), rows))
+    if rank == 1:
+        with torch.no_grad():
+            model.module[2].weight.copy_(
+                model.module[2].weight.flip(0) * sparsifier.masks["2.weight"]
+            )
+    try:
+        list(train(model, optimizer, range(2, 9), rows))
+    except RuntimeError as error:
+        return f"step {sparsifier.step}: {error}"
+    return "nothing noticed"
+
+
+def start_differently(rank: int, world_size: int) -> str:
+    """Give the ranks different seeds and report what the library says at the first step."""
+    model = DistributedDataParallel(mlp())
+    optimizer = sgd(model)
+    make("static", model, optimizer, seed=rank // 2)
+    try:
+        list(train(model, optimizer, range(1), rows))
+    except RuntimeError:
+        return traceback.format_exc(limit=0)
+    return "nothing noticed"
+
+
+def test_divergence_is_caught_and_names_layer_and_rank(tmp_path: Path) -> None:
+    for message in run(2, plant_divergence, tmp_path):
+        assert message.startswith("step 4: the mask of 2.weight on rank 1 differs from rank 0")
+    for message in run(3, start_differently, tmp_path):
+        assert "the mask of 0.weight on rank 2 differs from rank 0" in message
+
+
+def test_masks_of_one_process_need_no_process_group() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    sparsifier = make("rigl", model, optimizer)
+    before = copy.deepcopy(sparsifier.masks)
+    list(train(model, optimizer, range(1), rows))
+    assert sparsifier.num_updates == 1
+    assert before.keys() == sparsifier.masks.keys()

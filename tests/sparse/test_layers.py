@@ -1,0 +1,101 @@
+"""Which weights are prunable, and under which names."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+import sparse
+from sparse.layers import named_parameters
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def test_convolutions_and_linear_layers_only() -> None:
+    model = nn.ModuleDict(
+        {
+            "conv1d": nn.Conv1d(4, 8, 3),
+            "transposed": nn.ConvTranspose2d(4, 8, 3),
+            "grouped": nn.Conv2d(8, 8, 3, groups=2),
+            "depthwise": nn.Conv2d(8, 16, 3, groups=8),
+            "one_channel": nn.Conv2d(1, 8, 3),
+            "norm": nn.LayerNorm(8),
+            "embedding": nn.Embedding(10, 8),
+            "linear": nn.Linear(8, 2),
+        }
+    )
+    names = ["conv1d", "transposed", "grouped", "one_channel", "linear"]
+    assert list(sparse.prunable(model)) == [f"{name}.weight" for name in names]
+
+
+def test_networks_of_torchvision_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        resnet = sparse.prunable(torchvision.models.resnet50())
+        vit = sparse.prunable(torchvision.models.vit_b_32())
+        mobile = sparse.prunable(torchvision.models.mobilenet_v2())
+    assert (len(resnet), sum(w.numel() for w in resnet.values())) == (54, 25_502_912)
+    assert {name.rsplit(".", 2)[-2] for name in vit} == {"conv_proj", "out_proj", "0", "3", "head"}
+    assert all(weight.shape[1] > 1 for weight in mobile.values())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_wrappers_leave_no_trace_in_names() -> None:
+    expected = ["0.weight", "3.weight"]
+    wrapped = torch.nn.parallel.DistributedDataParallel(small())
+    compiled = torch.compile(small(), backend="eager")
+    inner = small()
+    inner[0] = torch.compile(inner[0], backend="eager")
+    for model in (wrapped, compiled, inner, AveragedModel(small())):
+        assert list(sparse.prunable(model)) == expected
+        assert set(expected) < named_parameters(model).keys()
+
+
+def test_a_shared_weight_is_one_weight() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert list(sparse.prunable(model)) == ["0.weight"]
+    module = nn.Linear(4, 4)
+    assert list(sparse.prunable(nn.Sequential(module, module))) == ["0.weight"]
+
+
+def test_a_weight_tied_to_an_embedding_stays_dense() -> None:
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9), "x": nn.Linear(4, 4)}
+    )
+    model["head"].weight = model["embed"].weight
+    assert list(sparse.prunable(model)) == ["x.weight"]
+
+
+def test_models_that_cannot_be_masked_are_refused() -> None:
+    with pytest.raises(ValueError, match="no convolution or linear layer"):
+        sparse.prunable(nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match=r"^0.weight is computed from other parameters"):
+        sparse.prunable(nn.Sequential(weight_norm(nn.Linear(3, 3))))
+    with pytest.raises(ValueError, match="run the lazy model once"):
+        sparse.prunable(nn.LazyLinear(3))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_sharded_parameters_are_refused() -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    model = fully_shard(copy.deepcopy(small()), mesh=mesh)
+    with pytest.raises(ValueError, match=r"^0.weight is a DTensor; .* use DDP$"):
+        sparse.prunable(model)

@@ -1,0 +1,60 @@
+"""The keyed generator: the same everywhere, uniform, and independent between keys."""
+
+import math
+
+import torch
+
+from sparse.rng import CHUNK, Draw, normal, uniform
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that cannot be handed to NumPy, as on a device."""
+
+
+def test_a_window_is_a_part_of_the_whole() -> None:
+    draw = Draw((3, CHUNK), (1, 2, 3))
+    whole = draw.tensor().view(-1)
+    assert torch.equal(draw.window(70, 3 * CHUNK, 977), whole[70::977])
+    assert whole.min() >= 0
+
+
+def test_values_depend_on_every_part_of_the_key() -> None:
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0)]
+    draws = [Draw((1000,), key).tensor() for key in keys]
+    for index, draw in enumerate(draws):
+        for other in draws[:index]:
+            assert (draw == other).sum() <= 1
+
+
+def test_values_are_known_constants() -> None:
+    # They are part of what a seed means: a change of the hash would silently change every run.
+    assert Draw((4,), (0, 0, 0, 0)).tensor().tolist() == [
+        1301072295,
+        496245230,
+        1233204329,
+        308382212,
+    ]
+
+
+def test_uniform_is_uniform() -> None:
+    count = 1 << 18
+    for key in range(5):
+        cells = torch.histc(uniform((count,), (key,)), bins=256, min=0.0, max=1.0)
+        chi_square = ((cells - count / 256).square() / (count / 256)).sum().item()
+        assert abs(chi_square - 255) < 6 * math.sqrt(2 * 255)
+
+
+def test_streams_and_neighbors_are_uncorrelated() -> None:
+    count = 1 << 18
+    streams = torch.stack([uniform((count,), (7, step)) for step in range(6)])
+    lagged = torch.stack([streams[0].roll(shift) for shift in (1, 2, 64, 4096)])
+    correlation = torch.corrcoef(torch.cat([streams, lagged])).fill_diagonal_(0.0)
+    assert correlation.abs().max() < 5 / math.sqrt(count)
+
+
+def test_normal_has_its_moments() -> None:
+    values = normal((1 << 18,), (3,)).double()
+    assert abs(values.mean()) < 0.01
+    assert abs(values.std() - 1.0) < 0.01
+    assert abs((values**4).mean() - 3.0) < 0.1
+    assert values.abs().max() < 5.8

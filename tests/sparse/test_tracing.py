@@ -1,0 +1,89 @@
+"""No host sync, no value read, no tensor of another device: everything traces on a fake GPU."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+)
+
+import sparse
+from tests.sparse.nets import METHODS, make
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "rigl": [
+        {"drop_noise": 1e-5},
+        {"grow_init": "gradient", "initial_acc_scale": 0.5, "track_exploration": True},
+        {"grow_init": "random"},
+    ],
+    "snfs": [{}, {"redistribution": "magnitude", "growth": "random"}],
+}
+
+
+def build(device: str, dtype: torch.dtype) -> nn.Sequential:
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, **options),
+        nn.BatchNorm2d(16, **options),
+        nn.Conv2d(16, 8, 1, **options),
+        nn.Linear(8, 4, **options),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without data the excess of SNFS is spread a thousand times, each traced like the first.
+    monkeypatch.setattr("sparse.redistribution._ROUNDS", 10)
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_traces_without_touching_the_host(method: str, dtype: torch.dtype) -> None:
+    for options in OPTIONS.get(method, [{}]):
+        with warnings.catch_warnings(), FakeTensorMode():
+            # Warnings of a torch that finds no driver say nothing about the traced code.
+            warnings.simplefilter("ignore")
+            model = build("cuda", dtype)
+            optimizer = torch.optim.SGD(
+                model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
+            )
+            sparsifier = make(method, model, optimizer, **options)
+            take_steps(model, optimizer, 6)
+            assert sparsifier.step == 5 if "snip" in method else 6
+            assert sparsifier.num_updates == {"static": 0, "gmp": 1}.get(
+                method, sparsifier.num_updates
+            )
+            assert sparsifier.masks["0.weight"].device.type == "cuda"
+
+
+def test_the_trap_is_armed() -> None:
+    # A tensor read or a CPU tensor mixed in is an error there: the tests above prove something.
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("ignore")
+        tensor = torch.ones(3, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            tensor.sum().item()
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            tensor + torch.ones(3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_on_the_meta_device(method: str) -> None:
+    model = build("meta", torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sparsifier = make(method, model, optimizer)
+    take_steps(model, optimizer, 6)
+    assert sparsifier.masks["0.weight"].shape == (16, 3, 3, 3)
+    assert sparse.prunable(model)["0.weight"].is_meta
