@@ -53,7 +53,10 @@ def from_json(rows: Any) -> list[Node]:
     nodes = []
     for row in rows:
         try:
-            node = Node(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+            values: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in row.items()
+            }
+            node = Node(**values)
         except TypeError as error:
             raise ValueError(f"the graph has a node that is none: {error}") from None
         if node.op not in OPS or not known.issuperset(node.inputs):
@@ -213,7 +216,8 @@ def _run_conv(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 def _run_batch_norm(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
     names = ("running_mean", "running_var", "weight", "bias")
-    return F.batch_norm(x, *(state[node.parameters + name] for name in names), eps=node.eps)
+    mean, var, weight, bias = (state[node.parameters + name] for name in names)
+    return F.batch_norm(x, mean, var, weight, bias, eps=node.eps)
 
 
 def _run_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:

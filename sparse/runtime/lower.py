@@ -43,9 +43,7 @@ class Layer:
     relu: bool = False
 
 
-def lower(
-    nodes: Sequence[Node], state: Mapping[str, Tensor], *, in_channels: int
-) -> list[Layer]:
+def lower(nodes: Sequence[Node], state: Mapping[str, Tensor], *, in_channels: int) -> list[Layer]:
     """Return the layers of a graph, with folded weights.
 
     Folding is done in float64: y = (x - mean) * scale + shift, scale = weight / sqrt(var + eps).

@@ -13,7 +13,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +31,9 @@ LEVELS = {
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fPIC -shared -pthread -Wno-psabi".split()
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+
+
+Function = Callable[..., Any]
 
 
 class Op(ctypes.Structure):
@@ -122,24 +127,23 @@ def load(level: str, cache: Path) -> "Kernels":
 
 
 class Kernels:
-    """The functions of a compiled library (network.cpp explains them)."""
+    """The functions of a compiled library; network.cpp explains them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         library = ctypes.CDLL(str(path))
-        for name, result, arguments in (
-            ("lanes", _INT, []),
-            ("op_size", _INT, []),
-            ("has_tile", _INT, [_INT] * 3),
-            ("create", _POINTER, [_POINTER, _INT, _POINTER, _INT, _INT, _INT]),
-            ("destroy", None, [_POINTER]),
-            ("run", _INT, [_POINTER, _POINTER, _INT, _POINTER, _INT, _INT]),
-            ("time", ctypes.c_double, [_POINTER, _POINTER, _INT]),
-            ("profile", None, [_POINTER] * 4),
-        ):
-            function = library[f"sparse_runtime_{name}"]
-            function.restype, function.argtypes = result, arguments
-            setattr(self, name, function)
-        self.num_lanes = int(library["sparse_runtime_lanes"]())
-        size = int(library["sparse_runtime_op_size"]())
+
+        def function(name: str, result: type[Any] | None, *arguments: type[Any]) -> Function:
+            found = library[f"sparse_runtime_{name}"]
+            found.restype, found.argtypes = result, arguments
+            return found
+
+        self.num_lanes = int(function("lanes", _INT)())
+        """Floats per vector."""
+        size = int(function("op_size", _INT)())
         assert size == ctypes.sizeof(Op), f"Op has {size} bytes in {path}"
+        self.create = function("create", _POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _INT)
+        self.destroy = function("destroy", None, _POINTER)
+        self.run = function("run", _INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _INT)
+        self.time = function("time", ctypes.c_double, _POINTER, _POINTER, _INT)
+        self.profile = function("profile", None, _POINTER, _POINTER, _POINTER, _POINTER)

@@ -1,6 +1,5 @@
 """A network that runs: `load(path)(images)`."""
 
-import ctypes
 import math
 import warnings
 from collections.abc import Sequence
@@ -75,10 +74,21 @@ class Network:
         """Return the dense state dict, read again from the file: the runtime keeps no copy."""
         return read(self._path).state_dict()
 
-    def prepare(self, height: int, width: int) -> None:
-        """Plan and tune for images of a size now, not at the first call."""
-        if self._kernels is not None:
-            self._program((self.header.in_channels, height, width))
+    def program(self, height: int, width: int) -> "Program":
+        """Return what runs images of a size; planned and tuned now, unless it was before.
+
+        Raises:
+            ValueError: The images are too small, or the backend is torch, which plans nothing.
+        """
+        if self._kernels is None:
+            raise ValueError("the torch backend has no program of its own")
+        size = (self.header.in_channels, height, width)
+        if size not in self._programs:
+            plan = Plan(self._layers, size, lanes=self._kernels.num_lanes, num_parts=self._threads)
+            if self._tuner is not None:
+                self._tuner.tune(plan, self._kernels)
+            self._programs[size] = Program(plan, self._kernels, self._threads)
+        return self._programs[size]
 
     def _check(self, images: Tensor) -> None:
         if images.dtype != torch.float32 or images.device.type != "cpu":
@@ -95,26 +105,14 @@ class Network:
             assert self._state is not None
             with torch.inference_mode():
                 return graph.run(self._nodes, self._state, images).clone()
-        channels, height, width = images.shape[1:]
-        return self._program((channels, height, width)).run(images.contiguous())
-
-    def _program(self, size: tuple[int, int, int]) -> "Program":
-        if size not in self._programs:
-            assert self._kernels is not None
-            plan = Plan(
-                self._layers, size, lanes=self._kernels.num_lanes, num_parts=self._threads
-            )
-            if self._tuner is not None:
-                self._tuner.tune(plan, self._kernels)
-            self._programs[size] = Program(plan, self._kernels, self._threads)
-        return self._programs[size]
+        return self.program(*images.shape[2:]).run(images.contiguous())
 
 
 class Program:
     """A plan in the hands of the kernels: owns arenas and threads."""
 
     def __init__(self, plan: Plan, kernels: native.Kernels, threads: int) -> None:
-        self._plan, self._kernels = plan, kernels
+        self.plan, self._kernels = plan, kernels
         self._handle = plan.create(kernels, threads=threads)
         if not self._handle:
             raise MemoryError(f"no memory or threads for {4 * plan.arena_size} bytes")
@@ -125,13 +123,13 @@ class Program:
 
     def run(self, images: Tensor) -> Tensor:
         """Return the logits of contiguous images (N, C, H, W)."""
-        logits = torch.empty(len(images), *self._plan.out_shape)
+        logits = torch.empty(len(images), *self.plan.out_shape)
         failed = self._kernels.run(
             self._handle,
             images.data_ptr(),
             images[:1].numel(),
             logits.data_ptr(),
-            math.prod(self._plan.out_shape),
+            math.prod(self.plan.out_shape),
             len(images),
         )
         if failed:
@@ -140,8 +138,8 @@ class Program:
 
     def profile(self, image: Tensor) -> list[float]:
         """Return the processor seconds of each step of the plan, for one image."""
-        seconds = np.zeros(len(self._plan.steps))
-        logits = torch.empty(self._plan.out_shape)
+        seconds = np.zeros(len(self.plan.steps))
+        logits = torch.empty(self.plan.out_shape)
         self._kernels.profile(
             self._handle, image.data_ptr(), logits.data_ptr(), seconds.ctypes.data
         )

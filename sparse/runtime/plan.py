@@ -43,6 +43,13 @@ class Step:
     tables: list[Array] = field(default_factory=list)
     """What the pointers of `op` point to."""
 
+    def num_connections(self) -> int:
+        """Return the multiply-accumulates of one image that are not with a zero weight."""
+        if self.layer is None or self.layer.weight is None:
+            return 0
+        pixels = self.target.height * self.target.width if isinstance(self.target, Map) else 1
+        return int(np.count_nonzero(self.layer.weight)) * pixels
+
 
 class Plan:
     """The operations of a network for images of one size.
@@ -175,9 +182,7 @@ class Plan:
             height, width = (out_size(s, 1, stride[i], 0, 1) for i, s in enumerate(_size(source)))
             target = self._map(source.channels, height, width, vectors)
             self._repacked[key] = target
-            self.steps.append(
-                Step(kind=native.REPACK, source=source, target=target, stride=stride)
-            )
+            self.steps.append(Step(kind=native.REPACK, source=source, target=target, stride=stride))
         return self._repacked[key]
 
     def _finish(self) -> None:
@@ -240,7 +245,7 @@ class Plan:
     def create(self, kernels: native.Kernels, *, threads: int) -> int | None:
         """Return the kernels' handle of this plan, None without memory or threads."""
         operations, order = self.operations(), self.order()
-        return kernels.create(
+        handle: int | None = kernels.create(
             ctypes.addressof(operations),
             len(operations),
             order.ctypes.data,
@@ -248,6 +253,7 @@ class Plan:
             self.arena_size,
             threads,
         )
+        return handle
 
     # Operations.
 
@@ -410,9 +416,7 @@ def default_choice(step: Step) -> Choice:
     """Return a choice without measuring."""
     assert isinstance(step.target, Map)
     assert step.layer is not None
-    if not can_be_sparse(step) or (
-        step.layer.groups == 1 and density(step.layer) >= DENSE_DENSITY
-    ):
+    if not can_be_sparse(step) or (step.layer.groups == 1 and density(step.layer) >= DENSE_DENSITY):
         return Choice(dense=True)
     return tiles(step.target)[-1]
 

@@ -77,7 +77,9 @@ def sparse_table(layer: Layer, source: Map, *, block_size: int, num_parts: int) 
     np.add.at(counts, (block, out), 1)
     channels = np.arange(layer.channels)
     order = [np.lexsort((channels, -row, part_of)) for row in counts]
-    begin, channel, start = [], [], 0
+    begin: list[Array] = []
+    channel: list[Array] = []
+    start = 0
     rank = np.empty((num_blocks, layer.channels), np.int64)  # of a channel in the stream
     for part in range(num_parts):
         for b in range(num_blocks):

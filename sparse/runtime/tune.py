@@ -97,9 +97,11 @@ def _candidates(step: Step) -> list[Choice]:
     assert step.layer is not None
     found: list[Choice] = []
     if can_be_sparse(step):
-        for tile in tiles(step.target):
-            for size in _block_sizes(step, tile):
-                found.append(dataclasses.replace(tile, block_size=size))
+        found = [
+            dataclasses.replace(tile, block_size=size)
+            for tile in tiles(step.target)
+            for size in _block_sizes(step, tile)
+        ]
     if not found or (step.layer.groups == 1 and density(step.layer) >= DENSE_FROM):
         found.append(Choice(dense=True))
     return found
@@ -112,7 +114,9 @@ def _block_sizes(step: Step, tile: Choice) -> list[int]:
     if step.layer.groups > 1:
         return [0]
     rows = (tile.tile_rows - 1) * step.stride[0] + step.layer.kernel[0]
-    vectors = min(tile.tile_vectors * step.stride[1], step.source.vectors) + step.layer.kernel[1] - 1
+    vectors = (
+        min(tile.tile_vectors * step.stride[1], step.source.vectors) + step.layer.kernel[1] - 1
+    )
     channel = 4 * rows * vectors * step.source.lanes
     sizes = [s for s in BLOCK_SIZES if L1_BYTES // 4 <= s * channel <= 2 * L1_BYTES]
     return [0, *(s for s in sizes if s < step.source.channels)]

@@ -192,11 +192,6 @@ extern "C" {
 int64_t sparse_runtime_lanes() { return sparse_runtime::kLanes; }
 int64_t sparse_runtime_op_size() { return int64_t(sizeof(Op)); }
 
-// 1 if there is a kernel for such a tile of a sparse convolution.
-int64_t sparse_runtime_has_tile(int64_t vectors, int64_t rows, int64_t stride_x) {
-  return sparse_runtime::find_tile(vectors, rows, stride_x) != nullptr;
-}
-
 // The tables that the operations point to stay the caller's. Null: no memory or no threads.
 void* sparse_runtime_create(const Op* ops, int64_t num_ops, const Piece* pieces,
                             int64_t num_pieces, int64_t arena_floats, int64_t threads) {

@@ -105,7 +105,9 @@ def test_other_readers_of_safetensors_find_the_documented_entries(save: Save) ->
     assert torch.equal(tensors["fc.bias"], model.fc.bias)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float16", 6e-4), ("bfloat16", 5e-3), ("int8", 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("float16", 6e-4), ("bfloat16", 5e-3), ("int8", 4e-3)]
+)
 def test_narrow_values_are_close_and_small(save: Save, dtype: str, error: float) -> None:
     model = create_model("small_cnn", num_classes=7)
     full = save(model, density=0.5).stat().st_size
@@ -170,7 +172,7 @@ def test_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         write(tmp_path / "file", model, {"0.weight": inactive})
     with pytest.raises(ValueError, match=r"the mask of '0.weight' is \(5, 3\)"):
         write(tmp_path / "file", model, {"0.weight": inactive[..., 0, 0]})
-    with pytest.raises(ValueError, match="no weight for the mask of '1.weight'"):
+    with pytest.raises(ValueError, match=r"no weight for the mask of .1\.weight."):
         write(tmp_path / "file", model, {"1.weight": inactive})
     assert not list(tmp_path.iterdir())
 

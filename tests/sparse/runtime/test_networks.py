@@ -162,7 +162,7 @@ def test_a_failing_compiler_is_reported(
     broken.write_text("#!/bin/sh\necho 'file.cpp:1: error: no such thing' >&2; exit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(native.BuildError, match="failed: file.cpp:1: error: no such thing"):
+    with pytest.raises(native.BuildError, match=r"failed: file\.cpp:1: error: no such thing"):
         native.build("portable", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 

@@ -1,0 +1,241 @@
+"""Measure sparse inference against dense runtimes: `python benchmarks/inference.py --json`.
+
+Every rival runs the dense network of the same architecture, interleaved with the sparse network,
+so that a change of the machine's load hits both; a ratio is the median over pairs, above 1 where
+the sparse network is faster. With one thread, processor time is compared; with more, wall time.
+Masks are random with exact counts per layer, or those of a checkpoint.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import sparse
+from export import read_source
+from image_classification.models import create_model, default_image_size
+from sparse import runtime
+
+Run = Callable[[Tensor], Any]
+RIVALS = ("onnxruntime", "openvino", "compile", "torch")
+CONFIGURATIONS = (
+    "resnet50/erk/0.8",
+    "resnet50/erk/0.9",
+    "resnet50/erk/0.95",
+    "resnet50/erk/0.99",
+    "resnet50/uniform/0.9",
+    "mobilenet_v1/uniform/0.9",
+)
+# At 0.99 the published ERK networks keep their first layer dense.
+DENSE_FIRST = 0.99
+
+
+def build(arch: str, distribution: str, sparsity: float) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a network with random masks and BatchNorm statistics of random images."""
+    torch.manual_seed(0)
+    model = create_model(arch)
+    weights = sparse.prunable(model)
+    dense = None
+    if distribution == "erk" and sparsity >= DENSE_FIRST:
+        dense = [next(iter(weights))]
+    counts = sparse.allocate(
+        {name: tuple(w.shape) for name, w in weights.items()},
+        sparsity=sparsity,
+        distribution=distribution,
+        dense_layers=dense,
+    )
+    masks = {}
+    for name, weight in weights.items():
+        mask = torch.zeros(weight.numel(), dtype=torch.bool)
+        mask[torch.randperm(weight.numel())[: counts[name]]] = True
+        masks[name] = mask.view_as(weight)
+        weight.data.masked_fill_(~masks[name], 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    size = default_image_size(arch)
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, size, size))
+    return model.eval(), masks
+
+
+def save(model: nn.Module, masks: Mapping[str, Tensor], arch: str, path: Path) -> None:
+    """Write the compact file of a network."""
+    runtime.save(
+        path,
+        model.state_dict(),
+        masks,
+        nodes=runtime.trace(model),
+        arch=arch,
+        model={},
+        image_size=default_image_size(arch),
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+    )
+
+
+def rival(name: str, model: nn.Module, images: Tensor, threads: int, directory: Path) -> Run:
+    """Return a function that runs a dense network with another runtime, default settings."""
+    if name == "torch":
+        return model
+    if name == "compile":
+        return torch.compile(model, options={"freezing": True})
+    graph = directory / f"dense-{len(images)}.onnx"
+    if not graph.exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, (images,), graph, dynamo=True, verbose=False)
+    if name == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        session = onnxruntime.InferenceSession(graph, options)
+        key = session.get_inputs()[0].name
+        return lambda x: session.run(None, {key: x.numpy()})
+    import openvino
+
+    compiled = openvino.Core().compile_model(
+        graph, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    )
+    return lambda x: compiled(x.numpy())
+
+
+def interleave(
+    runs: Mapping[str, Run], images: Tensor, *, rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Return the milliseconds of each run, measured in turn `rounds` times after one warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.inference_mode():
+        for i in range(rounds + 1):
+            for name, run in runs.items():
+                start = clock()
+                run(images)
+                if i > 0:
+                    times[name].append(1e3 * (clock() - start))
+    return times
+
+
+def compare(
+    network: runtime.Network,
+    dense: nn.Module,
+    *,
+    rivals: Sequence[str],
+    batch: int,
+    threads: int,
+    rounds: int,
+    directory: Path,
+) -> dict[str, Any]:
+    """Return medians in milliseconds and, per rival, the median ratio over pairs."""
+    torch.set_num_threads(threads)
+    size = network.header.image_size
+    images = torch.randn(batch, 3, size, size)
+    runs: dict[str, Run] = {"sparse": network}
+    for name in rivals:
+        runs[name] = rival(name, dense, images, threads, directory)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    times = interleave(runs, images, rounds=rounds, clock=clock)
+    return {
+        "clock": "processor" if threads == 1 else "wall",
+        "milliseconds": {name: round(statistics.median(t), 3) for name, t in times.items()},
+        "ratio": {
+            name: round(statistics.median(np.divide(times[name], times["sparse"]).tolist()), 3)
+            for name in rivals
+        },
+    }
+
+
+def profile(network: runtime.Network, rounds: int) -> list[dict[str, Any]]:
+    """Return, per step of the plan, the median processor milliseconds and useful GFLOP/s."""
+    size = network.header.image_size
+    program = network.program(size, size)
+    image = torch.randn(3, size, size)
+    times = np.median([program.profile(image) for _ in range(rounds)], 0)
+    rows = []
+    for step, seconds in zip(program.plan.steps, times, strict=True):
+        row: dict[str, Any] = {"milliseconds": round(1e3 * float(seconds), 3)}
+        if step.layer is not None:
+            row["layer"] = step.layer.name
+            flops = 2 * step.num_connections()
+            if flops:
+                row["gflops"] = round(1e-9 * flops / float(seconds), 1)
+        rows.append(row)
+    return rows
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description="Measure sparse inference on the CPU.")
+    add = parser.add_argument
+    add("--networks", nargs="*", default=CONFIGURATIONS, help="arch/distribution/sparsity")
+    add("--checkpoint", type=Path, help="a trained network instead: checkpoint or compact file")
+    add("--rivals", nargs="*", choices=RIVALS, default=["onnxruntime"])
+    add("--batch", type=int, nargs="*", default=[1])
+    add("--threads", type=int, nargs="*", default=[1])
+    add("--rounds", type=int, default=15)
+    add("--profile", action="store_true", help="time every layer instead of comparing")
+    add("--cache", type=Path, help="directory of compiled kernels and measurements")
+    add("--json", action="store_true", help="print ratios to the fastest rival as one JSON object")
+    return parser
+
+
+def networks(args: argparse.Namespace) -> list[tuple[str, str, nn.Module, dict[str, Tensor]]]:
+    """Return name, architecture, model and masks of what is to be measured."""
+    if args.checkpoint is None:
+        found = []
+        for name in args.networks:
+            arch, distribution, sparsity = name.split("/")
+            found.append((name, arch, *build(arch, distribution, float(sparsity))))
+        return found
+    trained = read_source(args.checkpoint, ema=False)
+    name = f"{trained.arch}/{args.checkpoint.name}"
+    return [(name, trained.arch, trained.model(), dict(trained.masks))]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command line."""
+    args = build_parser().parse_args(argv)
+    ratios: dict[str, float] = {}
+    for name, arch, model, masks in networks(args):
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "network.safetensors"
+            save(model, masks, arch, path)
+            dense = create_model(arch).eval() if args.checkpoint is None else model
+            for threads in args.threads:
+                network = runtime.load(path, threads=threads, backend="native", cache=args.cache)
+                if args.profile:
+                    for row in profile(network, args.rounds):
+                        print(json.dumps(row))
+                    continue
+                for batch in args.batch:
+                    result = compare(
+                        network,
+                        dense,
+                        rivals=args.rivals,
+                        batch=batch,
+                        threads=threads,
+                        rounds=args.rounds,
+                        directory=Path(directory),
+                    )
+                    key = f"{name}/b{batch}/t{threads}"
+                    ratios[key] = min(result["ratio"].values())
+                    if not args.json:
+                        print(key, json.dumps(result), flush=True)
+    if args.json:
+        print(json.dumps(ratios))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
