@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse.rng import Draw
-from sparse.selection import Scores, largest, smallest
+from sparse.selection import Scores, add_largest, largest, remove_smallest
 
 
 def random_mask(
@@ -67,11 +67,11 @@ def drop_and_grow(
         The mask after, a new bool tensor.
     """
     if active_first:
-        kept = mask ^ smallest(drop_scores, num_dropped, among=mask)
+        kept = remove_smallest(mask, drop_scores, num_dropped)
     else:
         assert isinstance(drop_scores, Tensor), "a random drop score is never zero"
         kept = largest(drop_scores * mask, mask.sum() - num_dropped, torch.ones_like(mask))
-    return kept | largest(grow_scores, num_dropped, among=~kept)
+    return add_largest(kept, grow_scores, num_dropped)
 
 
 def bernoulli_growth(kept: Tensor, expected: Tensor, uniform: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from sparse.distributions import count_active
 from sparse.masks import drop_and_grow, topk_mask
 from sparse.rng import Draw
 from sparse.schedules import DropFraction, Window, cubic_sparsity, num_dropped
-from sparse.selection import Scores, smallest
+from sparse.selection import Scores, remove_smallest
 
 Tensors = Mapping[str, Tensor]
 Timing = Literal["after", "instead", "once"]
@@ -213,9 +213,8 @@ class RiglReset(Dropping):
 
     def survivors(self, masks: Tensors, weights: Tensors, step: int) -> Tensors:
         return {
-            name: mask
-            ^ smallest(
-                self.drop_scores(name, weights[name], step), self.num_dropped(name, step), mask
+            name: remove_smallest(
+                mask, self.drop_scores(name, weights[name], step), self.num_dropped(name, step)
             )
             for name, mask in masks.items()
         }

@@ -17,7 +17,7 @@ from sparse.masks import bernoulli_growth
 from sparse.methods import Method, Tensors
 from sparse.rng import is_fake
 from sparse.schedules import DropFraction, Window
-from sparse.selection import largest, smallest
+from sparse.selection import add_largest, remove_smallest
 
 Redistribution = Literal["momentum", "magnitude", "nonzero", "numel"]
 Growth = Literal["momentum", "random"]
@@ -81,7 +81,7 @@ class Snfs(Method):
         regrown = num_regrown(active, list(numel.values()), shares, removed, adjustment)
         new = {}
         for index, (name, mask) in enumerate(masks.items()):
-            kept = mask ^ smallest(weights[name], removed[index], among=mask)
+            kept = remove_smallest(mask, weights[name], removed[index])
             new[name] = self._grow(name, kept, regrown[index], grads, step)
         total = torch.stack([mask.sum() for mask in new.values()]).sum()
         _adjust(state, self.baseline - total.double())
@@ -91,7 +91,7 @@ class Snfs(Method):
         if self.growth == "momentum":
             momentum = grads.get(name)
             scores = torch.zeros(kept.shape, device=kept.device) if momentum is None else momentum
-            return kept | largest(scores, count, among=~kept)
+            return add_largest(kept, scores, count)
         key = (self.seed, step, self.layers.index(name), rng.GROW_SCORE)
         return bernoulli_growth(kept, count, self.draw(tuple(kept.shape), key, kept.device))
 

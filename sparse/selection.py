@@ -18,8 +18,8 @@ from sparse.rng import CHUNK, Draw, is_fake
 
 Scores = Tensor | Draw
 
-_SAMPLE = 1 << 13  # sampled entries per layer
-_SIGMAS = 4.0  # how far the bound lies on the safe side
+_SAMPLE = 1 << 12  # entries sampled in a layer
+_SIGMAS = 4.0  # how far the bound estimated from them lies on the safe side
 
 
 def largest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
@@ -34,7 +34,12 @@ def largest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
     Returns:
         bool tensor of the shape of `among`, contiguous, with exactly k entries True.
     """
-    return _select(scores, k, among, want_largest=True)
+    flat = among.reshape(-1)
+    if _on_cpu(flat):
+        chosen = torch.zeros_like(flat).numpy()
+        chosen[_select_cpu(scores, int(k), flat.numpy(), True)] = True
+        return torch.from_numpy(chosen).view(among.shape)
+    return _select_device(_keys(scores, flat), k, flat, True).view(among.shape)
 
 
 def smallest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
@@ -42,18 +47,36 @@ def smallest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
 
     It is the complement of `largest` within the candidates; arguments and result are as there.
     """
-    return _select(scores, k, among, want_largest=False)
+    return among ^ remove_smallest(among, scores, k)
 
 
-def _select(scores: Scores, k: int | Tensor, among: Tensor, *, want_largest: bool) -> Tensor:
-    flat = among.reshape(-1)
-    if flat.device.type == "cpu" and not is_fake(flat):
-        chosen = torch.zeros_like(flat)
-        chosen.numpy()[_select_cpu(scores, int(k), flat, want_largest)] = True
-    else:
-        tensor = scores.tensor(among.device) if isinstance(scores, Draw) else scores
-        chosen = _select_device(_order_keys(tensor.reshape(-1)), k, flat, want_largest)
-    return chosen.view(among.shape)
+def remove_smallest(mask: Tensor, scores: Scores, k: int | Tensor) -> Tensor:
+    """Take the k entries of smallest magnitude out of a mask, as `smallest` picks them."""
+    flat = mask.reshape(-1)
+    if _on_cpu(flat):
+        kept = flat.numpy().copy()
+        kept[_select_cpu(scores, int(k), kept, False)] = False
+        return torch.from_numpy(kept).view(mask.shape)
+    return (flat ^ _select_device(_keys(scores, flat), k, flat, False)).view(mask.shape)
+
+
+def add_largest(mask: Tensor, scores: Scores, k: int | Tensor) -> Tensor:
+    """Put the k entries of largest magnitude outside of a mask into it, as `largest` picks them."""
+    flat = mask.reshape(-1)
+    if _on_cpu(flat):
+        grown = flat.numpy().copy()
+        grown[_select_cpu(scores, int(k), grown, True, outside=True)] = True
+        return torch.from_numpy(grown).view(mask.shape)
+    return (flat | _select_device(_keys(scores, flat), k, ~flat, True)).view(mask.shape)
+
+
+def _on_cpu(flat: Tensor) -> bool:
+    return flat.device.type == "cpu" and not is_fake(flat)
+
+
+def _keys(scores: Scores, like: Tensor) -> Tensor:
+    tensor = scores.tensor(like.device) if isinstance(scores, Draw) else scores
+    return _order_keys(tensor.reshape(-1))
 
 
 def _order_keys(scores: Tensor) -> Tensor:
@@ -61,7 +84,8 @@ def _order_keys(scores: Tensor) -> Tensor:
     if not scores.is_floating_point():
         return scores
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
-    return scores.abs().view(integer)
+    # NaN comes in many bit patterns; all of them count as the same.
+    return scores.abs().view(integer).masked_fill_(scores.isnan(), torch.iinfo(integer).max)
 
 
 def _select_device(keys: Tensor, k: int | Tensor, among: Tensor, want_largest: bool) -> Tensor:
@@ -86,23 +110,31 @@ def _kth_largest(keys: Tensor, k: int | Tensor) -> Tensor:
     return keys.sort(descending=True).values.gather(0, (k - 1).clamp(min=0).view(1))
 
 
-def _select_cpu(scores: Scores, k: int, among: Tensor, want_largest: bool) -> Any:
-    """Find the flat indices of the selection, as a NumPy array."""
-    numel = among.numel()
-    read = _reader(scores)
-    candidates = among.numpy()
+def _select_cpu(
+    scores: Scores, k: int, mask: Any, want_largest: bool, outside: bool = False
+) -> Any:
+    """Find the flat indices of the selection among the entries in, or outside of, a mask."""
     if k == 0:
         return slice(0)
+    read = _reader(scores)
     bound = None
-    if numel > 4 * _SAMPLE:
-        step = numel // _SAMPLE
-        sample = abs(read(0, numel, step)[candidates[::step]])
-        bound = _bound(sample, k / step, want_largest)
-    index, values = _collect(read, candidates, bound, want_largest)
+    if len(mask) > 8 * _SAMPLE:
+        step = _stride(len(mask))
+        picked = mask[::step] != outside
+        bound = _bound(abs(read(0, len(mask), step)[picked]), k / step, want_largest)
+    index, values = _collect(read, mask, outside, bound, want_largest)
     if bound is not None and len(index) < k:
-        index, values = _collect(read, candidates, None, want_largest)
+        index, values = _collect(read, mask, outside, None, want_largest)
     assert len(index) >= k, f"asked for {k} of {len(index)} candidates"
     return index[_exact(values, k, want_largest)]
+
+
+def _stride(numel: int) -> int:
+    """Choose a step through a layer that does not fall in step with its rows, taps or channels."""
+    step = numel // _SAMPLE
+    while math.gcd(step, 2 * 3 * 5 * 7) > 1:
+        step += 1
+    return step
 
 
 def _reader(scores: Scores) -> Callable[[int, int, int], Any]:
@@ -131,22 +163,26 @@ def _bound(sample: Any, wanted: float, want_largest: bool) -> Any:
     return sample[place]
 
 
-def _collect(read: Callable[[int, int, int], Any], among: Any, bound: Any, above: bool) -> Any:
+def _collect(
+    read: Callable[[int, int, int], Any], mask: Any, outside: bool, bound: Any, above: bool
+) -> Any:
     """List index and score of the candidates on the bound's far side, chunk by chunk."""
     indices, values = [], []
-    for start in range(0, len(among), CHUNK):
-        inside = among[start : start + CHUNK]
-        score = read(start, start + len(inside), 1)
+    for start in range(0, len(mask), CHUNK):
+        candidate = mask[start : start + CHUNK]
+        score = read(start, start + len(candidate), 1)
+        if outside:
+            candidate = ~candidate
         if bound is not None:
             # Two comparisons are cheaper than |score|. The upper side is the complement of what is
             # surely below the bound, because every comparison with NaN is false.
-            if above:
-                inside = inside & ~((score < bound) & (score > -bound))
-            else:
-                inside = inside & (score <= bound) & (score >= -bound)
-        hit = inside.nonzero()[0]
+            inside = score < bound if above else score <= bound
+            inside &= score > -bound if above else score >= -bound
+            candidate = candidate > inside if above else candidate & inside
+        hit = candidate.nonzero()[0]
         values.append(torch.from_numpy(score.take(hit)))
-        indices.append(torch.from_numpy(hit).add_(start))
+        hit += start
+        indices.append(torch.from_numpy(hit))
     return torch.cat(indices).numpy(), torch.cat(values)
 
 

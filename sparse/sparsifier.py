@@ -291,14 +291,15 @@ class Sparsifier:
         survivors = self.method.survivors(old, weights, step)
         new = self.method.update(old, weights, gradients, step, self._method_state)
         _check_masks(new, weights, f"method {self.method.name}")
-        dropped, grown = [], []
+        changed, grown = [], []
         for index, name in enumerate(self._weights):
             if name not in old:
                 continue
             weight = self._weights[name]
-            fresh = new[name] & ~old[name]
-            dropped.append((old[name] & ~new[name]).sum())
-            grown.append(fresh.sum())
+            change = old[name] ^ new[name]
+            fresh = change & new[name]
+            changed.append(torch.count_nonzero(change))
+            grown.append(torch.count_nonzero(fresh))
             if name not in self._gates:
                 self._gates[name] = make_gate(new[name], weight)
             if survivors[name] is not old[name]:
@@ -306,12 +307,12 @@ class Sparsifier:
             disconnect(self._optimizer, weight, self._gates[name], new[name])
             key = (self._new_connections.seed, step, index, rng.GROW_WEIGHT)
             self._new_connections.write(self._optimizer, weight, fresh, gradients.get(name), key)
-        self._finish_update(dropped, grown, step)
+        self._finish_update(_gather(changed).sum(), _gather(grown).sum(), step)
 
-    def _finish_update(self, dropped: list[Tensor], grown: list[Tensor], step: int) -> None:
+    def _finish_update(self, changed: Tensor, grown: Tensor, step: int) -> None:
         self.num_updates += 1
         self._counts = None
-        self._last_update = {"dropped": _gather(dropped).sum(), "grown": _gather(grown).sum()}
+        self._last_update = {"dropped": changed - grown, "grown": grown}
         fraction = self.method.drop_fraction(step)
         if fraction is not None:
             self._last_update["drop_fraction"] = fraction
