@@ -27,6 +27,8 @@ class Choice:
     tile_rows: int = 1
     block_size: int = 0
     """Input channels per block; 0 for one block."""
+    panel: int = 0
+    """Output channels computed together, their partial sums being kept; 0 for all."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -142,12 +144,12 @@ class Plan:
         vectors = self._out_vectors(layer, source.width)
         if source.vectors % sx == 0:
             vectors = max(vectors, source.vectors // sx)
-        if source.vectors != vectors * sx:
-            if (kh, kw, py, px) == (1, 1, 0, 0):  # take only what is read
-                source = self._repack(source, vectors, (sy, sx))
-                sy = sx = 1
-            else:
-                source = self._repack(source, vectors * sx, (1, 1))
+        if (sy, sx) != (1, 1) and (kh, kw, py, px) == (1, 1, 0, 0):
+            # Only what is read is taken along: the convolution then finds it side by side.
+            source = self._repack(source, vectors, (sy, sx))
+            sy = sx = 1
+        elif source.vectors != vectors * sx:
+            source = self._repack(source, vectors * sx, (1, 1))
         target = self._map(layer.channels, height, width, vectors)
         source.require(
             halo=max(px, reach(source.vectors, vectors, kw, sx, px, dx)),
@@ -307,7 +309,14 @@ class Plan:
         column = target.columns(0, target.vectors)
         taken = column * step.stride[1]
         place = taken % source.vectors * source.lanes + taken // source.vectors
-        step.op.offsets = self._keep(step, np.where(column < 0, -1, place).astype(np.int32))
+        whole = source.vectors == target.vectors * step.stride[1]
+        if whole:  # lane by lane; those outside the image are zero in the source too
+            vector = np.arange(target.vectors)[:, None] * step.stride[1]
+            place = vector * source.lanes + np.arange(source.lanes)
+        else:
+            place = np.where(column < 0, -1, place)
+        step.op.offsets = self._keep(step, place.astype(np.int32))
+        step.op.depth = whole
 
     def _fill_max_pool(self, step: Step) -> None:
         assert isinstance(step.source, Map)
@@ -352,6 +361,8 @@ class Plan:
         op, layer = step.op, step.layer
         del step.tables[_num_fixed(op) :]
         parts = min(self._num_parts, -(-layer.channels // 16))
+        if choice.panel:
+            parts = max(parts, -(-layer.channels // choice.panel))
         op.num_parts = parts
         if choice.dense:
             dense = dense_table(layer, step.source, num_parts=parts)

@@ -17,6 +17,7 @@ from sparse.runtime.plan import Choice, Plan, Step, can_be_sparse, density, tile
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 L1_BYTES = 32 * 1024  # a guess is enough: it only narrows what is measured
+PANEL = 128
 ROUNDS = (1, 1, 2, 2, 4, 4)
 DENSE_FROM = 0.2  # density at which the dense kernel is tried
 
@@ -75,10 +76,10 @@ def _fastest(plan: Plan, step: Step, bench: _Bench) -> Choice:
     A disturbance then hits all alike, and the least of several times is free of it.
     """
     tried: dict[Choice, tuple[native.Op, list[Any]]] = {}
-    tabled = None
-    for choice in sorted(_candidates(step), key=lambda c: (c.dense, c.block_size)):
-        if tabled is None or (choice.dense, choice.block_size) != tabled:
-            tabled = choice.dense, choice.block_size
+    tabled: tuple[bool, int, int] | None = None  # what the tables depend on
+    for choice in sorted(_candidates(step), key=lambda c: (c.dense, c.block_size, c.panel)):
+        if (choice.dense, choice.block_size, choice.panel) != tabled:
+            tabled = (choice.dense, choice.block_size, choice.panel)
             plan.choose(step, choice)
         op = native.Op.from_buffer_copy(step.op)
         op.tile_vectors, op.tile_rows = choice.tile_vectors, choice.tile_rows
@@ -98,9 +99,10 @@ def _candidates(step: Step) -> list[Choice]:
     found: list[Choice] = []
     if can_be_sparse(step):
         found = [
-            dataclasses.replace(tile, block_size=size)
+            dataclasses.replace(tile, block_size=size, panel=panel)
             for tile in tiles(step.target)
             for size in _block_sizes(step, tile)
+            for panel in ((0, PANEL) if size and step.target.channels > 2 * PANEL else (0,))
         ]
     if not found or (step.layer.groups == 1 and density(step.layer) >= DENSE_FROM):
         found.append(Choice(dense=True))

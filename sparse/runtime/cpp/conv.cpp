@@ -68,7 +68,7 @@ void fill_halo(const Op& op, float* out, int64_t y0, int64_t y1, int64_t c0, int
   }
 }
 
-void sparse_conv(const Op& op, float* arena, int64_t part, int64_t y0, int64_t y1,
+void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, int64_t y1,
                  float* scratch) {
   const int64_t tiles_y = (y1 - y0 + op.tile_rows - 1) / op.tile_rows;
   const int64_t tiles_x = (op.vectors + op.tile_vectors - 1) / op.tile_vectors;
@@ -79,12 +79,14 @@ void sparse_conv(const Op& op, float* arena, int64_t part, int64_t y0, int64_t y
       const int64_t x = cut(0, op.vectors, tx, tiles_x);
       const TileFunction run =
           find_tile(cut(0, op.vectors, tx + 1, tiles_x) - x, y_end - y, op.stride_x);
-      run(op, part, arena + op.in + y * op.stride_y * op.in_row + x * op.stride_x * kLanes,
-          out + y * op.out_row + x * kLanes,
-          op.res < 0 ? nullptr : arena + op.res + y * op.res_row + x * kLanes,
-          op.mask ? op.mask + x * kLanes : nullptr, scratch);
+      for (int64_t part = p0; part < p1; ++part) {
+        run(op, part, arena + op.in + y * op.stride_y * op.in_row + x * op.stride_x * kLanes,
+            out + y * op.out_row + x * kLanes,
+            op.res < 0 ? nullptr : arena + op.res + y * op.res_row + x * kLanes,
+            op.mask ? op.mask + x * kLanes : nullptr, scratch);
+      }
     }
-    fill_halo(op, out, y, y_end, op.part_begin[part], op.part_begin[part + 1]);
+    fill_halo(op, out, y, y_end, op.part_begin[p0], op.part_begin[p1]);
   }
 }
 
@@ -175,10 +177,11 @@ void multiply(const Op& op, const DenseTile& tile, int64_t c, int64_t k0, int64_
 }
 
 template <int NV>
-void dense_tile(const Op& op, float* arena, int64_t part, const DenseTile& tile, float* scratch) {
+void dense_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const DenseTile& tile,
+                float* scratch) {
   float* packed = scratch;
   float* partials = scratch + kDenseDepth * kDenseVectors * kLanes;
-  const int64_t first = op.part_begin[part], end = op.part_begin[part + 1];
+  const int64_t first = op.part_begin[p0], end = op.part_begin[p1];
   const float* res = op.res < 0 ? nullptr : arena + op.res;
   for (int64_t k0 = 0; k0 < op.depth; k0 += kDenseDepth) {
     const int64_t k1 = std::min(k0 + kDenseDepth, op.depth);
@@ -192,7 +195,7 @@ void dense_tile(const Op& op, float* arena, int64_t part, const DenseTile& tile,
 
 }  // namespace
 
-void dense_conv(const Op& op, float* arena, int64_t part, int64_t y0, int64_t y1,
+void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, int64_t y1,
                 float* scratch) {
   const int64_t total = (y1 - y0) * op.vectors;
   const int64_t tiles = (total + kDenseVectors - 1) / kDenseVectors;
@@ -206,11 +209,11 @@ void dense_conv(const Op& op, float* arena, int64_t part, int64_t y0, int64_t y1
       tile.res[i] = y * op.res_row + x * kLanes;
       tile.column[i] = x;
     }
-    if (size == 3) dense_tile<3>(op, arena, part, tile, scratch);
-    if (size == 2) dense_tile<2>(op, arena, part, tile, scratch);
-    if (size == 1) dense_tile<1>(op, arena, part, tile, scratch);
+    if (size == 3) dense_tile<3>(op, arena, p0, p1, tile, scratch);
+    if (size == 2) dense_tile<2>(op, arena, p0, p1, tile, scratch);
+    if (size == 1) dense_tile<1>(op, arena, p0, p1, tile, scratch);
   }
-  fill_halo(op, arena + op.out, y0, y1, op.part_begin[part], op.part_begin[part + 1]);
+  fill_halo(op, arena + op.out, y0, y1, op.part_begin[p0], op.part_begin[p1]);
 }
 
 int64_t scratch_floats(const Op& op) {

@@ -96,10 +96,12 @@ using TileFunction = void (*)(const Op&, int64_t, const float*, float*, const fl
 // Return the kernel of a tile, null if there is none of this size.
 TileFunction find_tile(int64_t vectors, int64_t rows, int64_t stride_x);
 
-// Compute output rows y0 <= y < y1 of the channels of one part, halos included. `scratch` has at
-// least scratch_floats(op) floats, aligned to a vector.
-void sparse_conv(const Op& op, float* arena, int64_t part, int64_t y0, int64_t y1, float* scratch);
-void dense_conv(const Op& op, float* arena, int64_t part, int64_t y0, int64_t y1, float* scratch);
+// Compute output rows y0 <= y < y1 of the channels of parts p0 <= p < p1, halos included. `scratch`
+// has at least scratch_floats(op) floats, aligned to a vector.
+void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, int64_t y1,
+                 float* scratch);
+void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, int64_t y1,
+                float* scratch);
 int64_t scratch_floats(const Op& op);
 
 // Repeat border columns in the halos of rows y0 <= y < y1, channels c0 <= c < c1.

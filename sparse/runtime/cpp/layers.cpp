@@ -26,6 +26,12 @@ void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
     for (int64_t c = 0; c < op.channels; ++c) {
       const float* in = arena + op.in + y * op.stride_y * op.in_row + c * op.in_plane;
       float* out = arena + op.out + y * op.out_row + c * op.out_plane;
+      if (op.depth) {
+        for (int64_t i = 0; i < op.vectors * kLanes; i += kLanes) {
+          store(out + i, load(in + op.offsets[i]));
+        }
+        continue;
+      }
       for (int64_t i = 0; i < op.vectors * kLanes; ++i) {
         const int32_t place = op.offsets[i];
         out[i] = place < 0 ? 0.0f : in[place];

@@ -52,7 +52,7 @@ struct Image {
 
 // Some rows of some channels of an operation.
 struct Step {
-  int64_t part, begin, end;
+  int64_t begin_part, end_part, begin, end;
 };
 
 // Rows (or channels) of an operation, as the plan orders them.
@@ -72,8 +72,12 @@ void run_step(const Op& op, const Image& image, const Step& s, float* scratch) {
   float* out = op.out < 0 ? image.logits : image.arena + op.out;
   switch (op.kind) {
     case kInput: return read_input(op, image.pixels, image.arena, s.begin, s.end);
-    case kSparseConv: return sparse_conv(op, image.arena, s.part, s.begin, s.end, scratch);
-    case kDenseConv: return dense_conv(op, image.arena, s.part, s.begin, s.end, scratch);
+    case kSparseConv:
+      return sparse_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end,
+                         scratch);
+    case kDenseConv:
+      return dense_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end,
+                         scratch);
     case kMaxPool: return max_pool(op, image.arena, s.begin, s.end);
     case kRepack: return repack(op, image.arena, s.begin, s.end);
     case kOutput: return write_output(op, image.arena, out, s.begin, s.end);
@@ -83,8 +87,7 @@ void run_step(const Op& op, const Image& image, const Step& s, float* scratch) {
 }
 
 void run_rows(const Op& op, const Image& image, int64_t begin, int64_t end, float* scratch) {
-  const int64_t parts = is_conv(op) ? op.num_parts : 1;
-  for (int64_t part = 0; part < parts; ++part) run_step(op, image, {part, begin, end}, scratch);
+  run_step(op, image, {0, op.num_parts, begin, end}, scratch);
 }
 
 class Network {
@@ -161,14 +164,17 @@ class Network {
   // One image on all threads: rows are dealt out, and ranges of channels where a layer has them.
   void run_shared(const Op& op, const Image& image) {
     const int64_t size = extent(op);
-    const int64_t parts = is_conv(op) ? op.num_parts : 1;
+    const int64_t parts = is_conv(op) ? std::min<int64_t>(op.num_parts, pool_.size()) : 1;
     int64_t grain = op.kind == kSparseConv ? op.tile_rows : 1;
     // A few steps per thread even out; more only cost.
     grain = std::max(grain, size * parts / (4 * pool_.size()));
     const int64_t steps = (size + grain - 1) / grain;
     pool_.run(steps * parts, [&](int64_t i, int thread) {
       const int64_t step = i / parts;
-      run_step(op, image, {i % parts, size * step / steps, size * (step + 1) / steps},
+      const int64_t p = i % parts, all = op.num_parts;
+      run_step(op, image,
+               {all * p / parts, all * (p + 1) / parts, size * step / steps,
+                size * (step + 1) / steps},
                scratch_[thread]->get());
     });
   }

@@ -42,7 +42,8 @@ struct Op {
   int64_t relu;
   int64_t tile_rows, tile_vectors;  // of a sparse convolution
   int64_t num_parts, num_blocks;    // ranges of output channels, blocks of input channels
-  int64_t depth;                    // terms per output: dense convolution, linear; pool: window
+  int64_t depth;                    // terms per output: dense convolution, linear; pool: window;
+                                    // repack: 1 if vectors move whole
   int64_t width, height, in_channels;  // of the input
   int64_t pad;                      // of a pool
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are
