@@ -69,6 +69,7 @@ def test_save_remove_load_run(image: Image, tmp_path: Path) -> None:
     execute(["docker", "rmi", NAME])
     assert subprocess.run(["docker", "image", "inspect", NAME], capture_output=True).returncode
     image.script("load.sh", file)
+    file.unlink()  # pytest would keep a gigabyte
     assert image.run("cat", "COMMIT").strip() == image.commit
     image.run("python", "main.py", "--help")
 
