@@ -327,6 +327,11 @@ def gmp(
         sparsity_map=sparsity_map,
         scope=scope,
     )
+    if not 0 <= prune_start < prune_end or prune_every < 1:
+        raise ValueError(
+            f"prune_start {prune_start}, prune_end {prune_end} and prune_every {prune_every} must "
+            "satisfy 0 <= prune_start < prune_end and prune_every >= 1"
+        )
     window = Window(prune_every, prune_start, prune_end, at_end=True)
     method = Gmp({name: plan.sparsities[name] for name in plan.maskable}, window, scope)
     return _from_dense(model, optimizer, method, plan, hooks)
