@@ -51,8 +51,8 @@ stop() {
 }
 # containers share the host's network: neither a bridge nor iptables rules
 dockerd --host "$DOCKER_HOST" --data-root "$directory/data" --exec-root "$directory/exec" \
-    --pidfile "$directory/docker.pid" --iptables=false --ip6tables=false --bridge=none \
-    --oom-score-adjust 0 --storage-driver=overlay2 >"$directory/dockerd.log" 2>&1 </dev/null &
+    --pidfile "$directory/docker.pid" --iptables=false --ip6tables=false --ip-forward=false \
+    --bridge=none --oom-score-adjust 0 --storage-driver=overlay2 >"$directory/dockerd.log" 2>&1 </dev/null &
 engine=$!
 trap stop EXIT
 for _ in {1..60}; do
@@ -73,6 +73,6 @@ if ! docker image inspect "$TEST_BASE_IMAGE" >/dev/null 2>&1; then
     bundle=/etc/ssl/certs/ca-certificates.crt
     mmdebstrap --quiet --variant=minbase --include=ca-certificates,python3,python3-pip \
         --customize-hook="copy-in $bundle /etc/ssl/certs" "$VERSION_CODENAME" |
-        docker import --change "ENV PIP_CERT=$bundle SSL_CERT_FILE=$bundle" - "$TEST_BASE_IMAGE"
+        docker import --change "ENV PIP_CERT=$bundle SSL_CERT_FILE=$bundle" - "$TEST_BASE_IMAGE" >/dev/null
 fi
 "$@"
