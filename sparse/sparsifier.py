@@ -100,6 +100,7 @@ class Sparsifier:
             wanted = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
             _check_masks(masks, wanted | {n: self._weights[n] for n in masks}, "the caller")
             checkpoints.check_counts(masks, num_active)
+        self._begins_dense = not masks
         self._install(masks)
         self._explored: dict[str, Tensor] | None = {} if track_exploration else None
         self._explore()
@@ -238,8 +239,8 @@ class Sparsifier:
         """
         checkpoints.check(state, self.method.name)
         maskable = {name: self._weights[name] for name in self._maskable}
-        # A method that begins dense has no masks before its first update.
-        masks = checkpoints.load_masks(state, maskable if state["masks"] else {})
+        still_dense = self._begins_dense and state["num_updates"] == 0
+        masks = checkpoints.load_masks(state, {} if still_dense else maskable)
         if self.method.keeps_counts:
             checkpoints.check_counts(masks, self.num_active)
         averages = self.method.gradient_decay is not None
@@ -340,7 +341,8 @@ class Sparsifier:
 
     @torch.no_grad()
     def _install(self, masks: Tensors) -> None:
-        """Take masks over and zero what they leave inactive."""
+        """Take masks over, in place of any others, and zero what they leave inactive."""
+        self._gates.clear()
         for name, mask in masks.items():
             weight = self._weights[name]
             self._gates[name] = make_gate(mask, weight)

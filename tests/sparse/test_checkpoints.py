@@ -129,6 +129,7 @@ def edited(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("method", "set", "written by method 'set', this run uses 'rigl'"),
         ("step", None, "key 'step' is missing"),
         ("masks", None, "key 'masks' is missing"),
+        ("masks", {}, "key '0.weight' of masks is missing"),
         ("masks/3.weight", None, "key '3.weight' of masks is missing"),
         ("masks/3.weight/bits", None, "key 'bits' of the mask of 3.weight is missing"),
         ("masks/3.weight/shape", [8, 8, 1, 1], r"the mask of 3.weight has shape \(8, 8, 1, 1\)"),
@@ -151,6 +152,18 @@ def test_masks_of_another_sparsity_are_refused() -> None:
     model = convnet()
     with pytest.raises(ValueError, match="it is of another sparsity or distribution"):
         make("rigl", model, sgd(model), sparsity=0.6).load_state_dict(state)
+
+
+def test_going_back_to_before_the_pruning() -> None:
+    model, optimizer, sparsifier = new_run("snip")
+    start = sparsifier.state_dict()
+    list(train(model, optimizer, range(2)))
+    assert sparsifier.metrics()["sparsity"] > 0.7
+    sparsifier.load_state_dict(start)
+    assert (sparsifier.step, sparsifier.num_updates) == (0, 0)
+    assert sparsifier.metrics()["sparsity"] == 0.0
+    list(train(model, optimizer, range(1)))
+    assert sparsifier.num_updates == 1
 
 
 def test_what_a_run_needs_must_have_been_saved() -> None:
