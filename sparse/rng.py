@@ -8,7 +8,7 @@ arithmetic. Keys are made of (seed, step, layer index, purpose).
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,8 +28,9 @@ _Array = TypeVar("_Array", bound=Any)  # an int32 tensor or NumPy array; both ha
 class Draw:
     """A tensor of random integers uniform on [0, 2^31) that exists only where it is looked at.
 
-    The hash is murmur3's 32-bit finalizer with key material mixed in before each multiplication:
-    a bijection of the element's index, so that values repeat at most once.
+    The hash is murmur3's 32-bit finalizer with key material mixed in before each multiplication
+    (and without its last round, which only improves low bits): a bijection of the element's index
+    up to the sign bit, which is cleared, so that no value occurs more than twice.
 
     Attributes:
         shape: Shape of the tensor; elements are counted in row-major order.
@@ -53,16 +54,31 @@ class Draw:
         device = torch.device(device)
         flat = torch.arange(self.numel, dtype=torch.int32, device=device)
         if device.type != "cpu" or is_fake(flat):
-            return _hash(flat, self.key).view(self.shape)
+            first, second = _words(self.key)
+            return _mix(flat.bitwise_xor_(first), second).view(self.shape)
+        read = self.reader()
+        array = flat.numpy()
         for start in range(0, self.numel, CHUNK):
-            _hash(flat[start : start + CHUNK].numpy(), self.key)
+            chunk = array[start : start + CHUNK]
+            chunk[:] = read(start, start + len(chunk), 1)
         return flat.view(self.shape)
 
-    def window(self, start: int, stop: int, step: int = 1) -> Tensor:
-        """Draw elements start, start + step, ... < stop of the flat tensor, on the CPU."""
-        flat = torch.arange(start, stop, step, dtype=torch.int32)
-        _hash(flat.numpy(), self.key)
-        return flat
+    def reader(self) -> Callable[[int, int, int], Any]:
+        """Give a function that draws elements start, start + step, ... < stop of the flat tensor.
+
+        It returns NumPy arrays. Ranges that start at a multiple of `CHUNK` are the fast ones.
+        """
+        first, second = _words(self.key)
+        places = torch.arange(min(CHUNK, self.numel), dtype=torch.int32).numpy()
+
+        def read(start: int, stop: int, step: int) -> Any:
+            if step == 1 and start % CHUNK == 0 and stop - start <= len(places):
+                # The start has none of the bits of a place: combining them adds up.
+                return _mix(places[: stop - start] ^ (start ^ first), second)
+            index = torch.arange(start, stop, step, dtype=torch.int32).numpy()
+            return _mix(index ^ first, second)
+
+        return read
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -82,16 +98,19 @@ def normal(shape: Sequence[int], key: Sequence[int], device: torch.device | str 
     return radius.mul_(uniform(shape, (*key, 1), device).mul_(2.0 * math.pi).cos_())
 
 
-def _hash(x: _Array, key: tuple[int, ...]) -> _Array:
-    """Hash indices in place."""
+def _words(key: tuple[int, ...]) -> tuple[int, int]:
+    """Condense a key to two int32."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     first, second = struct.unpack("<ii", digest)
-    x ^= first
+    return first, second
+
+
+def _mix(x: _Array, second: int) -> _Array:
+    """Hash indices, already combined with the first word of the key, in place."""
     x ^= (x >> 16) & 0xFFFF  # int32 shifts are arithmetic; the mask makes them logical
     x *= 0x85EBCA6B - (1 << 32)
     x ^= second
     x ^= (x >> 13) & 0x7FFFF
     x *= 0xC2B2AE35 - (1 << 32)
-    x ^= (x >> 16) & 0xFFFF
     x &= 0x7FFFFFFF
     return x

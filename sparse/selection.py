@@ -140,8 +140,7 @@ def _stride(numel: int) -> int:
 def _reader(scores: Scores) -> Callable[[int, int, int], Any]:
     """Give a function that reads entries start, start + step, ... < stop into a NumPy array."""
     if isinstance(scores, Draw):
-        draw = scores
-        return lambda start, stop, step: draw.window(start, stop, step).numpy()
+        return scores.reader()
     flat = scores.detach().reshape(-1)
     if flat.dtype in (torch.float16, torch.bfloat16):  # NumPy is slow with one, blind to the other
         return lambda start, stop, step: flat[start:stop:step].float().numpy()

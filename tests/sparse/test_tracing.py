@@ -68,6 +68,18 @@ def test_training_traces_without_touching_the_host(method: str, dtype: torch.dty
             assert sparsifier.masks["0.weight"].device.type == "cuda"
 
 
+def test_whole_steps_trace_on_a_fake_cpu() -> None:
+    with FakeTensorMode():
+        model = build("cpu", torch.float32)[0]
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        sparsifier = make("rigl", model, optimizer)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 5, 5)).sum().backward()
+            optimizer.step()
+        assert (sparsifier.step, sparsifier.num_updates) == (6, 2)
+
+
 def test_the_trap_is_armed() -> None:
     # A tensor read or a CPU tensor mixed in is an error there: the tests above prove something.
     with warnings.catch_warnings(), FakeTensorMode():
