@@ -200,7 +200,10 @@ def read(path: str | Path) -> Compact:
     text = metadata.get("header", "")
     if metadata.get("sha256") != _digest(text, tensors):
         raise ValueError(f"{path} is damaged: its content does not have the digest it was given")
-    return Compact(_parse(json.loads(text)), tensors)
+    try:
+        return Compact(_parse(json.loads(text)), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} was written by another version: its header {error}") from None
 
 
 def _parse(header: Mapping[str, Any]) -> Header:

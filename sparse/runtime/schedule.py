@@ -14,8 +14,9 @@ import numpy as np
 from sparse.runtime.layout import Map, Value
 from sparse.runtime.lower import Layer
 
-MAX_GROUP_BYTES = 192 * 1024  # weights of a group: under half of a 512 KiB second-level cache
-CHUNK_VECTORS = 28  # output vectors per channel of the last layer that go through at a time
+MAX_GROUP_BYTES = 100 * 1024  # weights of a group
+MIN_CHUNK_VECTORS = 7  # per channel of the last member: less does not fill a tile
+MAX_CHUNK_BYTES = 256 * 1024  # activations of a group that are in use at a time
 
 
 class Stage(Protocol):
@@ -38,22 +39,53 @@ class Piece:
 
 
 def group(steps: Sequence[Stage]) -> list[range]:
-    """Return the steps in groups: successive ones of rows whose weights are small together."""
+    """Return the steps in groups that are executed in turn.
+
+    A group ends where one value alone is read later on, as at the end of a residual block, so that
+    the last of its rows are all that others wait for. Successive blocks share a group as long as
+    their weights are small together; one with larger weights is executed step by step.
+    """
     groups: list[range] = []
-    start, size = 0, 0
-    for i, step in enumerate(steps):
-        weights = _weight_bytes(step)
-        if not _has_rows(step) or (i > start and size + weights > MAX_GROUP_BYTES):
-            if i > start:
-                groups.append(range(start, i))
-            start, size = i, 0
-        size += weights
-        if not _has_rows(step):
-            groups.append(range(i, i + 1))
-            start, size = i + 1, 0
-    if start < len(steps):
-        groups.append(range(start, len(steps)))
+    full = MAX_GROUP_BYTES + 1
+    open_bytes = full  # of the last group; nothing can join at first
+    for block in _blocks(steps):
+        size = sum(_weight_bytes(steps[i]) for i in block)
+        if size > MAX_GROUP_BYTES or not all(_has_rows(steps[i]) for i in block):
+            groups += [range(i, i + 1) for i in block]
+            open_bytes = full
+        elif open_bytes + size <= MAX_GROUP_BYTES:
+            groups[-1] = range(groups[-1].start, block.stop)
+            open_bytes += size
+        else:
+            groups.append(block)
+            open_bytes = size
     return groups
+
+
+def _blocks(steps: Sequence[Stage]) -> list[range]:
+    """Return the shortest runs of steps that leave a single value to later ones."""
+    last_use = {id(v): i for i, s in enumerate(steps) for v in (s.source, s.residual) if v}
+    blocks, start, alive = [], 0, set[int]()
+    for i, step in enumerate(steps):
+        alive = {value for value in alive | {id(step.target)} if last_use.get(value, -1) > i}
+        if len(alive) <= 1:
+            blocks.append(range(start, i + 1))
+            start = i + 1
+    return blocks
+
+
+def _chunk(steps: Sequence[Stage], members: range) -> int:
+    """Return how many rows of the last member go through at a time."""
+    last = steps[members[-1]].target
+    assert isinstance(last, Map)
+    row_bytes = 0.0  # that one row of the last member needs of all members
+    for i in members:
+        target = steps[i].target
+        assert isinstance(target, Map)
+        if steps[i].residual is None:  # else it mostly takes the place of its residual
+            row_bytes += 4 * target.row * target.height / last.height
+    least = -(-MIN_CHUNK_VECTORS // last.vectors)
+    return max(least, int(MAX_CHUNK_BYTES / row_bytes))
 
 
 def schedule(steps: Sequence[Stage], groups: Sequence[range]) -> list[Piece]:
@@ -67,13 +99,12 @@ def schedule(steps: Sequence[Stage], groups: Sequence[range]) -> list[Piece]:
 def _pieces(steps: Sequence[Stage], members: range) -> list[Piece]:
     if len(members) == 1:
         return [Piece(members[0], 0, num_rows(steps[members[0]]))]
-    last = steps[members[-1]].target
-    assert isinstance(last, Map)
-    chunk = max(1, CHUNK_VECTORS // last.vectors)
+    chunk = _chunk(steps, members)
+    rows = num_rows(steps[members[-1]])
     done = dict.fromkeys(members, 0)
     pieces = []
-    for goal in range(chunk, last.height + chunk, chunk):
-        need = _needs(steps, members, min(goal, last.height))
+    for goal in range(chunk, rows + chunk, chunk):
+        need = _needs(steps, members, min(goal, rows))
         for i in members:
             if need[i] > done[i]:
                 pieces.append(Piece(i, done[i], need[i]))

@@ -9,6 +9,8 @@
 namespace sparse_runtime {
 
 constexpr int kMaxTile = 14;      // vectors of a sparse tile: accumulators that fit 16 registers
+constexpr int kAhead = 2;         // output channels between the fetch of a tile and its use
+constexpr int kLineFloats = 16;   // of a cache line
 constexpr int kDenseVectors = 3;  // a dense tile is 3 vectors by 4 channels: 12 accumulators
 constexpr int kDenseChannels = 4;
 constexpr int kDenseDepth = 256;  // terms summed at a time: the packed input stays in L1
@@ -58,6 +60,15 @@ struct SparseTile<VX, VY, SX, std::integer_sequence<int, I...>> {
     (store(out + (I / VX) * op.out_row + (I % VX) * kLanes, sum[I]), ...);
   }
 
+  // Bring what a tile will be added to, or written to, into the cache.
+  static inline __attribute__((always_inline)) void fetch(const float* p, int64_t row) {
+    for (int y = 0; y < VY; ++y) {
+      for (int x = 0; x < VX * kLanes; x += kLineFloats) {
+        __builtin_prefetch(p + y * row + x, 1);
+      }
+    }
+  }
+
   // All output channels of one part. `scratch` holds the partial sums between blocks of input
   // channels: kSize vectors per channel of the part.
   static void run(const Op& op, int64_t part, const float* in, float* out, const float* res,
@@ -78,6 +89,12 @@ struct SparseTile<VX, VY, SX, std::integer_sequence<int, I...>> {
           ((sum[I] = bias), ...);
         } else {
           ((sum[I] = load(partial + I * kLanes)), ...);
+        }
+        if (is_last && k + kAhead < num) {
+          // Channels come in no order that the processor could foresee.
+          const int64_t next = channel[k + kAhead];
+          fetch(res ? res + next * op.res_plane : out + next * op.out_plane,
+                res ? op.res_row : op.out_row);
         }
         dot(sum, op.connections + begin[k], begin[k + 1] - begin[k], in, in_row);
         if (is_last) {

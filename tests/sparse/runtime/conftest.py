@@ -11,7 +11,7 @@ from sparse import runtime
 from sparse.runtime import native
 
 # Vectors of 16 on any processor: the layouts of AVX-512 without its instructions.
-SIXTEEN_LANES = ("-USPARSE_LANES", "-DSPARSE_LANES=16")
+SIXTEEN_LANES = ("-USPARSE_LANES", "-DSPARSE_LANES=16", "-O1")
 
 
 @pytest.fixture(scope="session")

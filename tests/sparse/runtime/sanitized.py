@@ -1,0 +1,104 @@
+"""Run random networks on kernels given on the command line; a sanitizer watches.
+
+Not a test by itself: test_sanitizers.py starts it, with the sanitizer's library preloaded. Weights
+and images come from NumPy, and torch computes nothing: its threads are not under suspicion.
+"""
+
+import ctypes
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from sparse.runtime import native
+from sparse.runtime.layout import Map
+from sparse.runtime.lower import Layer
+from sparse.runtime.plan import Choice, Plan, can_be_sparse
+
+
+def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[Layer]:
+    """Return a small residual network with every kind of layer."""
+
+    def conv(name: str, source: str, into: int, kernel: int, **options: object) -> Layer:
+        per_group = 12 // groups if source != "input" else 3
+        used = groups if source != "input" else 1
+        weight = generator.standard_normal((into, per_group, kernel, kernel)).astype(np.float32)
+        weight[generator.random(weight.shape) < 0.7] = 0
+        return Layer(
+            name=name,
+            kind="conv",
+            source=source,
+            channels=into,
+            weight=weight,
+            bias=np.ones(into, np.float32),
+            kernel=(kernel, kernel),
+            groups=used,
+            relu=True,
+            **options,
+        )
+
+    dense = generator.standard_normal((5, 12)).astype(np.float32)
+    return [
+        conv("a", "input", 12, 7, stride=(2, 2), padding=(3, 3)),
+        Layer(
+            name="b",
+            kind="max_pool",
+            source="a",
+            channels=12,
+            kernel=(3, 3),
+            stride=(2, 2),
+            padding=(1, 1),
+        ),
+        conv("c", "b", 12, 3, stride=(stride, stride), padding=(1, 1)),
+        conv("d", "c", 12, 3, padding=(2, 2), dilation=(2, 2)),
+        conv("e", "b", 12, 1, stride=(stride, stride), residual="d"),
+        Layer(name="f", kind="mean_pool", source="e", channels=12),
+        Layer(
+            name="g",
+            kind="linear",
+            source="f",
+            channels=5,
+            weight=dense,
+            bias=np.zeros(5, np.float32),
+        ),
+    ]
+
+
+def main(library: str) -> None:
+    """Compare one thread with several, for many sizes, kernels and batches."""
+    kernels = native.Kernels(Path(library))
+    generator = np.random.default_rng(0)
+    for size, stride, groups in itertools.product((17, 40, 61), (1, 2), (1, 2, 12)):
+        layers = layers_of(generator, stride, groups)
+        images = generator.standard_normal((5, 3, size, size + 9)).astype(np.float32)
+        for dense, threads in itertools.product((False, True), (1, 3)):
+            plan = Plan(layers, (3, size, size + 9), lanes=kernels.num_lanes, num_parts=threads)
+            for step in plan.convolutions():
+                assert isinstance(step.target, Map)
+                if dense:
+                    plan.choose(step, Choice(dense=True))
+                elif can_be_sparse(step):
+                    plan.choose(step, Choice(tile_vectors=2, tile_rows=3, block_size=0))
+            handle = plan.create(kernels, threads=threads)
+            assert handle is not None
+            logits = np.full((5, 5), np.nan, np.float32)
+            for count in (1, 5):
+                failed = kernels.run(
+                    ctypes.c_void_p(handle),
+                    images.ctypes.data,
+                    images[0].size,
+                    logits.ctypes.data,
+                    5,
+                    count,
+                )
+                assert not failed
+            kernels.destroy(ctypes.c_void_p(handle))
+            if threads == 1:
+                wanted = logits.copy()
+            assert np.allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+    print("clean")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,103 @@
+"""The order of execution: everything once, nothing read before it is written or after it is lost."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from image_classification.models import create_model
+from sparse.runtime import graph, native, schedule
+from sparse.runtime.layout import Map
+from sparse.runtime.lower import lower
+from sparse.runtime.plan import Plan, Step
+from tests.sparse.runtime.conftest import prune_
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "basic": lambda: ResNet(BasicBlock, (2, 2, 2, 2), num_classes=7),
+    "bottleneck": lambda: ResNet(Bottleneck, (2, 2, 2, 2), num_classes=7),
+    "mobilenet_v1": lambda: create_model("mobilenet_v1", num_classes=7, width=0.5),
+    "wrn22_2": lambda: create_model("wrn22_2", num_classes=7),
+}
+
+
+def plan_of(name: str, size: int) -> Plan:
+    model = NETWORKS[name]().eval()
+    prune_(model, 0.05)
+    layers = lower(graph.trace(model), model.state_dict(), in_channels=3)
+    return Plan(layers, (3, size, size), lanes=8)
+
+
+def row_at(value: Map, y: int) -> slice:
+    """Return where a row lies in the arena, halos included."""
+    start = value.position - value.halo * value.lanes + y * value.row
+    return slice(start, start + value.plane * value.channels)
+
+
+def rows_of(step: Step, value: Map, begin: int, end: int) -> range:
+    """Return the rows of `value` that a step reads for its rows begin .. end - 1."""
+    if value is step.residual and value is not step.source:
+        return range(begin, end)
+    kernel, padding, dilation = 1, 0, 1
+    if step.layer is not None:
+        kernel, padding = step.layer.kernel[0], step.layer.padding[0]
+        dilation = step.layer.dilation[0]
+    first = begin * step.stride[0] - padding
+    last = (end - 1) * step.stride[0] + (kernel - 1) * dilation - padding
+    return range(max(0, first), min(value.height, last + 1))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("size", [32, 97, 224])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_every_row_read_is_the_one_that_was_written(name: str, size: int, layerwise: bool) -> None:
+    """Follow the plan row by row, with the memory of each row labeled by the value it holds."""
+    plan = plan_of(name, size)
+    pieces = plan.pieces
+    if layerwise:  # as several threads execute the same plan
+        pieces = [
+            schedule.Piece(i, 0, schedule.num_rows(step)) for i, step in enumerate(plan.steps)
+        ]
+    elif size == 224:
+        assert len(pieces) > len(plan.steps)
+    memory = np.full(plan.arena_size, -1)
+    done = [0] * len(plan.steps)
+    for piece in pieces:
+        step = plan.steps[piece.step]
+        assert piece.begin == done[piece.step]
+        done[piece.step] = piece.end
+        for value in (step.source, step.residual):
+            if isinstance(value, Map):
+                begin, end = piece.begin, piece.end
+                if not isinstance(step.target, Map) and step.kind != native.OUTPUT:
+                    begin, end = 0, value.height  # pooling reads all rows for some channels
+                for y in rows_of(step, value, begin, end):
+                    assert (memory[row_at(value, y)] == id(value) % 1_000_003).all(), (piece, y)
+        if isinstance(step.target, Map):
+            for y in range(piece.begin, piece.end):
+                memory[row_at(step.target, y)] = id(step.target) % 1_000_003
+    assert done == [schedule.num_rows(step) for step in plan.steps]
+
+
+def test_a_sum_takes_the_place_of_what_it_adds_only_when_nobody_else_reads_it() -> None:
+    places = {
+        step.layer.name: step.target.position == step.residual.position
+        for step in plan_of("bottleneck", 224).steps
+        if step.layer is not None and step.residual is not None and step.target is not None
+    }
+    assert places["layer1_0_downsample_0"]
+    assert places["layer1_1_conv3"]
+    for step in plan_of("basic", 224).steps:
+        assert step.target is None or step.source is None or step.target is not step.source
+
+
+def test_groups_hold_small_weights_and_end_in_a_single_value() -> None:
+    plan = plan_of("bottleneck", 224)
+    groups = schedule.group(plan.steps)
+    assert [i for members in groups for i in members] == list(range(len(plan.steps)))
+    assert any(len(members) > 3 for members in groups)
+    for members in groups:
+        inside = {id(plan.steps[i].target) for i in members[:-1]}
+        later = plan.steps[members.stop :]
+        assert not inside & {id(v) for step in later for v in (step.source, step.residual)}
