@@ -42,14 +42,7 @@ def static(
     hooks: bool = True,
 ) -> Sparsifier:
     """Train with a random mask that never changes."""
-    plan = plan_layers(
-        model,
-        sparsity=sparsity,
-        distribution=distribution,
-        power_scale=power_scale,
-        dense_layers=dense_layers,
-        sparsity_map=sparsity_map,
-    )
+    plan = plan_layers(model, sparsity, distribution, power_scale, dense_layers, sparsity_map)
     return Sparsifier(
         model, optimizer, Static(), num_active=plan.num_active, seed=seed, hooks=hooks
     )
@@ -77,14 +70,7 @@ def set_(
     track_exploration: bool = False,
 ) -> Sparsifier:
     """Sparse Evolutionary Training: drop by magnitude, grow at random (Mocanu et al. 2018)."""
-    plan = plan_layers(
-        model,
-        sparsity=sparsity,
-        distribution=distribution,
-        power_scale=power_scale,
-        dense_layers=dense_layers,
-        sparsity_map=sparsity_map,
-    )
+    plan = plan_layers(model, sparsity, distribution, power_scale, dense_layers, sparsity_map)
     window = Window(delta_t, t_start, t_end)
     drop = DropFraction(drop_fraction, t_start, t_end, drop_anneal, drop_power)
     method = Set(plan.num_active, window, drop, drop_noise, seed)
@@ -129,14 +115,7 @@ def rigl(
     Args:
         initial_acc_scale: SGD's momentum of new connections, in units of their gradient.
     """
-    plan = plan_layers(
-        model,
-        sparsity=sparsity,
-        distribution=distribution,
-        power_scale=power_scale,
-        dense_layers=dense_layers,
-        sparsity_map=sparsity_map,
-    )
+    plan = plan_layers(model, sparsity, distribution, power_scale, dense_layers, sparsity_map)
     window = Window(delta_t, t_start, t_end)
     drop = DropFraction(drop_fraction, t_start, t_end, drop_anneal, drop_power)
     method = Rigl(plan.num_active, window, drop, drop_noise, seed)
@@ -175,14 +154,7 @@ def rigl_reset(
 
     The RigL repository calls this method "static".
     """
-    plan = plan_layers(
-        model,
-        sparsity=sparsity,
-        distribution=distribution,
-        power_scale=power_scale,
-        dense_layers=dense_layers,
-        sparsity_map=sparsity_map,
-    )
+    plan = plan_layers(model, sparsity, distribution, power_scale, dense_layers, sparsity_map)
     window = Window(delta_t, t_start, t_end)
     drop = DropFraction(drop_fraction, t_start, t_end, drop_anneal, drop_power)
     method = RiglReset(plan.num_active, window, drop, drop_noise, seed)
@@ -229,14 +201,7 @@ def snfs(
             RigL repository's "momentum" method.
         growth: "momentum", or "random" as a control; with "none" it must be "momentum".
     """
-    plan = plan_layers(
-        model,
-        sparsity=sparsity,
-        distribution=distribution,
-        power_scale=power_scale,
-        dense_layers=dense_layers,
-        sparsity_map=sparsity_map,
-    )
+    plan = plan_layers(model, sparsity, distribution, power_scale, dense_layers, sparsity_map)
     window = Window(delta_t, t_start, t_end)
     drop = DropFraction(drop_fraction, t_start, t_end, drop_anneal, drop_power, drop_fraction_min)
     method: GradientMomentum | Snfs
@@ -281,15 +246,8 @@ def snip(
         distribution: Shares of the layers, "erk" if None; not for the global scope.
         scope: "layer" ranks within layers, "global" over all of them.
     """
-    plan = plan_layers(
-        model,
-        sparsity=sparsity,
-        distribution=distribution,
-        power_scale=power_scale,
-        dense_layers=dense_layers,
-        sparsity_map=sparsity_map,
-        scope=scope,
-    )
+    layers = (sparsity, distribution, power_scale, dense_layers, sparsity_map)
+    plan = plan_layers(model, *layers, scope=scope)
     method = Snip({name: plan.sparsities[name] for name in plan.maskable}, scope)
     return _from_dense(model, optimizer, method, plan, hooks)
 
@@ -318,15 +276,8 @@ def gmp(
         prune_end: Step at which the final sparsity is reached.
         prune_every: Steps between two prunings.
     """
-    plan = plan_layers(
-        model,
-        sparsity=sparsity,
-        distribution=distribution,
-        power_scale=power_scale,
-        dense_layers=dense_layers,
-        sparsity_map=sparsity_map,
-        scope=scope,
-    )
+    layers = (sparsity, distribution, power_scale, dense_layers, sparsity_map)
+    plan = plan_layers(model, *layers, scope=scope)
     if not 0 <= prune_start < prune_end or prune_every < 1:
         raise ValueError(
             f"prune_start {prune_start}, prune_end {prune_end} and prune_every {prune_every} must "

@@ -29,12 +29,12 @@ class Plan:
 
 def plan_layers(
     model: nn.Module,
-    *,
     sparsity: float,
-    distribution: str | None,
-    power_scale: float,
-    dense_layers: Sequence[str] | None,
-    sparsity_map: Mapping[str, float] | None,
+    distribution: str | None = "erk",
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    *,
     scope: str = "layer",
 ) -> Plan:
     """Share a sparsity out among the layers of a model.
