@@ -27,7 +27,7 @@ METHODS = {
 COLORS = {"dense": "#4c566a", "static": "#d08770", "rigl": "#2f7ed8"}
 
 
-def write_digits(folder: Path, size: int = 32) -> None:
+def write_digits(folder: Path, size: int = 16) -> None:
     """Write the 1,797 digits as JPEGs, folder/{train,val}/<digit>/; every fifth is validation."""
     digits = load_digits()
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -40,7 +40,7 @@ def write_digits(folder: Path, size: int = 32) -> None:
 def command(data: Path, method: str, epochs: int) -> list[str]:
     """Return the main.py command of one run, but for its outputs."""
     backend = "dali-cpu" if DALI else "pytorch"
-    flags = "--arch small_cnn --image-size 32 -b 64 --lr 0.1 --lr-schedule cosine --lr-per-step"
+    flags = "--arch small_cnn --image-size 16 -b 64 --lr 0.1 --lr-schedule cosine --lr-per-step"
     flags += f" --warmup {min(2, epochs - 1)} --nesterov --wd 5e-4 --label-smoothing 0.1"
     flags += " -j 1 --seed 1 --cpu -p 20"
     flags += f" --epochs {epochs} --data-backend {backend}"
@@ -97,7 +97,7 @@ def main() -> None:
     """Write the images, train three times, report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "demo", help="where files go")
-    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--epochs", type=int, default=20)
     arguments = parser.parse_args()
     data = arguments.output / "digits"
     write_digits(data)

@@ -103,6 +103,9 @@ def _project_version() -> str | None:
 
 
 def _commit() -> str | None:
+    packed = _ROOT / "COMMIT"  # written where an image is built, which has no .git
+    if packed.is_file():
+        return packed.read_text(encoding="utf-8").strip()
     commit = _git("rev-parse", "HEAD")
     is_dirty = commit and _git("status", "--porcelain", "--untracked-files=no")
     return f"{commit}+dirty" if is_dirty else commit
