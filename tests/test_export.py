@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+import classify
 import export
 import sparse
 from image_classification import checkpoint
@@ -162,3 +165,28 @@ def test_the_command_line_says_what_it_wrote(tmp_path: Path) -> None:
     assert f"{target}: small_cnn, " in done.stdout
     assert f", {active} of {total} masked weights active" in done.stdout
     assert not done.stderr
+
+
+def test_classify_runs_the_exported_file_and_ranks_as_with_the_checkpoint(tmp_path: Path) -> None:
+    source, _ = train(tmp_path / "run")
+    convert(source, tmp_path / "net")
+    images = []
+    for i in range(3):
+        images.append(tmp_path / f"{i}.png")
+        pixels = np.random.default_rng(i).integers(0, 255, (50, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(images[-1])
+
+    def lines_of(*arguments: object) -> list[str]:
+        parsed = classify.build_parser().parse_args([str(a) for a in arguments])
+        return classify.report(parsed).splitlines()
+
+    trained = lines_of(*images, "--resume", source, "--cpu", "--topk", 2)
+    for options in ([], ["--batch"]):
+        exported = lines_of(*images, "--model", tmp_path / "net", "--topk", 2, *options)
+        times = [line for line in exported if " ms for " in line]
+        assert [line for line in exported if line not in times] == trained
+        assert len(times) == (1 if options else 3)
+    with pytest.raises(ValueError, match="--batch has no effect"):
+        lines_of(images[0], "--resume", source, "--batch")
+    with pytest.raises(ValueError, match="there is no image"):
+        lines_of("--model", tmp_path / "net")

@@ -1,6 +1,7 @@
 """Whole networks: loaded from a file, run by the kernels, compared with the model itself."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from image_classification.models import create_model
 from sparse import runtime
-from sparse.runtime import native
+from sparse.runtime import build, native
 from sparse.runtime.network import Network
 from tests.sparse.runtime.test_kernels import assert_close
 
@@ -192,3 +193,20 @@ def test_unknown_operations_are_named(arch: str, message: str) -> None:
         model = torchvision.models.get_model(arch, weights=None)
     with pytest.raises(ValueError, match=message):
         runtime.trace(model.eval())
+
+
+def test_prebuilt_kernels_need_no_compiler(
+    kernel_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "PREBUILT", tmp_path / "prebuilt")
+    built = native.build("portable", kernel_cache)
+    (tmp_path / "prebuilt").mkdir()
+    shutil.copy(built, tmp_path / "prebuilt")
+    native.load.cache_clear()
+    monkeypatch.setattr(native, "COMPILERS", ())
+    assert build.main(["portable"]) == 0
+    assert native.load("portable", tmp_path).path.parent == tmp_path / "prebuilt"
+    native.load.cache_clear()
+    with pytest.raises(native.BuildError, match="no C\\+\\+ compiler"):
+        native.load("avx2", tmp_path)
+    assert build.main(["sse9"]) == 2

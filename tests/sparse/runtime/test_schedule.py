@@ -1,4 +1,4 @@
-"""The order of execution: everything once, nothing read before it is written or after it is lost."""
+"""The order of execution: everything once, and nothing read that is not there or is lost."""
 
 from collections.abc import Callable
 
