@@ -1,5 +1,6 @@
 """Write a change of connections into one layer: its gate, weight and optimizer state."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,6 +10,7 @@ from torch.optim import Optimizer
 
 from sparse import rng
 from sparse.gates import update_gate, zero_inactive
+from sparse.layers import named_parameters
 from sparse.methods import Method
 from sparse.optimizers import has_momentum, learning_rate, momentum_buffer, state_of
 
@@ -77,6 +79,25 @@ def disconnect(optimizer: Optimizer, weight: nn.Parameter, gate: Tensor, mask: T
     zero_inactive(weight, gate)
     for state in state_of(optimizer, weight):
         zero_inactive(state, gate)
+
+
+def mask_module(module: nn.Module, gates: Mapping[str, Tensor]) -> None:
+    """Zero the weights of a module that gates mark as inactive, found by name.
+
+    Raises:
+        ValueError: The module lacks a gated weight, or it has another shape there.
+    """
+    parameters = named_parameters(module)
+    for name, gate in gates.items():
+        weight = parameters.get(name)
+        if weight is None:
+            raise ValueError(f"the module to mask has no parameter {name}")
+        if weight.shape != gate.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)} in the module to mask, "
+                f"its mask {tuple(gate.shape)}"
+            )
+        zero_inactive(weight, gate.to(weight.device))
 
 
 def _put(target: Tensor, where: Tensor, values: Tensor) -> None:

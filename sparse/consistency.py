@@ -8,8 +8,17 @@ from torch import Tensor, distributed
 from sparse.rng import Draw
 
 
+def has_ranks() -> bool:
+    """Say whether this process is one of several."""
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
 def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
-    """Compare a digest of every mask across ranks; do nothing in a run of one process.
+    """Compare a digest of every mask across ranks.
 
     All ranks must call it together. It reads the result on the host, the one time an update waits
     for the device.
@@ -17,7 +26,7 @@ def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
     Raises:
         RuntimeError: A mask differs from that of rank 0; names the layer and the ranks.
     """
-    if not masks or not _is_distributed():
+    if not masks:
         return
     mine = torch.stack([digest(mask) for mask in masks.values()])
     everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
@@ -40,11 +49,3 @@ def digest(mask: Tensor) -> Tensor:
     words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
     factors = Draw((words.numel(),), (0,)).tensor(mask.device).long() * 2 + 1
     return (words * factors).sum()
-
-
-def _is_distributed() -> bool:
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )

@@ -6,10 +6,14 @@ most 4 bytes. Elsewhere bytes are what counts and a gate is one bool per weight,
 inactive. Both give exactly 0 for an infinite or NaN gradient, which a product with a mask does not.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from sparse.rng import is_fake
+
+Tensors = Mapping[str, Tensor]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
@@ -54,8 +58,26 @@ def _empty_gate(weight: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=dtype, requires_grad=False)
 
 
-def count_active(gate: Tensor) -> Tensor:
-    """Count the active weights of a gate: 0-dim int64 tensor on its device."""
-    if gate.dtype is torch.bool:
-        return gate.numel() - gate.sum()
-    return torch.count_nonzero(gate)
+def masks_of(gates: Tensors, weights: Tensors) -> dict[str, Tensor]:
+    """Give the masks of weights, all True (and of no size in memory) where there is no gate."""
+    return {
+        name: gate_mask(gates[name])
+        if name in gates
+        else torch.ones((), dtype=torch.bool, device=weight.device).expand(weight.shape)
+        for name, weight in weights.items()
+    }
+
+
+def count_active(gates: Tensors, weights: Tensors) -> dict[str, int]:
+    """Count the active weights, all of them where there is no gate. Waits for the device once."""
+    counts = {name: weight.numel() for name, weight in weights.items()}
+    active = [gate.logical_not() if gate.dtype is torch.bool else gate for gate in gates.values()]
+    sums = gather([torch.count_nonzero(values) for values in active]).tolist()
+    return counts | dict(zip(gates, sums, strict=True))
+
+
+def gather(counts: list[Tensor]) -> Tensor:
+    """Bring counts of several layers, perhaps on several devices, into one int64 tensor."""
+    if not counts:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.stack([count.to(counts[0].device) for count in counts])

@@ -1,7 +1,5 @@
 """Find the prunable weights of a model, under the names the bare model gives them."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -29,7 +27,7 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
             computed from other parameters.
     """
     model = unwrap(model)
-    owners = dict(_owners(model))
+    owners = _owners(model)
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -74,12 +72,13 @@ def _is_prunable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[int, list[nn.Module]]]:
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """List the modules that hold each parameter, by the parameter's id."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(module)
-    yield from owners.items()
+    return owners
 
 
 def _own_weight(name: str, module: nn.Module) -> nn.Parameter:

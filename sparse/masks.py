@@ -5,7 +5,7 @@ ties and NaN.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,21 @@ def random_mask(
     """
     every = torch.ones(tuple(shape), dtype=torch.bool, device=device)
     return largest(Draw(tuple(shape), tuple(key)), num_active, every)
+
+
+def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse masks that are missing, not bool, or of another shape than their weights.
+
+    Raises:
+        ValueError: Names the layer, and `source` as who gave the masks.
+    """
+    for name, weight in weights.items():
+        mask = masks.get(name)
+        if mask is None or mask.dtype != torch.bool or mask.shape != weight.shape:
+            found = "none" if mask is None else f"{mask.dtype} of {tuple(mask.shape)}"
+            raise ValueError(
+                f"{source} gave no bool mask of {tuple(weight.shape)} for {name}, but {found}"
+            )
 
 
 def topk_mask(scores: Scores, num_active: int | Tensor, among: Tensor | None = None) -> Tensor:

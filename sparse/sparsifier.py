@@ -1,6 +1,6 @@
 """Hold the masks of a model in training and apply them around every optimizer step."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 from sparse import checkpoints, exploration, rng
 from sparse.averages import average_gradients
 from sparse.clock import Clock, found_inf, inverse_scale
-from sparse.connections import NewConnections, disconnect
-from sparse.consistency import verify_across_ranks
-from sparse.gates import count_active, gate_mask, make_gate, zero_inactive
-from sparse.layers import named_parameters, prunable
-from sparse.masks import random_mask
+from sparse.connections import NewConnections, disconnect, mask_module
+from sparse.consistency import has_ranks, verify_across_ranks
+from sparse.gates import count_active, gather, make_gate, masks_of, zero_inactive
+from sparse.layers import prunable
+from sparse.masks import check_masks, random_mask
 from sparse.methods import Method, Tensors
 from sparse.optimizers import (
     check_optimizer,
@@ -98,7 +98,7 @@ class Sparsifier:
             masks = self._random_masks(num_active, seed)
         else:
             wanted = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
-            _check_masks(masks, wanted | {n: self._weights[n] for n in masks}, "the caller")
+            check_masks(masks, wanted | {n: self._weights[n] for n in masks}, "the caller")
             checkpoints.check_counts(masks, num_active)
         self._begins_dense = not masks
         self._install(masks)
@@ -122,15 +122,13 @@ class Sparsifier:
     @property
     def masks(self) -> dict[str, Tensor]:
         """Name -> bool mask of every prunable weight, all True for dense ones; not to write to."""
-        return self._masks(self._weights)
+        return masks_of(self._gates, self._weights)
 
     @property
     def num_active(self) -> dict[str, int]:
         """Name -> number of active weights of every prunable weight. May wait for the device."""
         if self._counts is None:
-            sums = [count_active(gate) for gate in self._gates.values()]
-            self._counts = {name: weight.numel() for name, weight in self._weights.items()}
-            self._counts.update(zip(self._gates, _gather(sums).tolist(), strict=True))
+            self._counts = count_active(self._gates, self._weights)
         return dict(self._counts)
 
     def remove(self) -> None:
@@ -185,17 +183,7 @@ class Sparsifier:
         Raises:
             ValueError: The module lacks a masked weight, or it has another shape there.
         """
-        parameters = named_parameters(module)
-        for name, gate in self._gates.items():
-            weight = parameters.get(name)
-            if weight is None:
-                raise ValueError(f"the module to mask has no parameter {name}")
-            if weight.shape != gate.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(weight.shape)} in the module to mask, "
-                    f"its mask {tuple(gate.shape)}"
-                )
-            zero_inactive(weight, gate.to(weight.device))
+        mask_module(module, self._gates)
 
     def metrics(self) -> dict[str, float]:
         """Summarize masks and the last update for a log. Waits for the device.
@@ -206,11 +194,8 @@ class Sparsifier:
             if the method has one; with track_exploration "exploration_rate", the share of maskable
             weights that were ever active.
         """
-        active = self.num_active
         sizes = {name: weight.numel() for name, weight in self._weights.items()}
-        metrics = {"sparsity": 1.0 - sum(active.values()) / sum(sizes.values())}
-        for name, size in sizes.items():
-            metrics[f"sparsity.{name.removesuffix('.weight')}"] = 1.0 - active[name] / size
+        metrics = exploration.summarize(self.num_active, sizes)
         metrics.update({name: float(value) for name, value in self._last_update.items()})
         if self._explored is not None:
             maskable = sum(sizes[name] for name in self._maskable)
@@ -224,7 +209,7 @@ class Sparsifier:
             step=self.step,
             num_updates=self.num_updates,
             last_update={name: float(value) for name, value in self._last_update.items()},
-            masks=self._masks(self._gates),
+            masks=masks_of(self._gates, self._gates),
             averages=self._averages,
             method_state=self._method_state,
             explored=self._explored,
@@ -286,12 +271,12 @@ class Sparsifier:
 
     def _update(self) -> None:
         step = self._clock.read()
-        old = self._masks(self._maskable)
         weights = {name: self._weights[name].detach() for name in self._maskable}
+        old = masks_of(self._gates, weights)
         gradients = self._gradients()
         survivors = self.method.survivors(old, weights, step)
         new = self.method.update(old, weights, gradients, step, self._method_state)
-        _check_masks(new, weights, f"method {self.method.name}")
+        check_masks(new, weights, f"method {self.method.name}")
         changed, grown = [], []
         for index, name in enumerate(self._weights):
             if name not in old:
@@ -308,7 +293,7 @@ class Sparsifier:
             disconnect(self._optimizer, weight, self._gates[name], new[name])
             key = (self._new_connections.seed, step, index, rng.GROW_WEIGHT)
             self._new_connections.write(self._optimizer, weight, fresh, gradients.get(name), key)
-        self._finish_update(_gather(changed).sum(), _gather(grown).sum(), step)
+        self._finish_update(gather(changed).sum(), gather(grown).sum(), step)
 
     def _finish_update(self, changed: Tensor, grown: Tensor, step: int) -> None:
         self.num_updates += 1
@@ -319,17 +304,6 @@ class Sparsifier:
             self._last_update["drop_fraction"] = fraction
         self._explore()
         self._verify()
-
-    def _masks(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Make the masks of some layers; a layer without a gate is dense, at no cost."""
-        return {
-            name: gate_mask(self._gates[name])
-            if name in self._gates
-            else torch.ones((), dtype=torch.bool, device=self._weights[name].device).expand(
-                self._weights[name].shape
-            )
-            for name in names
-        }
 
     def _random_masks(self, num_active: Mapping[str, int], seed: int) -> dict[str, Tensor]:
         masks = {}
@@ -351,25 +325,10 @@ class Sparsifier:
 
     def _explore(self) -> None:
         if self._explored is not None:
-            exploration.record(self._explored, self._masks(self._maskable))
+            weights = {name: self._weights[name] for name in self._maskable}
+            exploration.record(self._explored, masks_of(self._gates, weights))
 
     def _verify(self) -> None:
-        verify_across_ranks(self._masks(self._gates))
+        if has_ranks():
+            verify_across_ranks(masks_of(self._gates, self._gates))
         self._verified = True
-
-
-def _check_masks(masks: Tensors, weights: Mapping[str, Tensor], source: str) -> None:
-    for name, weight in weights.items():
-        mask = masks.get(name)
-        if mask is None or mask.dtype != torch.bool or mask.shape != weight.shape:
-            found = "none" if mask is None else f"{mask.dtype} of {tuple(mask.shape)}"
-            raise ValueError(
-                f"{source} gave no bool mask of {tuple(weight.shape)} for {name}, but {found}"
-            )
-
-
-def _gather(counts: list[Tensor]) -> Tensor:
-    """Bring counts of several layers, perhaps on several devices, into one tensor."""
-    if not counts:
-        return torch.zeros(0, dtype=torch.int64)
-    return torch.stack([count.to(counts[0].device) for count in counts])

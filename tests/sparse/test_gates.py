@@ -31,7 +31,8 @@ def test_inactive_entries_become_zero_whatever_they_were(
     assert not torch.signbit(tensor[~mask]).any()
     assert torch.equal(gate_mask(gate), mask)
     assert gate_mask(gate).is_contiguous()
-    assert int(count_active(gate)) == int(mask.sum())
+    counts = count_active({"a": gate}, {"a": weight, "b": weight})
+    assert counts == {"a": int(mask.sum()), "b": weight.numel()}
     assert gate.element_size() <= 4
     assert gate.stride() == weight.stride()
     assert torch.equal(gate_mask(update_gate(gate, ~mask)), ~mask)
