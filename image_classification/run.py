@@ -121,8 +121,9 @@ class Run:
 
     def evaluate(self) -> None:
         """Validate once and log the result as the run's summary."""
-        record = self.validate()
+        record = {**self.extension.metrics(), **self.validate()}
         self.logger.log((), record)
+        self.logger.log((), self.extension.epoch_metrics(), Verbosity.VERBOSE)
 
     def close(self) -> None:
         """Stop the processes and threads of the loaders."""
@@ -164,7 +165,7 @@ class Run:
             self.logger.warning(str(error))
 
     def load_weights(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Take the weights, and the averaged ones, of a checkpoint and nothing else.
+        """Take the weights, the averaged ones and what the extension knows; nothing else.
 
         Raises:
             ValueError: One line naming the file and the entry that is missing or does not fit.
@@ -172,6 +173,9 @@ class Run:
         parts: dict[str, Any] = {"state_dict": self.trainer.model}
         if self.trainer.ema is not None:
             parts["ema"] = self.trainer.ema
+        for name, part in self.extension.state.items():
+            if state.get(name) is not None:
+                parts[name] = part
         checkpoint.restore(parts, state, path)
 
     def resume(self, path: Path, state: Mapping[str, Any]) -> None:

@@ -66,8 +66,8 @@ def draw(logs: dict[str, list[dict[str, Any]]], plan: dict[str, Any], path: Path
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), constrained_layout=True)
     (loss, accuracy), (density, turnover) = axes
     for method, log in logs.items():
-        for axis, name, depth in ((loss, "train.loss", 2), (accuracy, "val.top1", 1)):
-            axis.plot(*series(log, name, depth), label=method, color=COLORS[method])
+        for axis, name in ((loss, "train.loss"), (accuracy, "val.top1")):
+            axis.plot(*series(log, name, 1), label=method, color=COLORS[method])
     loss.set(title="Training loss", xlabel="epoch", ylabel="cross entropy (label smoothing 0.1)")
     accuracy.set(title="Validation accuracy", xlabel="epoch", ylabel="top-1 (%)")
     loss.legend()

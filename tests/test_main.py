@@ -236,7 +236,13 @@ def test_rigl_trains_resumes_and_evaluates(pictures: Path, tmp_path: Path, backe
         pictures, tmp_path / "eval", "--data-backend", backend, "--evaluate", "--resume", checkpoint
     )
     assert again[-1]["step"] == []
-    assert again[-1]["data"]["val.top1"] == last(records(whole), "val.top1")
+    assert last(again, "val.top1") == last(records(whole), "val.top1")
+    resolved = plan(str(pictures), *SMALL, *RIGL)
+    assert last(again, "sparse.sparsity") == resolved["sparse"]["overall_sparsity"]
+    assert last(again, "sparse.size_mb") == pytest.approx(resolved["cost"]["size_mb"], rel=1e-3)
+    for layer in resolved["sparse"]["layers"]:
+        name = layer["name"].removesuffix(".weight")
+        assert last(again, f"sparse.sparsity.{name}") == pytest.approx(1 - layer["density"])
     assert not list((tmp_path / "eval").glob("*.tar"))
 
 
