@@ -173,9 +173,8 @@ class Run:
         parts: dict[str, Any] = {"state_dict": self.trainer.model}
         if self.trainer.ema is not None:
             parts["ema"] = self.trainer.ema
-        for name, part in self.extension.state.items():
-            if state.get(name) is not None:
-                parts[name] = part
+        joined = self.extension.state
+        parts |= {name: joined[name] for name in joined if state.get(name) is not None}
         checkpoint.restore(parts, state, path)
 
     def resume(self, path: Path, state: Mapping[str, Any]) -> None:
