@@ -15,7 +15,7 @@ from sparse.rng import is_fake
 
 Tensors = Mapping[str, Tensor]
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 def make_gate(mask: Tensor, weight: Tensor) -> Tensor:

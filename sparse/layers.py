@@ -6,25 +6,26 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
 
 def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     """List the weights that sparsity applies to, in traversal order.
 
-    These are the weights of convolutions (transposed ones too) and linear layers. Left out:
-    biases, normalization layers, embeddings, depthwise convolutions (as many groups as input
-    channels), and any weight shared with a module that is not prunable. A weight shared by several
-    prunable layers is listed once, under its first name. The prefixes of DistributedDataParallel,
-    DataParallel, AveragedModel and torch.compile are left out of the names. Works on the meta
-    device.
+    These are the weights of convolutions (transposed ones too) and linear layers. Left out: bare
+    parameters such as the input projection of nn.MultiheadAttention, biases, normalization layers,
+    embeddings, depthwise convolutions (as many groups as input channels), and any weight shared
+    with a module that is not prunable. A weight shared by several prunable layers is listed once,
+    under its first name. The prefixes of DistributedDataParallel, DataParallel, AveragedModel and
+    torch.compile are left out of the names. Works on the meta device.
 
     Returns:
         Name, for example "layer1.0.conv1.weight" -> parameter.
 
     Raises:
-        ValueError: The model has no such weight, or one that is sharded, not yet created, or
-            computed from other parameters.
+        ValueError: The model has no such weight, or one that is sharded, not yet created, computed
+            from other parameters, or no floating-point tensor of 16, 32 or 64 bits.
     """
     model = unwrap(model)
     owners = _owners(model)
@@ -89,6 +90,8 @@ def _own_weight(name: str, module: nn.Module) -> nn.Parameter:
         raise ValueError(
             f"{name} has no shape yet; run the lazy model once before making it sparse"
         )
+    if weight.dtype not in _DTYPES:
+        raise ValueError(f"{name} has dtype {weight.dtype}; masks need 16, 32 or 64-bit floats")
     if _is_dtensor(weight):
         raise ValueError(f"{name} is a DTensor; sharded parameters are not supported, use DDP")
     return weight

@@ -92,6 +92,9 @@ def test_models_that_cannot_be_masked_are_refused() -> None:
     with pytest.raises(ValueError, match="run the lazy model once"):
         sparse.prunable(nn.LazyLinear(3))
 
+    with pytest.raises(ValueError, match=r"weight has dtype torch\.complex64"):
+        sparse.prunable(nn.Linear(3, 3, dtype=torch.complex64))
+
 
 @pytest.mark.usefixtures("one_process")
 def test_sharded_parameters_are_refused() -> None:

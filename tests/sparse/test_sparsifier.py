@@ -1,6 +1,7 @@
 """The step contract of the Sparsifier, on CPUs with real optimizers."""
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -309,6 +310,37 @@ def test_metrics_tell_what_happened() -> None:
     masked = [name for name, mask in sparsifier.masks.items() if not mask.all()]
     share = sum(int(ever[n].sum()) for n in masked) / sum(ever[n].numel() for n in masked)
     assert sparsifier.metrics()["exploration_rate"] == pytest.approx(share)
+
+
+def live_bytes() -> int:
+    """Count the bytes of all ordinary tensors there are, shared storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter):  # not what compiling left of other tests
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(("method", "allowed"), [("rigl", 4), ("set", 4), ("gmp", 4), ("snfs", 8)])
+def test_masks_are_all_that_is_kept_between_updates(method: str, allowed: int) -> None:
+    usage = []
+    weights = 256 * 256
+    for sparse_run in (False, True):
+        before = live_bytes()
+        model = nn.Linear(256, 256)
+        optimizer = sgd(model)
+        sparsifier = make(method, model, optimizer) if sparse_run else None
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(4, 256)).square().sum().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        usage.append(live_bytes() - before)
+        del model, optimizer, sparsifier
+    extra = usage[1] - usage[0]
+    assert (allowed - 4) * weights < extra <= allowed * weights + 1024
 
 
 @pytest.mark.parametrize("method", ["snip", "gmp"])
