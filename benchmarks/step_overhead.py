@@ -9,12 +9,16 @@ also one JSON object {"erk_0.8": ratio, "uniform_0.9": ratio}.
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
 
 import sparse
 

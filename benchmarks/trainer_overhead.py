@@ -7,12 +7,16 @@ hardly depends on what else the machine does. Prints a table; with --json also o
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
 
 from image_classification import optim
 from image_classification.distributed import World
