@@ -1,0 +1,121 @@
+"""Recorded updates of the original SNFS, one or several in a row."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparse
+from sparse.redistribution import Snfs, layer_shares, num_removed
+from tests.golden_compare import close, same
+
+Arrays = Mapping[str, Any]
+
+
+def check_snfs(data: Arrays, path: Path) -> None:
+    """Check the original SNFS, whose updates may follow one another with other weights."""
+    names = [str(name) for name in data["names"]] if "names" in data else _names(data)
+    entry = _index_entry(path)
+    state = {"adjustment": torch.tensor(float(data["adjusted_growth_before"])).double()}
+    masks = {name: mask.bool() for name, mask in _layers(data, "mask_", names, 0).items()}
+    weights = _layers(data, "weights_", names, 0)
+    for number in range(len(_rounds(data, "expected_mask_", names[0]))):
+        uniforms = _layers(data, "rand_", names, number)
+        momenta = _layers(data, "momentum_", names, number)
+        rate = float(_entry(data, "prune_rate", "", number))
+        method = Snfs(
+            baseline=float(data["baseline_nonzero"]),
+            window=sparse.Window(1, 0, 1),
+            drop=sparse.DropFraction(rate, 0, 1, "constant"),
+            layers=tuple(names),
+            redistribution=_redistribution(entry, path.stem),
+            growth="random" if uniforms else "momentum",
+            draw=lambda shape, key, device, uniforms=uniforms: uniforms[names[key[2]]],
+        )
+        weights = {name: weights[name] * masks[name] for name in names}
+        _check_statistics(data, number, masks, weights, momenta, method)
+        masks = dict(method.update(masks, weights, momenta, 0, state))
+        for name in names:
+            expected = _output(data, "expected_mask_", name, number)
+            same(f"mask {name} of update {number}", masks[name], expected)
+        adjustment = _output(data, "adjusted_growth_after", "", number)
+        if adjustment is not None:
+            close(f"adjustment of update {number}", state["adjustment"], adjustment, 1e-9)
+        weights = _layers(data, "weights_before_next_", names, number) or weights
+
+
+def _check_statistics(
+    data: Arrays,
+    number: int,
+    masks: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    momenta: dict[str, Tensor],
+    method: Snfs,
+) -> None:
+    shares = layer_shares(masks, weights, momenta, method.redistribution)
+    active = torch.stack([mask.sum() for mask in masks.values()])
+    sizes = [mask.numel() for mask in masks.values()]
+    removed = num_removed(active, sizes, shares, method.drop(0))
+    found = [("total_removed", "", removed.sum(), 0.0)]
+    for index, name in enumerate(masks):
+        found.append(("share_", name, shares[index], 1e-6))
+        found.append(("removed_", name, removed[index], 0.0))
+    for prefix, name, value, tolerance in found:
+        expected = _output(data, prefix, name, number)
+        if expected is not None:
+            close(f"{prefix}{name} of update {number}", value, expected, tolerance)
+
+
+def _names(data: Arrays) -> list[str]:
+    return [key.removeprefix("mask_") for key in data if key.startswith("mask_")]
+
+
+def _rounds(data: Arrays, prefix: str, name: str) -> list[str]:
+    """List the keys prefix + name of one update after another, marked by "roundK" if several."""
+    numbered = {}
+    for key in data:
+        match = re.search(r"_?round(\d+)_?", key)
+        bare = key.replace(match[0], "_" if match[0].count("_") == 2 else "") if match else key
+        if bare == prefix + name:
+            numbered[int(match[1]) if match else 0] = key
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _entry(data: Arrays, prefix: str, name: str, number: int) -> Any:
+    """Look up prefix + name of the number-th update; one that is given once holds for all."""
+    keys = _rounds(data, prefix, name)
+    if len(keys) == 1:
+        return data[keys[0]]
+    return data[keys[number]] if number < len(keys) else None
+
+
+def _output(data: Arrays, prefix: str, name: str, number: int) -> Any:
+    """Look up a result of the number-th update; one that is given once is that of the last."""
+    last = len(_rounds(data, "expected_mask_", _names(data)[0])) - 1
+    given_once = len(_rounds(data, prefix, name)) == 1
+    return None if given_once and number < last else _entry(data, prefix, name, number)
+
+
+def _layers(data: Arrays, prefix: str, names: Sequence[str], number: int) -> dict[str, Tensor]:
+    found = {name: _entry(data, prefix, name, number) for name in names}
+    return {name: torch.from_numpy(array) for name, array in found.items() if array is not None}
+
+
+def _index_entry(path: Path) -> dict[str, Any]:
+    index = path.with_name("snfs_index.json")
+    if not index.exists():
+        return {}
+    entries = json.loads(index.read_text())["index"]
+    return next((entry for entry in entries if entry["file"] == path.name), {})
+
+
+def _redistribution(entry: Mapping[str, Any], stem: str) -> str:
+    named = entry.get("redistribution")
+    if named is None:
+        kinds = {"noredist": "none", "magnitude_redist": "magnitude", "nonzero": "nonzero"}
+        named = next((kind for text, kind in kinds.items() if text in stem), "momentum")
+    return "numel" if named == "none" else str(named)
