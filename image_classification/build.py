@@ -98,6 +98,8 @@ def build(
         ValueError: One line: a file that is missing, damaged or does not fit.
     """
     found = _find_checkpoint(config, logger)
+    if config.evaluate and not found and not config.pretrained_from_file:
+        logger.warning("--evaluate without --resume: the weights are random")
     seed = _choose_seed(config, found[1] if found else {})
     logger.parameters({"seed": seed})
     torch.manual_seed(seed)  # the same on all ranks: they start from one network

@@ -281,6 +281,9 @@ def _rules(c: Config) -> list[tuple[bool, str, str]]:
         (not c.training_only, "early_stopping_patience topk", "dropping --training-only"),
         (c.save_checkpoints, "gather_checkpoints checkpoint_filename", "checkpoints"),
         (backend(c) == "synthetic", "synthetic_batches", "--data-backend synthetic"),
+        (backend(c) != "synthetic", "interpolation workers prefetch", "images to read"),
+        (not c.cpu, "tf32", "a GPU"),
+        (not c.evaluate, "gather_checkpoints run_epochs early_stopping_patience", "training"),
     ]  # fmt: skip
 
 

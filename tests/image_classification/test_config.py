@@ -96,6 +96,8 @@ def test_wrong_flags_are_named_in_one_line(typed: str, message: str) -> None:
         ({"rmsprop_alpha": 0.5}, "--rmsprop-alpha has no effect"),
         ({"amp_dtype": "bfloat16"}, "--amp-dtype has no effect without --amp"),
         ({"static_loss_scale": 128.0}, "--static-loss-scale has no effect"),
+        ({"data_backend": "synthetic", "workers": 3}, "--workers has no effect"),
+        ({"cpu": True, "tf32": True}, "--tf32 has no effect without a GPU"),
         ({"save_checkpoints": False, "gather_checkpoints": 3}, "--gather-checkpoints has no"),
     ],
 )
