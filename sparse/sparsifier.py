@@ -277,7 +277,7 @@ class Sparsifier:
         survivors = self.method.survivors(old, weights, step)
         new = self.method.update(old, weights, gradients, step, self._method_state)
         check_masks(new, weights, f"method {self.method.name}")
-        changed, grown = [], []
+        changed, grown = [], []  # numbers of connections, per layer
         for index, name in enumerate(self._weights):
             if name not in old:
                 continue
@@ -285,7 +285,9 @@ class Sparsifier:
             change = old[name] ^ new[name]
             fresh = change & new[name]
             changed.append(torch.count_nonzero(change))
-            grown.append(torch.count_nonzero(fresh))
+            # Where as many come as go, half of the changes is known to be growth.
+            halves = self.method.keeps_counts
+            grown.append(changed[-1] // 2 if halves else torch.count_nonzero(fresh))
             if name not in self._gates:
                 self._gates[name] = make_gate(new[name], weight)
             if survivors[name] is not old[name]:
