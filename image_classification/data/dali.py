@@ -7,6 +7,7 @@ to save: any batch of any epoch can be made at any time, alone.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from image_classification.data.crop import crop_parameters
 from image_classification.data.decode import read_image
 from image_classification.data.folder import ImageList
 from image_classification.data.order import IntArray
+from image_classification.data.resize import CropResizer
 from image_classification.data.stage import Batch
 
 Feed = tuple[list[npt.NDArray[Any]], ...]
@@ -36,18 +38,32 @@ class DaliSource:
         self._labels = torch.from_numpy(images.labels)
         self._feeds: Iterator[Feed] = iter(())
         self._pipeline = self._build()
+        self._resizer: CropResizer | None = None
+        if training and config.backend == "dali-cpu":
+            self._resizer = CropResizer(
+                size=config.image_size,
+                interpolation=config.interpolation,
+                threads=max(1, config.workers),
+            )
 
     def read(self, epoch: int, batches: Sequence[IntArray]) -> Generator[Batch, None, None]:
         """Yield the images of each batch of indices."""
         self._clear()
         self._feeds = (self._feed(epoch, indices) for indices in batches)
-        for number, indices in enumerate(batches):
-            images = self._run(batches[number : number + self._config.prefetch + 1])
-            yield images, self._labels[torch.from_numpy(indices)]
+        under_way: deque[Callable[[], Tensor]] = deque()  # crops of the coming batch are resized
+        ahead = 0 if self._resizer is None else 1
+        for number in range(len(batches) + ahead):
+            if number < len(batches):
+                under_way.append(self._run(batches[number : number + self._config.prefetch + 1]))
+            if number >= ahead:
+                indices = batches[number - ahead]
+                yield under_way.popleft()(), self._labels[torch.from_numpy(indices)]
 
     def close(self) -> None:
         """Free the pipeline with its threads and buffers."""
         self._pipeline = None
+        if self._resizer is not None:
+            self._resizer.close()
 
     def _build(self) -> Any:
         return _build(self._config, training=self._training, feed=self._next_feed)
@@ -63,19 +79,24 @@ class DaliSource:
             return (names,)
         return names, list(crop_parameters(self._config.seed, epoch, indices))
 
-    def _run(self, in_flight: Sequence[IntArray]) -> Tensor:
+    def _run(self, in_flight: Sequence[IntArray]) -> Callable[[], Tensor]:
+        """Take a batch from the pipeline; return a function that waits for its images."""
         device = self._config.device
         on_gpu = self._config.backend == "dali-gpu"
         # Bound to the stream that uses it, a buffer goes back to DALI in the order of that stream.
         stream = torch.cuda.current_stream(device) if on_gpu else None
         try:
-            (images,) = self._pipeline.run(stream)
+            outputs = self._pipeline.run(stream)
         except RuntimeError as error:
             self._pipeline = None  # DALI does not go on after an error
             self._blame(in_flight)
             raise RuntimeError(f"DALI failed: {_last_line(error)}") from error
+        images = outputs[0]
+        if self._resizer is not None:
+            crops = [torch.utils.dlpack.from_dlpack(images[i]) for i in range(len(images))]
+            return self._resizer.start(crops, outputs[1].as_array().tolist())
         tensor: Tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
-        return tensor
+        return lambda: tensor
 
     def _blame(self, in_flight: Sequence[IntArray]) -> None:
         """Raise the error of the first file that cannot be read: DALI does not name it."""

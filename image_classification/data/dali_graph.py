@@ -31,7 +31,8 @@ def build(config: DataConfig, *, training: bool, feed: Callable[[], Any]) -> Any
 
     Args:
         config: What to read and where.
-        training: Random crop and flip; else resize and center crop.
+        training: Random crop and flip; else resize and center crop. On the CPU the pipeline yields
+            the crops as they are and whether to flip them, on the GPU it resizes and flips, too.
         feed: Returns what the coming batch is made of: the encoded file names and, for training,
             rows of `crop_parameters`; raises StopIteration at the end of an epoch.
     """
@@ -76,6 +77,8 @@ def _training_graph(config: DataConfig, feed: Callable[[], Any], on_gpu: bool) -
         adjust_orientation=False,
         **_memory(on_gpu),
     )
+    if not on_gpu:
+        return images, fn.cast(parameters[FLIP], dtype=types.BOOL)  # for `CropResizer`
     size = float(config.image_size)
     return fn.resize(
         images,

@@ -17,6 +17,7 @@ from image_classification.data.crop import EXTRA, FLIP, crop_parameters, crop_wi
 from image_classification.data.decode import read_image
 from image_classification.data.folder import ImageList
 from image_classification.data.order import FloatArray, IntArray
+from image_classification.data.resize import resize_crop
 from image_classification.data.stage import Batch
 
 Key = tuple[int, IntArray]
@@ -106,10 +107,12 @@ class _BatchDataset(Dataset[Tensor | ValueError], Sized):
         image = read_image(self._images.path(index))
         size = np.array([image.shape[1:]])
         ((top, left, height, width),) = crop_windows(size, row[None]).tolist()
-        image = image[:, top : top + height, left : left + width]
-        image = self._resize(image, [self._size, self._size])
-        if row[FLIP]:
-            image = image.flip(-1)
+        image = resize_crop(
+            image[:, top : top + height, left : left + width],
+            size=self._size,
+            interpolation=self._interpolation.value,
+            flip=bool(row[FLIP]),
+        )
         return image if self._policy is None else self._augment(image, row[EXTRA])
 
     def _augment(self, image: Tensor, number: float) -> Tensor:

@@ -36,7 +36,9 @@ class DeviceStage:
     ) -> None:
         self._device = device
         self._memory_format = memory_format
-        self._mean = self._row([255 * value for value in MEAN], image_size)
+        # (x / 255 - mean) / std as one multiplication and one addition
+        shift = [-mean / std for mean, std in zip(MEAN, STD, strict=True)]
+        self._shift = self._row(shift, image_size)
         self._scale = self._row([1 / (255 * value) for value in STD], image_size)
         self._side = _side_stream(device) if device.type == "cuda" else None
 
@@ -54,7 +56,8 @@ class DeviceStage:
 
     def _normalize(self, images: Tensor) -> Tensor:
         view = images.permute(0, 3, 1, 2)
-        return self._empty(view.shape).copy_(view).sub_(self._mean).mul_(self._scale)
+        pixels = self._empty(view.shape).copy_(view)
+        return torch.addcmul(self._shift, pixels, self._scale, out=pixels)
 
     def _empty(self, shape: torch.Size) -> Tensor:
         if self._device.type != "cpu":
