@@ -149,9 +149,10 @@ def _find_checkpoint(config: Config, logger: Logger) -> tuple[Path, Mapping[str,
 
 def _choose_seed(config: Config, state: Mapping[str, Any]) -> int:
     """Return --seed, else the checkpoint's, else a fresh one that all ranks share."""
-    if config.seed is not None:
-        return config.seed
-    return int(state.get("seed") or distributed.broadcast_object(secrets.randbits(31)))
+    for seed in (config.seed, state.get("seed")):
+        if seed is not None:
+            return int(seed)
+    return distributed.broadcast_object(secrets.randbits(31))
 
 
 def _set_backends(config: Config) -> None:
@@ -221,12 +222,10 @@ def _create_trainer(
 def _data_config(
     config: Config, dataset: data.DatasetInfo, world: World, seed: int
 ) -> data.DataConfig:
-    size = image_size(config)
     return data.DataConfig(
         path=Path(config.data) if config.data is not None else None,
         backend=backend(config),
-        image_size=size,
-        resize=round(size * 256 / 224),
+        image_size=image_size(config),
         interpolation=config.interpolation,
         batch_size=config.batch_size,
         workers=config.workers,

@@ -255,6 +255,15 @@ def test_a_finished_run_resumes_to_nothing(pictures: Path, tmp_path: Path) -> No
     assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
 
 
+def test_a_resumed_run_keeps_the_seed_of_its_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    flags = "--arch small_cnn --image-size 32 -b 8 --epochs 2 -j 0 --data-backend pytorch"
+    flags = [str(pictures), *flags.split(), "--training-only", "--workspace", str(tmp_path)]
+    assert run(*flags, "--seed", "0", "--run-epochs", "1").returncode == 0
+    assert run(*flags, "--resume", "auto").returncode == 0
+    assert last(records(tmp_path), "seed") == 0
+    assert weights(tmp_path)["seed"] == 0
+
+
 def test_a_dense_checkpoint_does_not_continue_as_a_sparse_run(
     pictures: Path, tmp_path: Path
 ) -> None:
