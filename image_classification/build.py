@@ -115,7 +115,9 @@ def build(
     loading = _data_config(config, dataset, world, seed)
     run = Run(
         config,
-        _create_trainer(config, model, optimizer, steps, world, num_classes(config, dataset)),
+        _create_trainer(
+            config, model, optimizer, extension, steps, world, num_classes(config, dataset)
+        ),
         train_loader=None if config.evaluate else data.create_train_loader(loading),
         val_loader=None if config.training_only else data.create_val_loader(loading),
         steps_per_epoch=steps.steps_per_epoch,
@@ -190,7 +192,13 @@ def _create_optimizer(config: Config, model: nn.Module, world: World) -> Optimiz
 
 
 def _create_trainer(
-    config: Config, model: nn.Module, optimizer: Optimizer, steps: Steps, world: World, classes: int
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    extension: Extension,
+    steps: Steps,
+    world: World,
+    classes: int,
 ) -> Trainer:
     schedule = optim.LrSchedule(
         kind=config.lr_schedule,
@@ -216,6 +224,7 @@ def _create_trainer(
         ema=optim.create_ema(model, config.use_ema) if config.use_ema else None,
         mixup=optim.mixup(config.mixup, classes) if config.mixup else None,
         compiled=config.compile,
+        prepare_ddp=extension.prepare_ddp,
     )
 
 

@@ -58,6 +58,7 @@ class Trainer:
         ema: Averaged copy of the model, updated after every optimizer step.
         mixup: Mixes images and targets of a micro-batch.
         compiled: Run the network through torch.compile.
+        prepare_ddp: Called on the DDP wrapper, where there is one, before its first use.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Trainer:
         ema: AveragedModel | None = None,
         mixup: Mix | None = None,
         compiled: bool = False,
+        prepare_ddp: Callable[[DistributedDataParallel], object] = lambda model: None,
     ) -> None:
         self.model, self.optimizer, self.schedule, self.loss = model, optimizer, schedule, loss
         self.world, self.precision, self.accumulation = world, precision, accumulation
@@ -81,6 +83,8 @@ class Trainer:
         self.step = 0
         """Optimizer steps tried so far; the position in the schedule."""
         self._ddp = _wrap(model, world)
+        if self._ddp is not None:
+            prepare_ddp(self._ddp)
         self._forward: Callable[[Tensor], Tensor] = self._ddp or model
         if compiled:
             self._forward = torch.compile(self._forward)
