@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,15 @@ class Host:
         """Return the command that runs `argv` on this host."""
         return ["ip", "netns", "exec", self.name, *argv]
 
+    def kill(self) -> None:
+        """Kill all processes on this host."""
+        listed = subprocess.run(
+            ["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False
+        )
+        for pid in map(int, listed.stdout.split()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
 
 def why_not() -> str | None:
     """Say why hosts cannot be made here; None if they can."""
@@ -52,7 +62,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
-    """Make two hosts and take them down again; processes on them must have ended by then.
+    """Make two hosts and take them down again, with what still runs on them.
 
     Args:
         rate: Limit of each direction as tc writes it, "1gbit" for example; none by default.
@@ -81,6 +91,7 @@ def two_hosts(rate: str | None = None) -> Iterator[tuple[Host, Host]]:
         yield first, second
     finally:
         for host in hosts:
+            host.kill()
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False)
 
 
