@@ -128,6 +128,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return result
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Return the largest of each element over all ranks, as `all_reduce_sum` returns sums."""
+    result = tensor.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(result, op=dist.ReduceOp.MAX)
+    return result
+
+
 def broadcast_object(obj: T, src: int = 0) -> T:
     """Return rank `src`'s object on every rank. It is pickled: small host objects only."""
     if not dist.is_initialized():
@@ -161,6 +169,42 @@ def barrier() -> None:
     """Wait until every rank has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+class Ballot:
+    """Lets any rank stop all ranks at the same place, without keeping them waiting.
+
+    `cast` starts to sum the votes in the background, on the host, and returns the outcome of the
+    call before. All ranks see the same outcomes in the same order and therefore act on the same
+    call; the devices are not asked. Every rank must call as often as the others.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+        self._sum = torch.zeros((), dtype=torch.int32)
+        self._under_way: dist.Work | None = None
+
+    def cast(self, vote: bool) -> bool:
+        """Vote; tell whether any rank voted yes in the call before (alone: in this one)."""
+        if self._group is None:
+            return vote
+        outcome = self._count()
+        self._sum = torch.tensor(vote, dtype=torch.int32)
+        self._under_way = dist.all_reduce(self._sum, group=self._group, async_op=True)
+        return outcome
+
+    def decide(self, vote: bool) -> bool:
+        """Vote and wait: tell whether any rank voted yes in this call or the one before."""
+        before = self.cast(vote)
+        return before or (vote if self._group is None else self._count())
+
+    def _count(self) -> bool:
+        if self._under_way is not None:
+            self._under_way.wait()
+            self._under_way = None
+        return bool(self._sum)
 
 
 def environment() -> dict[str, str]:
