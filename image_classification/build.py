@@ -1,11 +1,13 @@
 """From flags to a run that is ready to start: data, model, optimizer, trainer, resume."""
 
+import random
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -164,7 +166,7 @@ def build(
     _announce(config, start, logger)
     seed = _choose_seed(config, start.state)
     logger.parameters({"seed": seed})
-    torch.manual_seed(seed)  # the same on all ranks: they start from one network
+    _seed_generators(seed)  # the same on all ranks: they start from one network
     _set_backends(config)
     model = create_model(config, dataset).to(world.device)
     model = model.to(memory_format=_memory_format(config))
@@ -188,7 +190,7 @@ def build(
         extension=extension,
         seed=seed,
     )
-    torch.manual_seed(seed + 1 + world.rank)  # MixUp and dropout differ between ranks
+    _seed_generators(seed + 1 + world.rank)  # MixUp and dropout differ between ranks
     if start.path and config.evaluate:
         run.load_weights(start.path, start.state)
     elif start.path:
@@ -236,6 +238,12 @@ def _choose_seed(config: Config, state: Mapping[str, Any]) -> int:
         if seed is not None:
             return int(seed)
     return distributed.broadcast_object(secrets.randbits(31))
+
+
+def _seed_generators(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _set_backends(config: Config) -> None:

@@ -166,7 +166,7 @@ class Trainer:
             self.epoch, self.epoch_step, self.meter = epoch, 0, Meter(self.world)
         meter = self.meter
         done, total = self.epoch_step * self.accumulation, steps * self.accumulation
-        batches = loader.epoch(epoch)
+        batches = loader.epoch(epoch) if done < total else iter(())
         with contextlib.closing(logger.progress(total, f"epoch {epoch}")) as progress:
             progress.update(done)
             for iteration in range(done + 1, total + 1):
