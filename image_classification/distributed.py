@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -100,11 +101,16 @@ def start(*, cpu: bool = False) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.world_size > 1 or (launch.launcher == "torchrun" and "MASTER_ADDR" in os.environ):
+        address = _slurm_address(os.environ) if launch.launcher == "slurm" else "env://"
+        store, *_ = next(rendezvous(address, launch.rank, launch.world_size))
+        # torchrun may keep its store when it starts the workers again, and with it the addresses
+        # of those that are gone.
+        attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{launch.world_size}"
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             # Binding the device lets NCCL connect at once and lets barriers know their GPU.
             device_id=device if device.type == "cuda" else None,
-            init_method=_slurm_address(os.environ) if launch.launcher == "slurm" else "env://",
+            store=dist.PrefixStore(attempt, store),  # type: ignore[attr-defined]
             rank=launch.rank,
             world_size=launch.world_size,
         )

@@ -5,6 +5,7 @@ so that nobody could tell a run that only wants to be started again; this one en
 worker did, or if it was itself stopped by SIGTERM or SIGUSR1, which it passes on to the workers.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,9 @@ def launch(arguments: Sequence[str]) -> int:
     Signals that arrive before the workers are started end it as well, with nothing lost.
     """
     preemption.listen()  # until torchrun's own handlers are in place
+    # A store of their own for the workers of every rendezvous: with one store for all, a node that
+    # comes back finds the addresses of processes that are gone.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

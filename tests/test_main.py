@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import main
+from tests.pictures import write
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = str(ROOT / "main.py")
@@ -89,17 +88,7 @@ def weights(workspace: Path, name: str = "checkpoint.pth.tar") -> dict[str, Any]
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """40 training and 14 validation JPEGs of two classes that differ in hue."""
-    root = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
-    for split, count in (("train", 20), ("val", 7)):
-        for label, channel in (("blue", 2), ("red", 0)):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = noise.integers(0, 120, (40, 36 + index, 3), dtype=np.uint8)
-                pixels[..., channel] += 120
-                Image.fromarray(pixels).save(folder / f"{index}.jpg")
-    return root
+    return write(tmp_path_factory.mktemp("pictures"), train=20, val=7)
 
 
 def test_dry_run_is_the_plan_of_a_published_row() -> None:

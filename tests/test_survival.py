@@ -8,11 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests import forks
+from tests.pictures import write
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--arch small_cnn --image-size 32 -b 4 --lr 0.05 -j 1 -p 1 --seed 3 --epochs 3".split()
@@ -27,17 +26,7 @@ EVERYTHING = (
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """50 training and 40 validation JPEGs of two classes that differ in hue."""
-    root = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
-    for split, count in (("train", 25), ("val", 20)):
-        for label, channel in (("blue", 2), ("red", 0)):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = noise.integers(0, 120, (40, 36 + index % 9, 3), dtype=np.uint8)
-                pixels[..., channel] += 120
-                Image.fromarray(pixels).save(folder / f"{index}.jpg")
-    return root
+    return write(tmp_path_factory.mktemp("pictures"), train=25, val=20)
 
 
 def command(data: Path, workspace: Path, *flags: str) -> list[str]:
