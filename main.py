@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import sparse
@@ -31,9 +33,39 @@ from image_classification.preemption import Preempted
 from image_classification.run import Extension
 from image_classification.trainer import TrainingError
 from sparse import costs
+from sparse.compression import GradientCompression
 from sparse_flags import SparseFlags, arguments, cost_plan, resolve, sparse_plan
 
 DESCRIPTION = "Train a network, dense or sparse, on a directory of images."
+
+
+class Wire:
+    """How gradients travel between processes.
+
+    Args:
+        mode: --grad-compress.
+        sparsifier: Knows which weights are active; None in a dense run.
+    """
+
+    def __init__(self, mode: str, sparsifier: sparse.Sparsifier | None) -> None:
+        self._mode, self._sparsifier = mode, sparsifier
+        self._compression: GradientCompression | None = None
+
+    def prepare(self, model: DistributedDataParallel) -> None:
+        """Register the communication hook, if one is wanted."""
+        dtype = torch.bfloat16 if "bf16" in self._mode else None
+        if "active" in self._mode:
+            assert self._sparsifier is not None
+            self._compression = sparse.compress_gradients(model, self._sparsifier, dtype=dtype)
+        elif dtype is not None:
+            model.register_comm_hook(None, bf16_compress_hook)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the bytes sent so far per byte that a plain all-reduce would have sent."""
+        if self._compression is None or not self._compression.num_dense_bytes:
+            return {}
+        sent = self._compression.num_bytes / self._compression.num_dense_bytes
+        return {"sparse.sent_ratio": sent}
 
 
 def create_sparsifier(
@@ -60,8 +92,9 @@ def attach(
 ) -> Extension:
     """Join the sparse method of `flags` to training."""
     sparsifier = create_sparsifier(model, optimizer, total_steps, seed, flags=flags)
+    wire = Wire(flags.grad_compress, sparsifier)
     if sparsifier is None:
-        return Extension()
+        return Extension(prepare_ddp=wire.prepare)
 
     def metrics(*, per_layer: bool) -> dict[str, float]:
         values = sparsifier.metrics().items()
@@ -77,10 +110,11 @@ def attach(
             masked_at = sparsifier.num_updates
 
     return Extension(
-        metrics=functools.partial(metrics, per_layer=False),
+        metrics=lambda: {**metrics(per_layer=False), **wire.metrics()},
         epoch_metrics=functools.partial(metrics, per_layer=True),
         bar=("sparse.sparsity",),
         prepare_ema=prepare_ema,
+        prepare_ddp=wire.prepare,
         state={"sparse": sparsifier},
     )
 
@@ -209,6 +243,8 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         join = functools.partial(report_costs, image_size=build.image_size(c))
     run = build.build(c, dataset, start, world=world, logger=logger, attach=join)
     stack.callback(run.close)
+    if flags.grad_compress != "none" and world.world_size == 1:
+        logger.message(f"--grad-compress {flags.grad_compress}: one process has nothing to send")
     return run.evaluate if c.evaluate else run.fit
 
 

@@ -60,6 +60,9 @@ class SparseFlags:
     prune_start: int = flag(0, "optimizer step at which gmp starts")
     prune_end: int | None = flag(None, "step of gmp's final sparsity; by default --t-end-fraction")
     prune_every: int = flag(100, "optimizer steps between gmp's prunings")
+    grad_compress: Literal["none", "active", "bf16", "active+bf16"] = flag(
+        "none", "what several processes send of their gradients: active weights only, or bfloat16"
+    )
 
 
 LAYER_FLAGS = "sparsity distribution power_scale dense_layers sparsity_map "
@@ -75,6 +78,11 @@ METHOD_FLAGS = {  # the flags that have an effect, named as the arguments of spa
     "snfs": UPDATE_FLAGS + "drop_fraction_min redistribution growth grow_init",
     "snip": LAYER_FLAGS + "scope",
     "gmp": LAYER_FLAGS + "scope prune_start prune_end prune_every t_end_fraction",
+}
+
+SENDS_ALL = {  # the methods for which it saves nothing to send active weights only
+    "dense": "whose weights are all active",
+    "snfs": "which needs the gradients of all weights at every step",
 }
 
 
@@ -98,12 +106,17 @@ def resolve(flags: SparseFlags) -> SparseFlags:
     used = METHOD_FLAGS[method].split()
     resolved = dataclasses.replace(flags, sparse_method=method, sparsity=sparsity)
     names = {f.name for f in dataclasses.fields(flags)} - {"sparse_method", "static_topo", *used}
-    names -= {"dense_allocation"}
+    names -= {"dense_allocation", "grad_compress"}
     unused = config.ineffective(
         resolved, [(False, " ".join(sorted(names)), f"another --sparse-method than {method}")]
     )
     if unused:
         raise ValueError("; ".join(unused))
+    if "active" in flags.grad_compress and method in SENDS_ALL:
+        raise ValueError(
+            f"--grad-compress {flags.grad_compress} has no effect with --sparse-method {method}, "
+            f"{SENDS_ALL[method]}; use none or bf16"
+        )
     if "sparsity" in used and sparsity is None:
         raise ValueError(f"--sparse-method {method} needs --sparsity")
     if flags.t_end is not None and flags.t_end_fraction != SparseFlags.t_end_fraction:

@@ -301,6 +301,7 @@ def _create_trainer(
         max_bad_steps=config.max_bad_steps,
         mixup=optim.mixup(config.mixup, classes) if config.mixup else None,
         compiled=config.compile,
+        prepare_ddp=extension.prepare_ddp,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from image_classification import checkpoint, distributed, preemption
 from image_classification.config import Config
@@ -36,6 +37,8 @@ class Extension:
     """Those of `metrics` that the progress bar shows."""
     prepare_ema: Callable[[nn.Module], object] = lambda model: None
     """Called on the averaged model after each of its updates."""
+    prepare_ddp: Callable[[DistributedDataParallel], object] = lambda model: None
+    """Called on the model wrapped for several processes, before its first use."""
     state: Mapping[str, Stateful] = field(default_factory=dict)
     """Further entries of the checkpoint."""
 

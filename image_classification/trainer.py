@@ -64,6 +64,7 @@ class Trainer:
         max_bad_steps: Steps in a row whose loss may be infinite or not a number, at least 1.
         mixup: Mixes images and targets of a micro-batch.
         compiled: Run the network through torch.compile.
+        prepare_ddp: Called on the DDP wrapper, where there is one, before its first use.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Trainer:
         max_bad_steps: int = 10,
         mixup: Mix | None = None,
         compiled: bool = False,
+        prepare_ddp: Callable[[DistributedDataParallel], object] = lambda model: None,
     ) -> None:
         self.model, self.optimizer, self.schedule, self.loss = model, optimizer, schedule, loss
         self.world, self.precision, self.accumulation = world, precision, accumulation
@@ -96,6 +98,8 @@ class Trainer:
         self.meter = Meter(world)
         """Its sums so far."""
         self._ddp = _wrap(model, world)
+        if self._ddp is not None:
+            prepare_ddp(self._ddp)
         self._forward: Callable[[Tensor], Tensor] = self._ddp or model
         if compiled:
             self._forward = torch.compile(self._forward)

@@ -8,8 +8,16 @@
 #   RESULTS      checkpoints and raport (default results/runs/ROW)
 #   NPROC        processes on this node (default: its GPUs)
 #   BATCH_SIZE   most images per process and micro-batch (default 256)
-#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several nodes without SLURM: run once on each
+#   MAX_RESTARTS how often the launcher starts all processes again when one failed (default 0); give
+#                --resume auto with it
 #   PYTHON       interpreter (default .venv/bin/python if there is one, else python3)
+#
+# Several nodes without SLURM: run it once on each of them, with the same flags and with
+#
+#   NNODES       nodes; MIN:MAX for as many as there are
+#   NODE_RANK    0 on the node of MASTER_ADDR, another number on the others
+#   MASTER_ADDR, MASTER_PORT   where they meet (default port 29500)
+#   NODE_ADDR    this node's own address; needed where its host name does not lead to it
 #
 # Under SLURM the processes are the tasks of the job: one per GPU. Works from an srun step or, with
 # the same line, from a batch script. --dry-run prints the plan and needs neither data nor GPU.
@@ -27,20 +35,26 @@ results=${RESULTS:-$root/results/runs/$row}
 nnodes=${NNODES:-1}
 nproc=${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
 ((nproc > 0)) || nproc=1
-world=$((nnodes * nproc))
+max_nodes=${nnodes#*:}
+world=$((max_nodes * nproc)) # with fewer nodes main.py accumulates more
 launch=("$PYTHON")
 if [[ -n ${SLURM_STEP_NUM_TASKS:-} && -n ${SLURM_PROCID:-} ]] && ((SLURM_STEP_NUM_TASKS > 1)); then
     world=$SLURM_STEP_NUM_TASKS # this script is itself one task of the step
 elif [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_NUM_TASKS:-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
     world=$SLURM_NTASKS
     launch=(srun "$PYTHON")
-elif ((nnodes > 1)); then
-    launch+=(-m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$nproc"
-        --node-rank "${NODE_RANK:?is needed with NNODES}"
-        --master-addr "${MASTER_ADDR:?is needed with NNODES}"
-        --master-port "${MASTER_PORT:-29500}")
+elif ((max_nodes > 1)); then
+    # Said outright, because torchrun's own guess whether it is the host fails where a name resolves
+    # to 127.0.0.1, and all nodes then wait for each other.
+    is_host=$((${NODE_RANK:?is needed with NNODES} == 0))
+    launch+=(-m image_classification.launch --nnodes "$nnodes" --nproc-per-node "$nproc"
+        --rdzv-backend c10d --rdzv-id "$row" --rdzv-conf "is_host=$is_host"
+        --rdzv-endpoint "${MASTER_ADDR:?is needed with NNODES}:${MASTER_PORT:-29500}"
+        --max-restarts "${MAX_RESTARTS:-0}")
+    [[ -z ${NODE_ADDR:-} ]] || launch+=(--local-addr "$NODE_ADDR")
 elif ((world > 1)); then
-    launch+=(-m torch.distributed.run --standalone --nproc-per-node "$nproc")
+    launch+=(-m image_classification.launch --standalone --nproc-per-node "$nproc"
+        --max-restarts "${MAX_RESTARTS:-0}")
 fi
 
 if ((global % world)); then
@@ -63,5 +77,6 @@ for flag in "$@"; do
 done
 [[ ${dry:-} ]] || mkdir -p "$results"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # for the launcher, wherever this is started
 exec "${launch[@]}" "$root/main.py" "$data" --workspace "$results" --raport-file raport.json \
     --optimizer-batch-size "$global" -b "$micro" "$@"

@@ -1,5 +1,6 @@
 """Sparse training for PyTorch: RigL and its relatives on ordinary dense parameters."""
 
+from sparse.compression import compress_gradients
 from sparse.connections import NewConnections
 from sparse.distributions import allocate, layer_sparsities
 from sparse.factories import gmp, rigl, rigl_reset, snfs, snip, static
@@ -17,6 +18,7 @@ __all__ = [
     "Sparsifier",
     "Window",
     "allocate",
+    "compress_gradients",
     "cubic_sparsity",
     "drop_and_grow",
     "gmp",

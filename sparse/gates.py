@@ -76,6 +76,21 @@ def count_active(gates: Tensors, weights: Tensors) -> dict[str, int]:
     return counts | dict(zip(gates, sums, strict=True))
 
 
+def active_positions(gate: Tensor, weight: Tensor) -> Tensor:
+    """List the active entries as offsets into the weight's memory: int64, ascending.
+
+    The memory of a weight with gaps is taken to be contiguous, as DistributedDataParallel lays out
+    its gradient. Waits for the device.
+    """
+    if gate.stride() != weight.stride():  # the weight has gaps, or changed its layout since
+        laid_out = _empty_gate(weight)
+        if laid_out.stride() != weight.stride():
+            laid_out = laid_out.new_empty(weight.shape)
+        gate = laid_out.copy_(gate)
+    flat = gate.as_strided((gate.numel(),), (1,))
+    return (flat.logical_not() if gate.dtype is torch.bool else flat).nonzero().flatten()
+
+
 def gather(counts: list[Tensor]) -> Tensor:
     """Bring counts of several layers, perhaps on several devices, into one int64 tensor."""
     if not counts:

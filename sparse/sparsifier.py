@@ -12,7 +12,14 @@ from sparse.averages import average_gradients
 from sparse.clock import Clock, found_inf, inverse_scale
 from sparse.connections import NewConnections, disconnect, mask_module
 from sparse.consistency import has_ranks, verify_across_ranks
-from sparse.gates import count_active, gather, make_gate, masks_of, zero_inactive
+from sparse.gates import (
+    active_positions,
+    count_active,
+    gather,
+    make_gate,
+    masks_of,
+    zero_inactive,
+)
 from sparse.layers import prunable
 from sparse.masks import check_masks, random_mask
 from sparse.methods import Method, Tensors
@@ -35,6 +42,8 @@ class Sparsifier:
     Attributes:
         method: The method.
         num_updates: Topology updates so far.
+        masks_version: Changes whenever the masks may have changed, for those who keep something
+            made of them.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class Sparsifier:
         """
         self.method = method
         self.num_updates = 0
+        self.masks_version = 0
         self._weights = prunable(model)
         if list(num_active) != list(self._weights):
             raise ValueError("num_active must have the names that prunable(model) lists, in order")
@@ -120,6 +130,22 @@ class Sparsifier:
         return self._is_due(self.step)
 
     @property
+    def needs_dense_gradients(self) -> bool:
+        """Whether the coming step may read the gradients of inactive weights.
+
+        The same on all ranks, never False when they are read, and known without asking the device:
+        with a GradScaler it may be True for a step that turns out not to need them.
+        """
+        if self.method.gradient_decay is not None:
+            return True
+        return self.method.timing != "after" and self._is_due(self._clock.bound)
+
+    @property
+    def maskable(self) -> dict[str, nn.Parameter]:
+        """Name -> weight, of all weights that have a mask or may get one."""
+        return {name: self._weights[name] for name in self._maskable}
+
+    @property
     def masks(self) -> dict[str, Tensor]:
         """Name -> bool mask of every prunable weight, all True for dense ones; not to write to."""
         return masks_of(self._gates, self._weights)
@@ -130,6 +156,14 @@ class Sparsifier:
         if self._counts is None:
             self._counts = count_active(self._gates, self._weights)
         return dict(self._counts)
+
+    def active_positions(self, name: str) -> Tensor | None:
+        """List the active entries of a weight as offsets into its memory; None: all are active.
+
+        int64 and ascending. Waits for the device.
+        """
+        gate = self._gates.get(name)
+        return None if gate is None else active_positions(gate, self._weights[name])
 
     def remove(self) -> None:
         """Unhook the optimizer; weights stay as they are."""
@@ -277,6 +311,8 @@ class Sparsifier:
         survivors = self.method.survivors(old, weights, step)
         new = self.method.update(old, weights, gradients, step, self._method_state)
         check_masks(new, weights, f"method {self.method.name}")
+        if any(new[name] is not old[name] for name in old):
+            self.masks_version += 1
         changed, grown = [], []  # numbers of connections, per layer
         for index, name in enumerate(self._weights):
             if name not in old:
@@ -324,6 +360,7 @@ class Sparsifier:
             self._gates[name] = make_gate(mask, weight)
             disconnect(self._optimizer, weight, self._gates[name], mask)
         self._counts = None
+        self.masks_version += 1
 
     def _explore(self) -> None:
         if self._explored is not None:

@@ -46,7 +46,7 @@ def launch(*program: str) -> Callable[..., Done]:
     """Return a `run` that starts `program` with the flags, in a process of its own."""
 
     def run(*argv: str) -> Done:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [sys.executable, *program, MAIN, *argv],
             capture_output=True, text=True, timeout=300, env=environment, check=False,
@@ -189,6 +189,11 @@ def test_plan_counts_the_images_of_the_data(pictures: Path) -> None:
         ("DATA --sparse-method gmp --sparsity 0.9 --prune-end 11", "--prune-end 11 is beyond"),
         ("DATA --sparse-method rigl --sparsity 0.9 --dense-layers nosuch*", "nosuch*"),
         ("DATA --sparse-method static --sparsity 0.9 --delta-t 7", "--delta-t has no effect"),
+        ("DATA --grad-compress active", "--sparse-method dense, whose weights are all active"),
+        (
+            "DATA --sparse-method snfs --sparsity 0.9 --grad-compress active+bf16",
+            "use none or bf16",
+        ),
         ("DATA --arch resnet51", "resnet51"),
         ("DATA --num-classes 3", "--num-classes 3"),
         ("DATA --resume nowhere.pth.tar", "nowhere.pth.tar"),
@@ -337,3 +342,46 @@ def test_two_processes_by_torchrun_and_by_multiproc(pictures: Path, tmp_path: Pa
     assert last(log, "val.top1") == last(records(tmp_path / "a"), "val.top1")
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
+
+
+def losses(log: list[dict[str, Any]]) -> list[float]:
+    return [r["data"]["train.loss"] for r in log if "train.loss" in r["data"]]
+
+
+@pytest.mark.distributed
+def test_two_processes_that_send_less_train_alike(tmp_path: Path) -> None:
+    modes = ("none", "active", "bf16", "active+bf16")
+    program = tmp_path / "modes.py"  # torchrun once for all: starting it takes longest
+    program.write_text(
+        "import os, sys, main\n"
+        "os.environ['TORCHELASTIC_USE_AGENT_STORE'] = 'False'  # it serves one meeting only\n"
+        f"for mode, port in {[(mode, free_port()) for mode in modes]}:\n"
+        "    os.environ['MASTER_PORT'] = port\n"
+        "    flags = ['--workspace', f'{sys.argv[2]}/{mode}', '--grad-compress', mode]\n"
+        "    assert main.main([*sys.argv[3:], *flags]) == 0\n"
+    )
+    synthetic = "--data-backend synthetic --synthetic-batches 6 --arch small_cnn --cpu -b 4"
+    flags = [*synthetic.split(), *"--image-size 32 --lr 0.05 -p 1 --seed 3 --epochs 2".split()]
+    flags += ["--memory-format", "nhwc", "--training-only", *RIGL]
+    torchrun = "-m torch.distributed.run --nproc-per-node 2 --master-port".split()
+    done = launch(*torchrun, free_port(), str(program))(str(tmp_path), *flags)
+    assert done.returncode == 0, done.stderr[-4000:]
+    logs = {mode: records(tmp_path / mode) for mode in modes}
+    exact = losses(logs["none"])
+    assert len(exact) == 2 * (6 + 1) + 1  # per step, per epoch, in the end
+    assert losses(logs["active"]) == exact
+    a, b = (weights(tmp_path / mode)["state_dict"] for mode in ("none", "active"))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    for mode in ("bf16", "active+bf16"):
+        assert losses(logs[mode]) == pytest.approx(exact, rel=0.02)
+        assert losses(logs[mode]) != exact
+    # Updates at steps 0, 2, 4, 6 and 8 of 12 send everything.
+    ratio = last(logs["active"], "sparse.sent_ratio")
+    assert 5 / 12 < ratio < 0.6
+    assert last(logs["active+bf16"], "sparse.sent_ratio") == ratio / 2
+
+
+def test_one_process_says_that_it_has_nothing_to_send(pictures: Path, tmp_path: Path) -> None:
+    train(pictures, tmp_path, *RIGL, "--training-only", "--epochs", "1", "--data-backend",
+          "pytorch", "--grad-compress", "active")  # fmt: skip
+    assert "sparse.sent_ratio" not in records(tmp_path)[-1]["data"]

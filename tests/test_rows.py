@@ -189,12 +189,30 @@ def test_launchers(recorder: Path, tmp_path: Path) -> None:
     plain = command(script, **env)
     assert plain[:2] == ["WORLD_SIZE=", str(ROOT / "main.py")]
     one_node = command(script, **env, NPROC="8")
-    assert one_node[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
+    assert one_node[1:6] == [
+        "-m",
+        "image_classification.launch",
+        "--standalone",
+        "--nproc-per-node",
+        "8",
+    ]
+    assert value(one_node, "--max-restarts") == "0"
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "NPROC": "8"}
     two_nodes = command(script, **env, **nodes)
-    assert value(two_nodes, "--node-rank") == "1"
-    assert value(two_nodes, "--master-addr") == "first"
+    assert value(two_nodes, "--nnodes") == "2"
+    assert value(two_nodes, "--rdzv-backend") == "c10d"
+    assert value(two_nodes, "--rdzv-endpoint") == "first:29500"
+    assert value(two_nodes, "--rdzv-conf") == "is_host=0"
+    assert "--local-addr" not in two_nodes
     assert value(two_nodes, "-b") == "128"
+    nodes |= {"NNODES": "1:4", "NODE_RANK": "0", "NODE_ADDR": "10.0.0.1", "MASTER_PORT": "4000"}
+    elastic = command(script, **env, **nodes, MAX_RESTARTS="3")
+    assert value(elastic, "--nnodes") == "1:4"
+    assert value(elastic, "--rdzv-endpoint") == "first:4000"
+    assert value(elastic, "--rdzv-conf") == "is_host=1"
+    assert value(elastic, "--local-addr") == "10.0.0.1"
+    assert value(elastic, "--max-restarts") == "3"
+    assert value(elastic, "-b") == "64"
     task = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "3"}
     in_a_step = command(script, **env, **task)
     assert in_a_step[:2] == ["WORLD_SIZE=", str(ROOT / "main.py")]

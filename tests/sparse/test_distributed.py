@@ -1,48 +1,23 @@
 """Several processes: growth by |mean gradient|, identical masks, and divergence that is caught."""
 
 import copy
-import multiprocessing
-import socket
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse
 from tests.sparse.nets import backward, make, mlp, rows, sgd, train
+from tests.sparse.ranks import run
 
 pytestmark = pytest.mark.distributed
 
 METHODS = ["rigl", "set", "snfs", "snfs_none", "snip", "snip_global", "gmp"]
 STEPS = range(13)
-
-
-def run(world_size: int, work: Callable[..., Any], folder: Path) -> list[Any]:
-    """Run `work(rank, world_size)` in processes joined by gloo and give their results by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # One server imports the library once and forks every rank from there.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    arguments = (world_size, port, work, str(folder))
-    mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
-
-
-def _process(rank: int, world_size: int, port: int, work: Callable[..., Any], folder: str) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-    try:
-        torch.save(work(rank, world_size), Path(folder) / f"{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
 
 
 def results_of(model: Any, sparsifier: sparse.Sparsifier) -> dict[str, Any]:

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from sparse.gates import count_active, gate_mask, make_gate, update_gate, zero_inactive
+from sparse.gates import (
+    active_positions,
+    count_active,
+    gate_mask,
+    make_gate,
+    update_gate,
+    zero_inactive,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = {
@@ -43,3 +50,22 @@ def test_on_a_device_a_gate_takes_one_byte() -> None:
         torch.ones(4, 4, dtype=torch.bool, device="meta"), torch.empty(4, 4, device="meta")
     )
     assert (gate.dtype, gate.device.type) == (torch.bool, "meta")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("other", LAYOUTS)
+def test_positions_are_those_in_memory(layout: str, other: str) -> None:
+    weight = torch.randn(6, 5, 3, 3).to(memory_format=LAYOUTS[layout])
+    mask = torch.rand(weight.shape) < 0.4
+    gate = make_gate(mask, weight)
+    weight = weight.to(memory_format=LAYOUTS[other])
+    memory = torch.zeros(weight.numel())
+    memory[active_positions(gate, weight)] = 1
+    assert torch.equal(memory.as_strided(weight.shape, weight.stride()), mask.float())
+
+
+def test_positions_leave_no_room_for_gaps() -> None:
+    weight = torch.randn(4, 6).t()[:3]
+    mask = torch.rand(weight.shape) < 0.5
+    positions = active_positions(make_gate(mask, weight), weight)
+    assert torch.equal(positions, mask.flatten().nonzero().flatten())

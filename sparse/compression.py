@@ -1,0 +1,159 @@
+"""Send between the ranks of DistributedDataParallel only the gradients that training uses.
+
+Masks are the same on all ranks and so is what is active: no index travels. Every bucket's active
+entries are packed into a buffer, all-reduced, and put back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, distributed
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from sparse.consistency import has_ranks, verify_across_ranks
+from sparse.sparsifier import Sparsifier
+
+if TYPE_CHECKING:  # not importable in builds without distributed
+    from torch._C._distributed_c10d import GradBucket, ProcessGroup
+
+
+def compress_gradients(
+    model: DistributedDataParallel, sparsifier: Sparsifier, *, dtype: torch.dtype | None = None
+) -> "GradientCompression":
+    """All-reduce the gradients of active weights only; call it once, before the first backward.
+
+    Gradients of inactive weights are 0 after `backward`, on all ranks. In steps that need them (an
+    update of RigL, the scoring of SNIP, all steps of SNFS) everything is sent. Weights and masks
+    become what they become without it: to the bit on two ranks; on more ranks up to the order in
+    which the backend adds, which depends on where in a buffer an entry lies.
+
+    Deviations from the plain run, for gradients of inactive weights in the other steps: an inf or
+    NaN there is not seen by a GradScaler, which then takes the step that it would have skipped, and
+    a norm taken between `backward` and `step` (clipping) does not contain them.
+
+    Args:
+        model: The wrapped model, with no other communication hook.
+        sparsifier: Its masks.
+        dtype: Type in which gradients travel (torch.bfloat16 halves the bytes of float32 and rounds
+            every gradient); their own by default.
+
+    Returns:
+        The state of the hook; nothing needs to be done with it.
+
+    Raises:
+        ValueError: The sparsifier masks another model.
+        RuntimeError: The masks differ between ranks.
+    """
+    held = {id(parameter) for parameter in model.parameters()}
+    for name, weight in sparsifier.maskable.items():
+        if id(weight) not in held:
+            raise ValueError(f"{name} of the sparsifier is no parameter of the wrapped model")
+    if has_ranks():
+        verify_across_ranks(sparsifier.masks)
+    compression = GradientCompression(sparsifier, model.process_group, dtype)
+    model.register_comm_hook(compression, lambda state, bucket: state.reduce(bucket))
+    return compression
+
+
+def pack(buffer: Tensor, positions: Tensor, values: Tensor) -> None:
+    """Copy the entries of a flat buffer at `positions` (int64) to `values`."""
+    torch.index_select(buffer, 0, positions, out=values)
+
+
+def unpack(values: Tensor, positions: Tensor, buffer: Tensor) -> None:
+    """Put values back where `pack` found them; all other entries become 0."""
+    buffer.zero_().index_copy_(0, positions, values)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """How a bucket travels: as `wire`, which holds `values`, its entries at `positions`."""
+
+    positions: Tensor | None  # None: all entries
+    values: Tensor
+    wire: Tensor
+
+    @classmethod
+    def make(
+        cls, buffer: Tensor, positions: Tensor | None, dtype: torch.dtype | None
+    ) -> "_Packing":
+        """Allocate what is needed; without positions the values are the bucket itself."""
+        values = buffer if positions is None else buffer.new_empty(positions.numel())
+        same = dtype in (None, values.dtype)
+        return cls(positions, values, values if same else torch.empty_like(values, dtype=dtype))
+
+
+class GradientCompression:
+    """The communication hook of `compress_gradients`.
+
+    Attributes:
+        num_rebuilds: How often the active entries of a bucket were listed: once for every bucket,
+            and again when DDP has rebuilt its buckets (after the first step) or masks changed.
+        num_bytes: Bytes handed to the all-reduce so far.
+        num_dense_bytes: What they would have been without compression.
+    """
+
+    def __init__(
+        self, sparsifier: Sparsifier, group: "ProcessGroup", dtype: torch.dtype | None
+    ) -> None:
+        self.num_rebuilds = self.num_bytes = self.num_dense_bytes = 0
+        self._sparsifier, self._group, self._dtype = sparsifier, group, dtype
+        self._names = {id(weight): name for name, weight in sparsifier.maskable.items()}
+        # By the number of the bucket: what its packing depends on, and its packing.
+        self._packings: dict[int, tuple[list[int], _Packing | None]] = {}
+
+    def reduce(self, bucket: "GradBucket") -> Future[Tensor]:
+        """Average a bucket over the ranks; the result is the bucket's own buffer."""
+        buffer = bucket.buffer()
+        packing = None if self._sparsifier.needs_dense_gradients else self._packing(bucket)
+        if packing is None:
+            packing = _Packing.make(buffer, None, self._dtype)
+        positions, values, wire = packing.positions, packing.values, packing.wire
+        if positions is not None:
+            pack(buffer, positions, values)
+        values.mul_(1.0 / self._group.size())  # before the sum, as DDP does
+        if wire is not values:
+            wire.copy_(values)
+        self.num_bytes += wire.nbytes
+        self.num_dense_bytes += buffer.nbytes
+        work = distributed.all_reduce(wire, group=self._group, async_op=True)
+
+        def finish(_: Future[list[Tensor]]) -> Tensor:
+            if wire is not values:
+                values.copy_(wire)
+            if positions is not None:
+                unpack(values, positions, buffer)
+            return buffer
+
+        return work.get_future().then(finish)
+
+    def _packing(self, bucket: "GradBucket") -> _Packing | None:
+        """Give the packing of a bucket, None if all of it is active."""
+        parameters = bucket.parameters()
+        key = [self._sparsifier.masks_version, *map(id, parameters)]
+        found = self._packings.get(bucket.index())
+        if found is None or found[0] != key:
+            self.num_rebuilds += 1
+            positions = self._active_positions(parameters)
+            packing = None
+            if positions is not None:
+                packing = _Packing.make(bucket.buffer(), positions, self._dtype)
+            found = self._packings[bucket.index()] = (key, packing)
+        return found[1]
+
+    def _active_positions(self, parameters: Sequence[Tensor]) -> Tensor | None:
+        """List the active entries of parameters that lie in memory one after the other."""
+        parts, offset, masked = [], 0, False
+        for parameter in parameters:
+            name = self._names.get(id(parameter))
+            positions = self._sparsifier.active_positions(name) if name is not None else None
+            if positions is None:
+                positions = torch.arange(parameter.numel(), device=parameter.device)
+            else:
+                masked = True
+            parts.append(positions + offset)
+            offset += parameter.numel()
+        return torch.cat(parts) if masked else None
