@@ -8,7 +8,7 @@
 #   RESULTS      checkpoints and raport (default results/runs/ROW)
 #   NPROC        processes on this node (default: its GPUs)
 #   BATCH_SIZE   most images per process and micro-batch (default 256)
-#   MAX_RESTARTS how often torchrun starts all processes again when one failed (default 0); give
+#   MAX_RESTARTS how often the launcher starts all processes again when one failed (default 0); give
 #                --resume auto with it
 #   PYTHON       interpreter (default .venv/bin/python if there is one, else python3)
 #
@@ -47,13 +47,13 @@ elif ((max_nodes > 1)); then
     # Said outright, because torchrun's own guess whether it is the host fails where a name resolves
     # to 127.0.0.1, and all nodes then wait for each other.
     is_host=$((${NODE_RANK:?is needed with NNODES} == 0))
-    launch+=(-m torch.distributed.run --nnodes "$nnodes" --nproc-per-node "$nproc"
+    launch+=(-m image_classification.launch --nnodes "$nnodes" --nproc-per-node "$nproc"
         --rdzv-backend c10d --rdzv-id "$row" --rdzv-conf "is_host=$is_host"
         --rdzv-endpoint "${MASTER_ADDR:?is needed with NNODES}:${MASTER_PORT:-29500}"
         --max-restarts "${MAX_RESTARTS:-0}")
     [[ -z ${NODE_ADDR:-} ]] || launch+=(--local-addr "$NODE_ADDR")
 elif ((world > 1)); then
-    launch+=(-m torch.distributed.run --standalone --nproc-per-node "$nproc"
+    launch+=(-m image_classification.launch --standalone --nproc-per-node "$nproc"
         --max-restarts "${MAX_RESTARTS:-0}")
 fi
 
@@ -77,5 +77,6 @@ for flag in "$@"; do
 done
 [[ ${dry:-} ]] || mkdir -p "$results"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # for the launcher, wherever this is started
 exec "${launch[@]}" "$root/main.py" "$data" --workspace "$results" --raport-file raport.json \
     --optimizer-batch-size "$global" -b "$micro" "$@"

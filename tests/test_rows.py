@@ -189,7 +189,13 @@ def test_launchers(recorder: Path, tmp_path: Path) -> None:
     plain = command(script, **env)
     assert plain[:2] == ["WORLD_SIZE=", str(ROOT / "main.py")]
     one_node = command(script, **env, NPROC="8")
-    assert one_node[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
+    assert one_node[1:6] == [
+        "-m",
+        "image_classification.launch",
+        "--standalone",
+        "--nproc-per-node",
+        "8",
+    ]
     assert value(one_node, "--max-restarts") == "0"
     nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "NPROC": "8"}
     two_nodes = command(script, **env, **nodes)
