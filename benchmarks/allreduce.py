@@ -370,7 +370,7 @@ def print_outlook(model: Profile) -> None:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--rates", nargs="+", default=["1gbit", "5gbit"], help="Nmbit or Ngbit")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
