@@ -48,6 +48,15 @@ def test_the_demo_trains_offline_and_its_files_belong_to_the_caller(
     assert {(f.stat().st_uid, f.stat().st_gid) for f in files} == {(4321, 8765)}
 
 
+def test_the_other_programs_of_the_project_run_in_the_image(image: Image) -> None:
+    assert "0.2431 of dense" in image.run("python", "costs.py", "--sparsity", "0.9")
+    plain = ["docker", "run", "--rm", *image.flags[1:], NAME]
+    plain = [word for word in plain if not word.startswith("--results")]
+    assert "rn50_rigl_erk_0.9" in execute([*plain, "python", "costs.py", "--table", "port"])
+    image.run("python", "export.py", "--help")
+    image.run("python", "benchmarks/step_overhead.py", "--help")
+
+
 def test_without_other_words_the_caller_is_the_user(image: Image, tmp_path: Path) -> None:
     image.run("touch", "results/mine", flags=(f"--results={tmp_path}",))
     assert (tmp_path / "mine").owner() == tmp_path.owner()
