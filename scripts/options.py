@@ -116,5 +116,10 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the page."""
     PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
