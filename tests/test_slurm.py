@@ -91,8 +91,9 @@ def test_a_container_gets_data_and_results(cluster: Cluster) -> None:
     assert (cluster.folder / "runs/a").is_dir()
 
 
-def test_a_signal_to_the_job_waits_for_the_tasks(cluster: Cluster) -> None:
-    cluster.add("srun", 'kill -TERM $PPID; sleep 0.2; exec bash -c "exit 75"')
+@pytest.mark.parametrize("signal", ["TERM", "USR1"])
+def test_a_signal_to_the_job_waits_for_the_tasks(cluster: Cluster, signal: str) -> None:
+    cluster.add("srun", f'kill -{signal} $PPID; sleep 0.2; exec bash -c "exit 75"')
     status, calls = cluster.submit("row.sh")
     assert status == 0
     assert calls[-1] == "scontrol requeue 17"
