@@ -86,3 +86,8 @@ def anchors(text: str) -> set[str]:
 def links(text: str) -> list[str]:
     """Return the targets of all links and pictures."""
     return re.findall(r"\]\(([^)\s]+)\)", _FENCED.sub("", text))
+
+
+def names(text: str) -> list[str]:
+    """Return what stands in `quotes` like these within a line of text."""
+    return re.findall(r"`([^`\n]+)`", _FENCED.sub("", text))

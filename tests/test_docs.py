@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -25,10 +26,11 @@ import export
 import main
 import multiproc
 from image_classification import convert
+from image_classification.log.records import default_metadata
 from image_classification.models import create_model
 from scripts import options
 from sparse.runtime import build, native
-from tests.documents import DOCUMENTS, ROOT, Command, anchors, blocks, commands, links
+from tests.documents import DOCUMENTS, ROOT, Command, anchors, blocks, commands, links, names
 
 README = ROOT / "README.md"
 TABLE = ROOT / "results/table.csv"
@@ -318,6 +320,20 @@ def test_links_lead_somewhere(document: Path) -> None:
         path = document.parent / file if file else document
         assert path.exists(), f"{document.name} links to {target}"
         assert not anchor or anchor in anchors(path.read_text()), f"{target} has no such heading"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_functions_that_are_named_exist(document: Path) -> None:
+    for span in names(document.read_text()):
+        if "/" in span and re.fullmatch(r"[\w./-]+\.(py|sh|csv|md|png|sbatch|json|yml)", span):
+            assert (ROOT / span).exists() or span in NOT_HERE, f"there is no {span}"
+        name = re.match(r"(sparse|image_classification)(\.\w+)+(?=$|\()", span)
+        if name and not default_metadata(name[0]):  # keys of the log look like names
+            assert pkgutil.resolve_name(name[0]) is not None
+
+
+NOT_HERE = {"demo/report.png", "scripts/rn50_partial.sh"}
+"""What the demo writes, and a script of NVIDIA's."""
 
 
 def test_every_document_is_linked_from_the_readme() -> None:

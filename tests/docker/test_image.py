@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.docker.building import CANARY, NAME, Image, execute
 
@@ -14,7 +15,8 @@ pytestmark = pytest.mark.docker
 
 def test_the_image_says_what_it_is(image: Image) -> None:
     report = image.run("python", "main.py", "--version")
-    for fact in (metadata.version("torch"), metadata.version("nvidia-dali-cuda130"), image.commit):
+    versions = [metadata.version("torch"), metadata.version("nvidia-dali-cuda130")]
+    for fact in (*versions, *filter(None, [torch.version.cuda]), image.commit):
         assert fact in report
     (facts,) = json.loads(execute(["docker", "image", "inspect", NAME]))
     assert facts["Config"]["Labels"]["org.opencontainers.image.revision"] == image.commit
