@@ -65,7 +65,7 @@ def plan_main(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
             torchrun.get_args_parser().parse_args(arguments)
         else:
             multiproc.torchrun_command(arguments)
-        counts = re.findall(r"--(?:nnodes|nproc[-_]per[-_]node) (\d+)", " ".join(launcher))
+        counts = re.findall(r"--(?:nnodes|nproc[-_]per[-_]node)[ =](\d+)", " ".join(launcher))
         monkeypatch.setenv("WORLD_SIZE", str(math.prod(map(int, counts))))
     plan(argv)
 
@@ -177,7 +177,7 @@ RULES: dict[str, Rule] = {
     r"sbatch .*scripts/slurm/train\.sbatch scripts/\S+\.sh": "tests/test_slurm.py",
     r"pytest": paths_exist,
     r"torchrun": launcher_flags,
-    r"docker (run|load|build|stop)|enroot import": not_ours,
+    r"docker (run|load|build|stop)|enroot import|kill|scancel|scontrol|pip install": not_ours,
 }
 """Beginning of a command -> what holds it."""
 
