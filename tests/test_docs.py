@@ -41,6 +41,9 @@ SHOWN = list(dict.fromkeys(command for path in DOCUMENTS for command in commands
 # or the file whose tests run it for real.
 
 
+LAUNCHERS = r"torchrun|python multiproc\.py|python -m image_classification\.launch"
+
+
 def plan(argv: list[str]) -> None:
     """Let main.py resolve a command line, which it does without data and GPU."""
     output = io.StringIO()
@@ -56,18 +59,16 @@ def plan(argv: list[str]) -> None:
 
 def plan_main(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan `[LAUNCHER] main.py DATA ...`, on as many processes as the launcher is to start."""
-    split = command.words.index("main.py")
-    launcher, argv = list(command.words[:split]), list(command.words[split + 1 :])
-    if launcher != ["python"]:
-        arguments = [*launcher, "main.py"][1 if launcher[0] == "torchrun" else 2 :]
+    before, _, after = command.line.partition("main.py")
+    if flags := re.sub(f"({LAUNCHERS}|python) ?", "", before, count=1).split():
         Path("main.py").touch()
-        if launcher[0] == "torchrun":
-            torchrun.get_args_parser().parse_args(arguments)
+        if "multiproc.py" in before:
+            multiproc.torchrun_arguments([*flags, "main.py"])
         else:
-            multiproc.torchrun_command(arguments)
-        counts = re.findall(r"--(?:nnodes|nproc[-_]per[-_]node)[ =](\d+)", " ".join(launcher))
+            torchrun.get_args_parser().parse_args([*flags, "main.py"])
+        counts = re.findall(r"--(?:nnodes|nproc[-_]per[-_]node)[ =](\d+)", before)
         monkeypatch.setenv("WORLD_SIZE", str(math.prod(map(int, counts))))
-    plan(argv)
+    plan(after.split())
 
 
 def plan_row(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +161,7 @@ def paths_exist(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 Rule = Callable[[Command, pytest.MonkeyPatch], None] | str
 RULES: dict[str, Rule] = {
-    r"(python|torchrun .*|python multiproc\.py .*) main\.py": plan_main,
+    rf"(python|({LAUNCHERS}) .*) main\.py": plan_main,
     r"bash scripts/(rigl/)?(rn50|mbv1)_\S+\.sh": plan_row,
     r"python costs\.py": run_costs,
     r"python (export\.py|classify\.py|-m image_classification\.convert)": parse,
@@ -176,7 +177,7 @@ RULES: dict[str, Rule] = {
     r"bash \.ci/run": ".github/workflows/ci.yml",
     r"sbatch .*scripts/slurm/train\.sbatch scripts/\S+\.sh": "tests/test_slurm.py",
     r"pytest": paths_exist,
-    r"torchrun": launcher_flags,
+    LAUNCHERS: launcher_flags,
     r"docker (run|load|build|stop)|enroot import|kill|scancel|scontrol|pip install": not_ours,
 }
 """Beginning of a command -> what holds it."""
