@@ -161,6 +161,7 @@ RETIRED = {
     "--conv_init": "use -c fanin or -c classic",
     "--grad-accumulation-n": "growth always uses the gradient of the whole optimizer batch",
     "--T-end-epochs": "use --t-end-fraction",
+    "--lr-decay-epochs": "use --lr-milestones",
     "--lr-file": "use --lr-schedule with --lr-milestones",
     "--widths": "not supported; --width scales mobilenet_v1",
 }

@@ -39,6 +39,7 @@ _METRICS: dict[str, tuple[str | None, str]] = {
     "sparse.sparsity": _SHARE,
     "sparse.drop_fraction": _SHARE,
     "sparse.exploration_rate": _SHARE,
+    "sparse.sent_ratio": _SHARE,
     "sparse.dropped": _COUNT,
     "sparse.grown": _COUNT,
     "gpu.utilization": ("%", ":.0f"),
