@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 import sparse
 from image_classification import build, config, distributed
 from image_classification.config import Config
+from image_classification.data import DataError
 from image_classification.log import Logger, run_metadata
 from image_classification.run import Extension
 from sparse import costs
@@ -155,15 +156,22 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
+    """Run the command line; return its exit status: 0, or 2 for a user's mistake or bad data."""
     with contextlib.ExitStack() as stack:
         try:
             action = prepare(argv, stack)
         except ValueError as error:
-            print(f"main.py: error: {error}", file=sys.stderr)
-            return 2
-        action()
+            return _fail(error)
+        try:
+            action()
+        except DataError as error:
+            return _fail(error)
     return 0
+
+
+def _fail(error: Exception) -> int:
+    print(f"main.py: error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

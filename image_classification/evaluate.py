@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from image_classification import distributed
-from image_classification.data import Loader
+from image_classification.data import DataError, Loader
 from image_classification.distributed import World
 from image_classification.log import Logger, Verbosity
 from image_classification.trainer import Precision
@@ -47,7 +47,7 @@ def evaluate(
         (mean and quantiles of this process).
 
     Raises:
-        ValueError: No process has an image.
+        DataError: No process has an image.
     """
     distributed.broadcast_buffers(model)
     model.eval()
@@ -73,7 +73,7 @@ def evaluate(
     sums = torch.cat([sums, torch.tensor([float(images_seen)], device=world.device)])
     top1, top, loss, count = distributed.all_reduce_sum(sums).tolist()
     if count == 0:
-        raise ValueError("there is no validation image")
+        raise DataError("there is no validation image")
     return {
         f"{prefix}.top1": 100 * top1 / count,
         f"{prefix}.top{topk}": 100 * top / count,

@@ -10,7 +10,7 @@ from torch import nn
 
 from image_classification import checkpoint, distributed
 from image_classification.config import Config
-from image_classification.data import Loader
+from image_classification.data import DataError, Loader, share_bad_files
 from image_classification.evaluate import evaluate
 from image_classification.log import GpuMonitor, Logger, Verbosity
 from image_classification.trainer import Trainer
@@ -86,6 +86,7 @@ class Run:
             record = self._train_epoch()
             self.epoch += 1
             is_best = self._validate_epoch(record)
+            record["data.bad_files"] = self._share_bad_files()
             self._log_epoch(record)
             totals = _summarize(totals, record)
             if config.save_checkpoints:
@@ -105,23 +106,28 @@ class Run:
             models["val_ema"] = self.trainer.ema.module
         record: dict[str, float] = {}
         for prefix, model in models.items():
-            record |= evaluate(
-                model,
-                self.val_loader,
-                world=self.trainer.world,
-                precision=self.trainer.precision,
-                topk=self.config.topk,
-                logger=self.logger,
-                step=(epoch, self.steps_per_epoch * self.trainer.accumulation),
-                print_freq=self.config.print_freq,
-                limit=self.config.prof,
-                prefix=prefix,
-            )
+            try:
+                record |= evaluate(
+                    model,
+                    self.val_loader,
+                    world=self.trainer.world,
+                    precision=self.trainer.precision,
+                    topk=self.config.topk,
+                    logger=self.logger,
+                    step=(epoch, self.steps_per_epoch * self.trainer.accumulation),
+                    print_freq=self.config.print_freq,
+                    limit=self.config.prof,
+                    prefix=prefix,
+                )
+            except DataError:  # no image is left: tell which files, or that they are too many
+                self._share_bad_files()
+                raise
         return record
 
     def evaluate(self) -> None:
         """Validate once and log the result as the run's summary."""
         record = {**self.extension.metrics(), **self.validate()}
+        record["data.bad_files"] = self._share_bad_files()
         self.logger.log((), record)
         self.logger.log((), self.extension.epoch_metrics(), Verbosity.VERBOSE)
 
@@ -219,8 +225,25 @@ class Run:
             steps=steps,
             logger=self.logger,
             print_freq=self.config.print_freq,
-            metrics=lambda: {**self.extension.metrics(), **self._gpu.sample()},
+            metrics=lambda: {
+                **self.extension.metrics(),
+                **self._gpu.sample(),
+                "data.bad_files": self._share_bad_files(),
+            },
             bar=("train.loss", "train.total_ips", *self.extension.bar),
+        )
+
+    def _share_bad_files(self) -> int:
+        """Warn of files that could not be read; return their number. All ranks take part.
+
+        Raises:
+            DataError: More are bad than --max-bad-files allows.
+        """
+        loaders = [self.train_loader, self.val_loader]
+        return share_bad_files(
+            [loader.bad_files for loader in loaders if loader is not None],
+            device=self.trainer.world.device,
+            warn=self.logger.warning,
         )
 
     def _validate_epoch(self, record: dict[str, float]) -> bool:

@@ -1,6 +1,7 @@
 """The training loop: micro-batches, optimizer steps, epochs. It knows plain dense training only."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,16 +90,34 @@ class Trainer:
         """Add a micro-batch's share of the gradient; `last` of a step, all ranks average theirs.
 
         Returns:
-            The mean loss of the micro-batch, detached, on the device.
+            The mean loss of the micro-batch, detached, on the device; 0 without images.
         """
+        if not len(images):
+            return self._sit_out(images, last=last)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        local = self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
-        with local:
+        with self._local(last=last):
             with self.precision.autocast(images.device):
                 loss = self.loss(self._forward(images), targets)
             self.scaler.scale(loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _local(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        return self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
+
+    def _sit_out(self, images: Tensor, *, last: bool) -> Tensor:
+        """Add a gradient of zero: no image of the micro-batch could be read.
+
+        The other ranks wait for this one, so it runs the network, on a blank image that leaves no
+        trace in the statistics of BatchNorm.
+        """
+        self.model.eval()
+        with self._local(last=last):
+            with self.precision.autocast(images.device):
+                nothing = self._forward(images.new_zeros(1, *images.shape[1:])).sum() * 0
+            self.scaler.scale(nothing).backward()  # type: ignore[no-untyped-call]
+        self.model.train()
+        return torch.zeros_like(nothing)
 
     def update(self) -> None:
         """Take an optimizer step with the gradient gathered so far."""
@@ -144,7 +163,7 @@ class Trainer:
             for iteration in range(1, total + 1):
                 last = iteration % self.accumulation == 0
                 images, targets = meter.fetch(batches)
-                meter.add(self.backward(images, targets, last=last))
+                meter.add(self.backward(images, targets, last=last), len(images))
                 if last:
                     self.update()
                 progress.update(1)
@@ -181,51 +200,54 @@ class _Meter:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._images = 0  # of one batch over all ranks; they all hold as many
         self._epoch_start = self._start = time.perf_counter()
         self._waited = self._epoch_waited = 0.0
         self._batches = self._epoch_batches = 0
-        self._loss = torch.zeros((), device=trainer.world.device)
-        self._epoch_loss = 0.0
+        self._sums = torch.zeros(2, device=trainer.world.device)  # of losses, of images
+        self._loss = self._images = 0.0  # of the epoch and all ranks
 
     def fetch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
-        self._images = len(batch[0]) * self._trainer.world.world_size
         return batch
 
-    def add(self, loss: Tensor) -> None:
-        self._loss += loss
+    def add(self, loss: Tensor, num_images: int) -> None:
+        self._sums += torch.stack([loss * num_images, torch.full_like(loss, num_images)])
         self._batches += 1
 
     def record(self) -> tuple[dict[str, float], dict[str, float]]:
         """Close an interval; return what the console shows and what only the raport keeps."""
-        loss = float(distributed.all_reduce_sum(self._loss)) / self._trainer.world.world_size
+        loss, images = distributed.all_reduce_sum(self._sums).tolist()
         now = time.perf_counter()
-        shown, detail = self._rates(now - self._start, self._waited, self._batches)
-        shown = {"train.loss": loss / self._batches, **shown,
+        shown, detail = self._rates(now - self._start, self._waited, self._batches, images)
+        shown = {"train.loss": _mean(loss, images), **shown,
                  "train.lr": self._trainer.optimizer.param_groups[0]["lr"]}  # fmt: skip
         if self._trainer.scaler.is_enabled():
             shown["train.grad_scale"] = self._trainer.scaler.get_scale()
-        self._epoch_loss += loss
+        self._loss += loss
+        self._images += images
         self._epoch_waited += self._waited
         self._epoch_batches += self._batches
         self._start, self._waited, self._batches = now, 0.0, 0
-        self._loss = torch.zeros_like(self._loss)
+        self._sums = torch.zeros_like(self._sums)
         return shown, detail
 
     def summary(self) -> dict[str, float]:
         elapsed = self._start - self._epoch_start
-        shown, detail = self._rates(elapsed, self._epoch_waited, self._epoch_batches)
-        return {"train.loss": self._epoch_loss / self._epoch_batches, **shown, **detail}
+        counts = self._epoch_batches, self._images
+        shown, detail = self._rates(elapsed, self._epoch_waited, *counts)
+        return {"train.loss": _mean(self._loss, self._images), **shown, **detail}
 
     def _rates(
-        self, elapsed: float, waited: float, batches: int
+        self, elapsed: float, waited: float, batches: int, images: float
     ) -> tuple[dict[str, float], dict[str, float]]:
-        images = batches * self._images
         compute = max(elapsed - waited, 1e-9)
         return (
             {"train.compute_ips": images / compute, "train.total_ips": images / elapsed},
             {"train.data_time": waited / batches, "train.compute_time": compute / batches},
         )
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan
