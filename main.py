@@ -4,7 +4,13 @@ The composition root: it parses the flags, builds the harness (image_classificat
 sparse-training method (sparse) and runs.
 """
 
+from image_classification import preemption
+
+if __name__ == "__main__":
+    preemption.listen()  # before torch: importing it takes seconds, and a signal would kill
+
 import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -18,43 +24,64 @@ from torch import nn
 from torch.optim import Optimizer
 
 import sparse
-from image_classification import build, config, distributed
+from image_classification import build, checkpoint, config, distributed
 from image_classification.config import Config
 from image_classification.data import DataError
 from image_classification.log import Logger, run_metadata
+from image_classification.preemption import Preempted
 from image_classification.run import Extension
+from image_classification.trainer import TrainingError
 from sparse import costs
 from sparse_flags import SparseFlags, arguments, cost_plan, resolve, sparse_plan
 
 DESCRIPTION = "Train a network, dense or sparse, on a directory of images."
 
 
-def attach(
+def create_sparsifier(
     model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: SparseFlags
-) -> Extension:
+) -> sparse.Sparsifier | None:
     """Hook the sparse method of `flags` to `optimizer`; a dense run is left alone."""
     assert flags.sparse_method is not None
     if flags.sparse_method == "dense":
-        return Extension()
+        return None
     factory = getattr(sparse, flags.sparse_method)
     also = {"seed": seed, "track_exploration": True}
     accepted = inspect.signature(factory).parameters
-    sparsifier = factory(
+    sparsifier: sparse.Sparsifier = factory(
         model,
         optimizer,
         **arguments(flags, total_steps),
         **{name: value for name, value in also.items() if name in accepted},
     )
+    return sparsifier
+
+
+def attach(
+    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: SparseFlags
+) -> Extension:
+    """Join the sparse method of `flags` to training."""
+    sparsifier = create_sparsifier(model, optimizer, total_steps, seed, flags=flags)
+    if sparsifier is None:
+        return Extension()
 
     def metrics(*, per_layer: bool) -> dict[str, float]:
         values = sparsifier.metrics().items()
         return {f"sparse.{k}": v for k, v in values if k.startswith("sparsity.") == per_layer}
 
+    masked_at = -1
+
+    def prepare_ema(averaged: nn.Module) -> None:
+        # Averages at zero of weights at zero stay there until the masks move.
+        nonlocal masked_at
+        if sparsifier.num_updates != masked_at:
+            sparsifier.apply_to(averaged)
+            masked_at = sparsifier.num_updates
+
     return Extension(
         metrics=functools.partial(metrics, per_layer=False),
         epoch_metrics=functools.partial(metrics, per_layer=True),
         bar=("sparse.sparsity",),
-        prepare_ema=sparsifier.apply_to,
+        prepare_ema=prepare_ema,
         state={"sparse": sparsifier},
     )
 
@@ -117,6 +144,29 @@ def dry_run(c: Config, flags: SparseFlags) -> str:
     return json.dumps(plan)
 
 
+def check_sparsity(c: Config, flags: SparseFlags, start: build.Start, model: nn.Module) -> None:
+    """Raise ValueError (one line) if flags do not fit the network, the run or its checkpoint.
+
+    Args:
+        c: The flags of the trainer.
+        flags: The sparse flags.
+        start: Where the run begins.
+        model: The network on the meta device, where trying it out costs nothing.
+    """
+    if c.evaluate:
+        return
+    if c.optimizer == "apex-sgd":  # needs a GPU to exist
+        c = dataclasses.replace(c, optimizer="sgd")
+    optimizer = build.create_optimizer(c, model, torch.device("meta"))
+    create_sparsifier(model, optimizer, c.epochs * start.steps.steps_per_epoch, 0, flags=flags)
+    if start.path and flags.sparse_method != "dense":
+        saved = checkpoint.entry(start.state, "sparse", start.path)["method"]
+        if saved != flags.sparse_method:
+            raise ValueError(
+                f"{start.path} was trained with --sparse-method {saved}, not {flags.sparse_method}"
+            )
+
+
 def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], None]:
     """Return what the command line asks for, ready to be called.
 
@@ -126,6 +176,7 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
 
     Raises:
         ValueError: A user's mistake, in one line.
+        Preempted: The process was asked to stop before it had begun.
     """
     parser = config.build_parser(Config, SparseFlags, description=DESCRIPTION)
     values = config.parse(parser, argv)
@@ -136,7 +187,14 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     flags = resolve(config.section(SparseFlags, values))
     if c.dry_run:
         return functools.partial(print, dry_run(c, flags))
+    stack.enter_context(preemption.listening(c.preempt_grace))
     dataset = build.inspect(c)
+    with torch.device("meta"):
+        model = build.create_model(c, dataset)
+    start = build.prepare(c, dataset, model)
+    check_sparsity(c, flags, start, model)
+    if preemption.requested():
+        raise Preempted
     stack.callback(distributed.stop)
     world = distributed.start(cpu=c.cpu)
     logger = Logger(
@@ -150,22 +208,36 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     join: build.Attach = functools.partial(attach, flags=flags)
     if c.evaluate:
         join = functools.partial(report_costs, image_size=build.image_size(c))
-    run = build.build(c, dataset, world=world, logger=logger, attach=join)
+    run = build.build(c, dataset, start, world=world, logger=logger, attach=join)
     stack.callback(run.close)
     return run.evaluate if c.evaluate else run.fit
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake or bad data."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0; 1 for training that cannot go on; 2 for a user's mistake or bad data;
+        75 for a run that was asked to stop and continues with --resume auto.
+    """
     with contextlib.ExitStack() as stack:
         try:
-            action = prepare(argv, stack)
-        except ValueError as error:
-            return _fail(error)
-        try:
+            try:
+                action = prepare(argv, stack)
+            except ValueError as error:  # later ones are bugs, which show their traceback
+                print(f"main.py: error: {error}", file=sys.stderr)
+                return 2
             action()
         except DataError as error:
-            return _fail(error)
+            print(f"main.py: error: {error}", file=sys.stderr)
+            return 2
+        except TrainingError as error:
+            print(f"main.py: error: {error}", file=sys.stderr)
+            return 1
+        except Preempted:
+            signal = preemption.requested() or "a signal to another rank"
+            print(f"main.py: stopped by {signal}: --resume auto goes on", file=sys.stderr)
+            return preemption.EXIT_STATUS
     return 0
 
 

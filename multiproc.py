@@ -4,22 +4,24 @@
 
 Local rank 0 writes to this terminal; the standard output of the others goes to GPU_<local rank>.log
 in the current directory (GPU_node<N>_<local rank>.log with several nodes, which may share a disk).
+Ends with the status that image_classification.launch gives: 75 for a run that was asked to stop.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from image_classification.launch import launch
 
 # Run by torchrun in place of the script: sends the output of all but local rank 0 to a file, then
 # becomes the script, so that signals reach it under the same process id. $0 is the file's prefix.
 _WORKER = '[ "$LOCAL_RANK" = 0 ] || exec >"$0$LOCAL_RANK.log"; exec "$@"'
 
 
-def torchrun_command(arguments: Sequence[str]) -> list[str]:
-    """Translate the launcher's arguments into the torchrun command that does the work.
+def torchrun_arguments(arguments: Sequence[str]) -> list[str]:
+    """Translate the launcher's arguments into those of torchrun, which does the work.
 
     Exits with status 2 and one line on standard error when an argument or the script is wrong.
     """
@@ -30,7 +32,6 @@ def torchrun_command(arguments: Sequence[str]) -> list[str]:
     if not 0 <= args.node_rank < args.nnodes:
         parser.error(f"--node_rank {args.node_rank} is not in 0..{args.nnodes - 1} (--nnodes)")
     log_prefix = "GPU_" if args.nnodes == 1 else f"GPU_node{args.node_rank}_"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--no-python"]
     world = [
         f"--nnodes={args.nnodes}",
         f"--node-rank={args.node_rank}",
@@ -39,7 +40,7 @@ def torchrun_command(arguments: Sequence[str]) -> list[str]:
         f"--master-port={args.master_port}",
     ]
     script = [sys.executable, "-u", args.training_script, *args.training_script_args]
-    return [*launcher, *world, "sh", "-c", _WORKER, log_prefix, *script]
+    return ["--no-python", *world, "sh", "-c", _WORKER, log_prefix, *script]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,11 +77,5 @@ def _positive(text: str) -> int:
     return value
 
 
-def main() -> None:
-    """Become torchrun: it receives the signals meant for the launcher and passes them on."""
-    command = torchrun_command(sys.argv[1:])
-    os.execv(command[0], command)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(launch(torchrun_arguments(sys.argv[1:])))

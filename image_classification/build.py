@@ -1,10 +1,13 @@
 """From flags to a run that is ready to start: data, model, optimizer, trainer, resume."""
 
+import random
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -89,62 +92,144 @@ def create_model(config: Config, dataset: data.DatasetInfo) -> nn.Module:
     )
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: a checkpoint that was read and fits, or none."""
+
+    steps: Steps
+    path: Path | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Start:
+    """Find all that can be wrong with a run before any process group or device is started.
+
+    Args:
+        config: The flags.
+        dataset: The facts of DATA.
+        model: The network of the flags; on the meta device it is enough.
+
+    Raises:
+        ValueError: One line: the processes do not divide the batch, the learning rate's schedule
+            makes no sense, or the checkpoint is missing, damaged or of another network.
+    """
+    path, warnings = _find_checkpoint(config)
+    state: Mapping[str, Any] = checkpoint.load(path) if path else {}
+    if path and not config.evaluate and state.get("arch") != config.arch:
+        raise ValueError(f"{path} holds {state.get('arch')}, --arch is {config.arch}")
+    if path:
+        checkpoint.check({"state_dict": model}, state, path)
+    if config.pretrained_from_file:
+        source = Path(config.pretrained_from_file)
+        checkpoint.check({"state_dict": model}, checkpoint.load(source), source)
+    world_size = distributed.world_from_env().world_size
+    kept_batch = state.get("optimizer_batch_size")
+    steps = cut(config, num_train=dataset.num_train, world_size=world_size, kept_batch=kept_batch)
+    _create_schedule(config, steps)
+    return Start(steps, path, state, warnings)
+
+
+def create_optimizer(config: Config, model: nn.Module, device: torch.device) -> Optimizer:
+    """Return the optimizer of the flags for a model on `device`."""
+    groups = optim.parameter_groups(
+        model, weight_decay=config.weight_decay, bn_weight_decay=config.bn_weight_decay
+    )
+    return optim.create_optimizer(
+        config.optimizer,
+        groups,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        rmsprop_alpha=config.rmsprop_alpha,
+        rmsprop_eps=config.rmsprop_eps,
+        device=device,
+    )
+
+
 def build(
-    config: Config, dataset: data.DatasetInfo, *, world: World, logger: Logger, attach: Attach
+    config: Config,
+    dataset: data.DatasetInfo,
+    start: Start,
+    *,
+    world: World,
+    logger: Logger,
+    attach: Attach,
 ) -> Run:
     """Return the run of the flags; `attach` may join something to its model and optimizer.
 
     Raises:
-        ValueError: One line: a file that is missing, damaged or does not fit.
+        ValueError: One line: a file that is missing, damaged or does not fit, or ranks that begin
+            at different checkpoints.
     """
-    found = _find_checkpoint(config, logger)
-    if config.evaluate and not found and not config.pretrained_from_file:
-        logger.warning("--evaluate without --resume: the weights are random")
-    seed = _choose_seed(config, found[1] if found else {})
+    _announce(config, start, logger)
+    seed = _choose_seed(config, start.state)
     logger.parameters({"seed": seed})
-    torch.manual_seed(seed)  # the same on all ranks: they start from one network
+    _seed_generators(seed)  # the same on all ranks: they start from one network
     _set_backends(config)
     model = create_model(config, dataset).to(world.device)
     model = model.to(memory_format=_memory_format(config))
     if config.pretrained_from_file:
         source = Path(config.pretrained_from_file)
         checkpoint.restore({"state_dict": model}, checkpoint.load(source), source)
-    steps = cut(config, num_train=dataset.num_train, world_size=world.world_size)
-    optimizer = _create_optimizer(config, model, world)
+    steps = start.steps
+    optimizer = create_optimizer(config, model, world.device)
     extension = attach(model, optimizer, config.epochs * steps.steps_per_epoch, seed)
-    loading = _data_config(config, dataset, world, seed)
+    loading = _data_config(config, dataset, world, seed, steps.batch_size)
     run = Run(
         config,
-        _create_trainer(config, model, optimizer, steps, world, num_classes(config, dataset)),
+        _create_trainer(
+            config, model, optimizer, extension, steps, world, num_classes(config, dataset)
+        ),
         train_loader=None if config.evaluate else data.create_train_loader(loading),
         val_loader=None if config.training_only else data.create_val_loader(loading),
         steps_per_epoch=steps.steps_per_epoch,
+        optimizer_batch_size=steps.optimizer_batch_size,
         logger=logger,
         extension=extension,
         seed=seed,
     )
-    torch.manual_seed(seed + 1 + world.rank)  # MixUp and dropout differ between ranks
-    if found and config.evaluate:
-        run.load_weights(*found)
-    elif found:
-        run.resume(*found)
+    _seed_generators(seed + 1 + world.rank)  # MixUp and dropout differ between ranks
+    if start.path and config.evaluate:
+        run.load_weights(start.path, start.state)
+    elif start.path:
+        run.resume(start.path, start.state)
     return run
 
 
-def _find_checkpoint(config: Config, logger: Logger) -> tuple[Path, Mapping[str, Any]] | None:
+def _find_checkpoint(config: Config) -> tuple[Path | None, tuple[str, ...]]:
     if config.resume is None:
-        return None
-    path = Path(config.resume)
-    if config.resume == "auto":
-        found = checkpoint.find(Path(config.workspace), config.checkpoint_filename)
-        for warning in found.warnings:
-            logger.warning(warning)
-        if found.path is None:
-            logger.message(f"no checkpoint in {config.workspace}: starting at epoch 0")
-            return None
-        path = found.path
-    logger.message(f"loading {path}")
-    return path, checkpoint.load(path)
+        return None, ()
+    if config.resume != "auto":
+        return Path(config.resume), ()
+    found = checkpoint.find(Path(config.workspace), config.checkpoint_filename)
+    return found.path, found.warnings
+
+
+def _announce(config: Config, start: Start, logger: Logger) -> None:
+    """Say where the run begins, on which all ranks must agree."""
+    for warning in start.warnings:
+        logger.warning(warning)
+    if start.path:
+        logger.message(f"loading {start.path}")
+    elif config.resume:
+        logger.message(f"no checkpoint in {config.workspace}: starting at epoch 0")
+    elif config.evaluate and not config.pretrained_from_file:
+        logger.warning("--evaluate without --resume: the weights are random")
+    steps = start.steps
+    if steps.batch_size != config.batch_size:
+        logger.message(
+            f"{steps.optimizer_batch_size} images per optimizer step are kept with micro-batches "
+            f"of {steps.batch_size}"
+        )
+    begins = distributed.all_gather_object((str(start.path), start.state.get("step")))
+    for rank, begin in enumerate(begins):
+        if begin != begins[0]:
+            raise ValueError(
+                f"rank 0 begins at checkpoint {begins[0][0]} (step {begins[0][1]}), rank {rank} at "
+                f"{begin[0]} (step {begin[1]}): put --workspace on a disk that all nodes share"
+            )
 
 
 def _choose_seed(config: Config, state: Mapping[str, Any]) -> int:
@@ -153,6 +238,12 @@ def _choose_seed(config: Config, state: Mapping[str, Any]) -> int:
         if seed is not None:
             return int(seed)
     return distributed.broadcast_object(secrets.randbits(31))
+
+
+def _seed_generators(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _set_backends(config: Config) -> None:
@@ -172,27 +263,8 @@ def _precision_name(config: Config) -> str:
     return "tf32" if config.tf32 else "float32"
 
 
-def _create_optimizer(config: Config, model: nn.Module, world: World) -> Optimizer:
-    groups = optim.parameter_groups(
-        model, weight_decay=config.weight_decay, bn_weight_decay=config.bn_weight_decay
-    )
-    return optim.create_optimizer(
-        config.optimizer,
-        groups,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        rmsprop_alpha=config.rmsprop_alpha,
-        rmsprop_eps=config.rmsprop_eps,
-        device=world.device,
-    )
-
-
-def _create_trainer(
-    config: Config, model: nn.Module, optimizer: Optimizer, steps: Steps, world: World, classes: int
-) -> Trainer:
-    schedule = optim.LrSchedule(
+def _create_schedule(config: Config, steps: Steps) -> optim.LrSchedule:
+    return optim.LrSchedule(
         kind=config.lr_schedule,
         base_lr=config.lr,
         end_lr=config.end_lr,
@@ -203,31 +275,44 @@ def _create_trainer(
         per_step=config.lr_per_step,
         steps_per_epoch=steps.steps_per_epoch,
     )
+
+
+def _create_trainer(
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    extension: Extension,
+    steps: Steps,
+    world: World,
+    classes: int,
+) -> Trainer:
     dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[config.amp_dtype]
     scale = 65536.0 if config.dynamic_loss_scale else config.static_loss_scale
     return Trainer(
         model,
         optimizer,
-        schedule,
+        _create_schedule(config, steps),
         optim.create_loss(config.label_smoothing),
         world=world,
         precision=Precision(dtype if config.amp else None, scale),
         accumulation=steps.accumulation,
         ema=optim.create_ema(model, config.use_ema) if config.use_ema else None,
+        prepare_ema=extension.prepare_ema,
+        max_bad_steps=config.max_bad_steps,
         mixup=optim.mixup(config.mixup, classes) if config.mixup else None,
         compiled=config.compile,
     )
 
 
 def _data_config(
-    config: Config, dataset: data.DatasetInfo, world: World, seed: int
+    config: Config, dataset: data.DatasetInfo, world: World, seed: int, batch_size: int
 ) -> data.DataConfig:
     return data.DataConfig(
         path=Path(config.data) if config.data is not None else None,
         backend=backend(config),
         image_size=image_size(config),
         interpolation=config.interpolation,
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         workers=config.workers,
         prefetch=config.prefetch,
         seed=seed,

@@ -127,6 +127,10 @@ class Config:
     # run
     seed: int | None = flag(None, "seed of everything random; drawn and logged when absent")
     resume: str | None = flag(None, "checkpoint to continue; auto: the newest in the workspace")
+    preempt_grace: float = flag(
+        25.0, "seconds from SIGTERM or SIGUSR1 to the end of the process, checkpoint included"
+    )
+    max_bad_steps: int = flag(10, "optimizer steps in a row whose loss may be infinite or NaN")
     evaluate: bool = flag(False, "validate once and stop", "-e")
     training_only: bool = flag(False, "no validation")
     prof: int = flag(-1, "stop after this many iterations of training and of validation")
@@ -137,6 +141,9 @@ class Config:
     # output
     workspace: str = flag("./", "directory of checkpoints and raport", "--checkpoint-dir")
     save_checkpoints: bool = flag(True, "write no checkpoints", switch="--no-checkpoints")
+    checkpoint_every_steps: int = flag(
+        0, "optimizer steps between checkpoints within an epoch; 0: at its end only"
+    )
     checkpoint_filename: str = flag("checkpoint.pth.tar", "name of the newest checkpoint")
     gather_checkpoints: int = flag(
         0, "checkpoints of single epochs to keep; -1: all, 0: the newest and the best only"
@@ -282,12 +289,21 @@ def _rules(c: Config) -> list[tuple[bool, str, str]]:
         (fp16, "static_loss_scale dynamic_loss_scale", "--amp in float16"),
         (not c.dynamic_loss_scale, "static_loss_scale", "dropping --dynamic-loss-scale"),
         (not c.training_only, "early_stopping_patience topk", "dropping --training-only"),
-        (c.save_checkpoints, "gather_checkpoints checkpoint_filename", "checkpoints"),
+        (
+            c.save_checkpoints,
+            "gather_checkpoints checkpoint_filename checkpoint_every_steps",
+            "checkpoints",
+        ),
         (backend(c) == "synthetic", "synthetic_batches", "--data-backend synthetic"),
         (backend(c) != "synthetic", "interpolation workers prefetch max_bad_files",
          "images to read"),
         (not c.cpu, "tf32", "a GPU"),
-        (not c.evaluate, "gather_checkpoints run_epochs early_stopping_patience", "training"),
+        (
+            not c.evaluate,
+            "gather_checkpoints checkpoint_every_steps run_epochs early_stopping_patience "
+            "max_bad_steps",
+            "training",
+        ),
     ]  # fmt: skip
 
 
@@ -310,6 +326,9 @@ def _check_ranges(c: Config) -> None:
     need(c.warmup < c.epochs, "warmup", f"less than --epochs {c.epochs}")
     need(c.static_loss_scale > 0, "static_loss_scale", "above 0")
     need(c.seed is None or c.seed >= 0, "seed", "at least 0")
+    need(c.checkpoint_every_steps >= 0, "checkpoint_every_steps", "at least 0")
+    need(c.preempt_grace > 0, "preempt_grace", "above 0 seconds")
+    need(c.max_bad_steps >= 1, "max_bad_steps", "at least 1")
     need(c.gather_checkpoints >= -1, "gather_checkpoints", "-1 or more")
     need(c.prof == -1 or c.prof >= 1, "prof", "-1 or at least 1")
     need(c.run_epochs == -1 or c.run_epochs >= 1, "run_epochs", "-1 or at least 1")
@@ -332,19 +351,49 @@ class Steps:
     """Optimizer steps per epoch; a last, incomplete one is dropped."""
     optimizer_batch_size: int
     """Images per optimizer step over all processes."""
+    batch_size: int
+    """Images per process and micro-batch."""
 
 
-def cut(config: Config, *, num_train: int, world_size: int) -> Steps:
-    """Cut an epoch of `num_train` images into steps for `world_size` processes.
+def _largest_part(wanted: int, batch_size: int, world_size: int) -> int:
+    """Return the largest micro-batch of at most `batch_size` that `wanted` images can be cut into.
 
     Raises:
-        ValueError: --optimizer-batch-size is no multiple of the images of one micro-batch over all
-            processes, or an epoch holds less than one step.
+        ValueError: The processes do not divide them.
     """
-    one = config.batch_size * world_size
+    share, rest = divmod(wanted, world_size)
+    if rest or not share:
+        raise ValueError(
+            f"{world_size} processes do not divide the {wanted} images per optimizer step of the "
+            "run that is continued: start a number that does, or pass --optimizer-batch-size"
+        )
+    return max(b for b in range(1, batch_size + 1) if share % b == 0)
+
+
+def cut(config: Config, *, num_train: int, world_size: int, kept_batch: int | None = None) -> Steps:
+    """Cut an epoch of `num_train` images into steps for `world_size` processes.
+
+    Args:
+        config: The flags.
+        num_train: Training images.
+        world_size: Processes.
+        kept_batch: Images per optimizer step of the run that is continued. They are kept on
+            another number of processes, unless --optimizer-batch-size says otherwise: by
+            accumulation, and by smaller micro-batches where that is not enough.
+
+    Raises:
+        ValueError: The images of an optimizer step are no multiple of those of one micro-batch
+            over all processes, or an epoch holds less than one step.
+    """
+    batch_size, wanted = config.batch_size, config.optimizer_batch_size
     if config.evaluate:
-        return Steps(1, 1, one)  # no step is taken
-    wanted = one if config.optimizer_batch_size == -1 else config.optimizer_batch_size
+        return Steps(1, 1, batch_size * world_size, batch_size)  # no step is taken
+    if kept_batch is not None and wanted in (-1, kept_batch):
+        wanted = kept_batch
+        batch_size = _largest_part(wanted, batch_size, world_size)
+    one = batch_size * world_size
+    if wanted == -1:
+        wanted = one
     if wanted < one or wanted % one:
         raise ValueError(
             f"--optimizer-batch-size {wanted} is not a multiple of {world_size} processes x "
@@ -357,4 +406,4 @@ def cut(config: Config, *, num_train: int, world_size: int) -> Steps:
             f"{num_train} training images are fewer than one optimizer step of {wanted}; "
             "lower --batch-size or --optimizer-batch-size"
         )
-    return Steps(accumulation, steps, wanted)
+    return Steps(accumulation, steps, wanted, batch_size)

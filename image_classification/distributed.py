@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -100,11 +101,16 @@ def start(*, cpu: bool = False) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if launch.world_size > 1 or (launch.launcher == "torchrun" and "MASTER_ADDR" in os.environ):
+        address = _slurm_address(os.environ) if launch.launcher == "slurm" else "env://"
+        store, *_ = next(rendezvous(address, launch.rank, launch.world_size))
+        # torchrun may keep its store when it starts the workers again, and with it the addresses
+        # of those that are gone.
+        attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{launch.world_size}"
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             # Binding the device lets NCCL connect at once and lets barriers know their GPU.
             device_id=device if device.type == "cuda" else None,
-            init_method=_slurm_address(os.environ) if launch.launcher == "slurm" else "env://",
+            store=dist.PrefixStore(attempt, store),  # type: ignore[attr-defined]
             rank=launch.rank,
             world_size=launch.world_size,
         )
@@ -125,6 +131,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     result = tensor.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(result)
+    return result
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Return the largest of each element over all ranks, as `all_reduce_sum` returns sums."""
+    result = tensor.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(result, op=dist.ReduceOp.MAX)
     return result
 
 
@@ -161,6 +175,42 @@ def barrier() -> None:
     """Wait until every rank has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+class Ballot:
+    """Lets any rank stop all ranks at the same place, without keeping them waiting.
+
+    `cast` starts to sum the votes in the background, on the host, and returns the outcome of the
+    call before. All ranks see the same outcomes in the same order and therefore act on the same
+    call; the devices are not asked. Every rank must call as often as the others.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+        self._sum = torch.zeros((), dtype=torch.int32)
+        self._under_way: dist.Work | None = None
+
+    def cast(self, vote: bool) -> bool:
+        """Vote; tell whether any rank voted yes in the call before (alone: in this one)."""
+        if self._group is None:
+            return vote
+        outcome = self._count()
+        self._sum = torch.tensor(vote, dtype=torch.int32)
+        self._under_way = dist.all_reduce(self._sum, group=self._group, async_op=True)
+        return outcome
+
+    def decide(self, vote: bool) -> bool:
+        """Vote and wait: tell whether any rank voted yes in this call or the one before."""
+        before = self.cast(vote)
+        return before or (vote if self._group is None else self._count())
+
+    def _count(self) -> bool:
+        if self._under_way is not None:
+            self._under_way.wait()
+            self._under_way = None
+        return bool(self._sum)
 
 
 def environment() -> dict[str, str]:

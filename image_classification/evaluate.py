@@ -1,7 +1,7 @@
 """Exact validation: every image counts once, whatever the number of processes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ def evaluate(
     print_freq: int = 10,
     limit: int = -1,
     prefix: str = "val",
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Return accuracy and plain cross entropy of `model` over the images of all ranks.
 
@@ -41,6 +42,7 @@ def evaluate(
         print_freq: Batches between records.
         limit: Stop after this many batches per process; -1: all.
         prefix: Head of the metrics' names.
+        after_batch: Called after every batch, equally often on all ranks.
 
     Returns:
         `<prefix>.top1` and `.top<k>` in percent, `.loss`, images per second, seconds per batch
@@ -55,21 +57,26 @@ def evaluate(
     images_seen = 0
     clock = _Clock(world.device)
     batches = len(loader) if limit == -1 else min(limit, len(loader))
+    rounds = distributed.broadcast_object(batches)  # rank 0 has the most
     progress = logger.progress(batches, prefix)
     for iteration, (images, targets) in enumerate(loader.epoch(0), start=1):
-        clock.start()
-        with precision.autocast(images.device):
-            output = model(images)
-        sums += _sums(output.float(), targets, topk)
-        images_seen += len(images)
-        clock.stop()
+        if len(images):  # none of a batch may be readable
+            clock.start()
+            with precision.autocast(images.device):
+                output = model(images)
+            sums += _sums(output.float(), targets, topk)
+            images_seen += len(images)
+            clock.stop()
         progress.update(1)
         if iteration % print_freq == 0:
             ips = images_seen * world.world_size / clock.elapsed()
             logger.log((*step, iteration), {f"{prefix}.total_ips": ips}, Verbosity.VERBOSE)
+        after_batch()
         if iteration == batches:
             break
     progress.close()
+    for _ in range(batches, rounds):
+        after_batch()
     sums = torch.cat([sums, torch.tensor([float(images_seen)], device=world.device)])
     top1, top, loss, count = distributed.all_reduce_sum(sums).tolist()
     if count == 0:

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from image_classification import checkpoint, distributed
+from image_classification import checkpoint, distributed, preemption
 from image_classification.config import Config
 from image_classification.data import DataError, Loader, share_bad_files
 from image_classification.evaluate import evaluate
 from image_classification.log import GpuMonitor, Logger, Verbosity
-from image_classification.trainer import Trainer
+from image_classification.preemption import Preempted
+from image_classification.trainer import Trainer, TrainingError
 
 
 class Stateful(Protocol):
@@ -34,7 +35,7 @@ class Extension:
     bar: Sequence[str] = ()
     """Those of `metrics` that the progress bar shows."""
     prepare_ema: Callable[[nn.Module], object] = lambda model: None
-    """Called on the averaged model before it is evaluated or saved."""
+    """Called on the averaged model after each of its updates."""
     state: Mapping[str, Stateful] = field(default_factory=dict)
     """Further entries of the checkpoint."""
 
@@ -48,6 +49,7 @@ class Run:
         train_loader: Training batches of this process; None to validate only.
         val_loader: Validation batches of this process; None for --training-only.
         steps_per_epoch: Optimizer steps per epoch.
+        optimizer_batch_size: Images per optimizer step over all processes.
         logger: Log of the run.
         extension: What is joined from outside.
         seed: Seed the run started with; goes into the checkpoint.
@@ -61,40 +63,53 @@ class Run:
         train_loader: Loader | None,
         val_loader: Loader | None,
         steps_per_epoch: int,
+        optimizer_batch_size: int,
         logger: Logger,
         extension: Extension,
         seed: int,
     ) -> None:
         self.config, self.trainer, self.logger = config, trainer, logger
         self.train_loader, self.val_loader = train_loader, val_loader
-        self.steps_per_epoch, self.extension, self.seed = steps_per_epoch, extension, seed
+        self.steps_per_epoch, self.optimizer_batch_size = steps_per_epoch, optimizer_batch_size
+        self.extension, self.seed = extension, seed
         self.epoch = 0
         """Epochs finished."""
         self.best_top1 = 0.0
         self._stale = 0  # epochs since best_top1 was reached
+        self._totals: dict[str, float] = {}  # summary of the epochs so far
+        self._saved: Path | None = None  # the checkpoint that stands
+        self._ballot = distributed.Ballot()
         self._gpu = GpuMonitor()
 
     def fit(self) -> None:
-        """Run the epochs that are left and log the run's summary."""
+        """Run the epochs that are left and log the run's summary.
+
+        Raises:
+            DataError: In one line, why the data cannot be used any further.
+            Preempted: A rank was asked to stop; a checkpoint was written where that is wanted.
+            TrainingError: In one line, why training cannot go on.
+        """
         config = self.config
         last = config.epochs
         if config.run_epochs != -1:
             last = min(last, self.epoch + config.run_epochs)
         self.logger.message(f"RUNNING EPOCHS FROM {self.epoch} TO {last}")
-        totals: dict[str, float] = {}
+        self._stop_if_requested()
         while self.epoch < last and not self._out_of_patience():
             record = self._train_epoch()
-            self.epoch += 1
             is_best = self._validate_epoch(record)
             record["data.bad_files"] = self._share_bad_files()
+            self.epoch += 1
             self._log_epoch(record)
-            totals = _summarize(totals, record)
+            self._totals = _summarize(self._totals, record)
             if config.save_checkpoints:
                 self.save(is_best=is_best)
             if config.prof != -1:
                 break
-        if totals:
-            self.logger.log((), totals, global_step=self.trainer.step)
+            if self.epoch < last:
+                self._stop_if_requested()
+        if self._totals:
+            self.logger.log((), self._totals, global_step=self.trainer.step)
         self.logger.message("Experiment ended")
 
     def validate(self, epoch: int = 0) -> dict[str, float]:
@@ -102,7 +117,6 @@ class Run:
         assert self.val_loader is not None
         models = {"val": self.trainer.model}
         if self.trainer.ema is not None:
-            self.extension.prepare_ema(self.trainer.ema)
             models["val_ema"] = self.trainer.ema.module
         record: dict[str, float] = {}
         for prefix, model in models.items():
@@ -118,6 +132,7 @@ class Run:
                     print_freq=self.config.print_freq,
                     limit=self.config.prof,
                     prefix=prefix,
+                    after_batch=self._stop_if_agreed,
                 )
             except DataError:  # no image is left: tell which files, or that they are too many
                 self._share_bad_files()
@@ -137,26 +152,48 @@ class Run:
             if loader is not None:
                 loader.close()
 
-    def save(self, *, is_best: bool) -> None:
-        """Write the checkpoint of the finished epochs; rank 0 writes, all ranks take part."""
-        if self.trainer.ema is not None:
-            self.extension.prepare_ema(self.trainer.ema)
-        rng = distributed.all_gather_object(checkpoint.rng_state())
-        if not self.trainer.world.is_main:
-            return
-        state = {
+    def save(self, *, is_best: bool = False) -> None:
+        """Write a checkpoint of the present state; rank 0 writes, all ranks take part.
+
+        Weights that are not finite are not worth keeping: the checkpoint before them stays.
+        """
+        own = {"rng": checkpoint.rng_state(), "meter": self.trainer.meter.state_dict()}
+        ranks = distributed.all_gather_object(own)
+        if self.trainer.world.is_main:
+            self._write(self._state(ranks), is_best=is_best)
+        self._saved = distributed.broadcast_object(self._saved)  # when it is written
+
+    @property
+    def _epoch_step(self) -> int:
+        """Optimizer steps of the epoch that is not finished yet."""
+        return self.trainer.epoch_step if self.trainer.epoch == self.epoch else 0
+
+    def _state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        loader = self.train_loader.state_dict() if self.train_loader is not None else None
+        return {
             "format": checkpoint.FORMAT,
             "epoch": self.epoch,
-            "iteration": 0,
+            "epoch_step": self._epoch_step,
             "arch": self.config.arch,
             "best_prec1": self.best_top1,
             "epochs_since_best": self._stale,
+            "totals": self._totals,
             "seed": self.seed,
+            "optimizer_batch_size": self.optimizer_batch_size,
             **self.trainer.state_dict(),
             **{name: part.state_dict() for name, part in self.extension.state.items()},
-            "rng": rng,
+            "loader": loader,
+            "ranks": ranks,
             "config": dict(vars(self.config)),
         }
+
+    def _write(self, state: dict[str, Any], *, is_best: bool) -> None:
+        weights = state["state_dict"].values()
+        if not all(bool(w.isfinite().all()) for w in weights if w.is_floating_point()):
+            self.logger.warning(
+                f"step {self.trainer.step}: the weights are not finite, no checkpoint is written"
+            )
+            return
         try:
             path = checkpoint.save(
                 Path(self.config.workspace),
@@ -164,8 +201,10 @@ class Run:
                 epoch=self.epoch,
                 is_best=is_best,
                 filename=self.config.checkpoint_filename,
-                keep=self.config.gather_checkpoints,
+                # in the middle of an epoch it would take the place of the last one's file
+                keep=0 if self._epoch_step else self.config.gather_checkpoints,
             )
+            self._saved = path
             self.logger.message(f"SAVING {path}")
         except OSError as error:  # a full disk: the run is worth more than this checkpoint
             self.logger.warning(str(error))
@@ -190,8 +229,6 @@ class Run:
             ValueError: One line naming the file and the entry that is missing or does not fit.
         """
         trainer = self.trainer
-        if state.get("arch") != self.config.arch:
-            raise ValueError(f"{path} holds {state.get('arch')}, --arch is {self.config.arch}")
         parts: dict[str, Any] = {"state_dict": trainer.model, "optimizer": trainer.optimizer}
         if trainer.scaler.is_enabled():
             parts["scaler"] = trainer.scaler
@@ -200,38 +237,83 @@ class Run:
         checkpoint.restore({**parts, **self.extension.state}, state, path)
         trainer.step = checkpoint.entry(state, "step", path)
         self.epoch = checkpoint.entry(state, "epoch", path)
+        trainer.epoch_step = checkpoint.entry(state, "epoch_step", path)
+        if trainer.epoch_step:
+            trainer.epoch = self.epoch
         self.best_top1 = checkpoint.entry(state, "best_prec1", path)
         self._stale = checkpoint.entry(state, "epochs_since_best", path)
-        rng = checkpoint.entry(state, "rng", path)
-        if len(rng) == trainer.world.world_size:
-            checkpoint.set_rng_state(rng[trainer.world.rank])
-        else:  # another number of processes: no stream continues exactly
-            torch.manual_seed(
-                self.seed + self.epoch * trainer.world.world_size + trainer.world.rank
-            )
-            self.logger.warning(
-                f"{path} was written by {len(rng)} processes, this run has "
-                f"{trainer.world.world_size}: random numbers start anew"
-            )
+        self._totals = dict(checkpoint.entry(state, "totals", path))
+        self._saved = path
+        if self.train_loader is not None:
+            self.train_loader.load_state_dict(checkpoint.entry(state, "loader", path))
+        self._resume_rank(checkpoint.entry(state, "ranks", path), path)
+
+    def _resume_rank(self, ranks: Sequence[Mapping[str, Any]], path: Path) -> None:
+        """Take over what belongs to this rank."""
+        world = self.trainer.world
+        if len(ranks) == world.world_size:
+            self.trainer.meter.load_state_dict(ranks[world.rank]["meter"])
+            checkpoint.set_rng_state(ranks[world.rank]["rng"])
+            return
+        # another number of processes: sums are shared out, no stream continues exactly
+        meters = [rank["meter"] for rank in ranks]
+        shares = {name: sum(m[name] for m in meters) / len(meters) for name in ("loss", "images")}
+        self.trainer.meter.load_state_dict({**meters[0], **shares})
+        torch.manual_seed(self.seed + 1 + self.trainer.step * world.world_size + world.rank)
+        self.logger.warning(
+            f"{path} was written by {len(ranks)} processes, this run has {world.world_size}: "
+            f"{self.optimizer_batch_size} images per step are kept with {self.trainer.accumulation}"
+            " micro-batches, random numbers start anew"
+        )
 
     def _train_epoch(self) -> dict[str, float]:
         assert self.train_loader is not None
         steps = self.steps_per_epoch
         if self.config.prof != -1:
             steps = min(steps, max(1, self.config.prof // self.trainer.accumulation))
-        return self.trainer.train_epoch(
-            self.train_loader,
-            self.epoch,
-            steps=steps,
-            logger=self.logger,
-            print_freq=self.config.print_freq,
-            metrics=lambda: {
-                **self.extension.metrics(),
-                **self._gpu.sample(),
-                "data.bad_files": self._share_bad_files(),
-            },
-            bar=("train.loss", "train.total_ips", *self.extension.bar),
-        )
+        try:
+            return self.trainer.train_epoch(
+                self.train_loader,
+                self.epoch,
+                steps=steps,
+                logger=self.logger,
+                print_freq=self.config.print_freq,
+                metrics=lambda: {
+                    **self.extension.metrics(),
+                    **self._gpu.sample(),
+                    "data.bad_files": self._share_bad_files(),
+                },
+                bar=("train.loss", "train.total_ips", *self.extension.bar),
+                after_step=self._after_step,
+            )
+        except TrainingError as error:
+            stands = f"the last good checkpoint is {self._saved}" if self._saved else (
+                "there is no checkpoint yet"
+            )  # fmt: skip
+            raise TrainingError(f"{error}; {stands}") from None
+
+    def _after_step(self) -> None:
+        """Stop if the ranks have agreed to, or write the checkpoint that is due."""
+        every = self.config.checkpoint_every_steps
+        if self._ballot.cast(preemption.requested() is not None):
+            self._stop()
+        elif every and self.trainer.step % every == 0 and self.config.save_checkpoints:
+            self.save()
+
+    def _stop_if_agreed(self) -> None:
+        if self._ballot.cast(preemption.requested() is not None):
+            raise Preempted
+
+    def _stop_if_requested(self) -> None:
+        """Stop before the next epoch; what is on disk is what there is to save."""
+        if self._ballot.decide(preemption.requested() is not None):
+            raise Preempted
+
+    def _stop(self) -> None:
+        """Save and stop; no rank ends before the checkpoint is written."""
+        if self.config.save_checkpoints:
+            self.save()
+        raise Preempted
 
     def _share_bad_files(self) -> int:
         """Warn of files that could not be read; return their number. All ranks take part.
@@ -250,7 +332,10 @@ class Run:
         """Add validation metrics to `record`; tell whether top-1 is the best so far."""
         if self.val_loader is None:
             return False
-        record |= self.validate(self.epoch - 1)
+        try:
+            record |= self.validate(self.epoch)
+        except Preempted:  # the epoch's training is saved, its validation is done again
+            self._stop()
         top1 = max(record["val.top1"], record.get("val_ema.top1", 0.0))
         is_best = top1 > self.best_top1
         self._stale = 0 if is_best else self._stale + 1

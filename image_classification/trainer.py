@@ -20,6 +20,10 @@ from image_classification.log import Logger, Verbosity
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line for the user."""
+
+
 @dataclass(frozen=True)
 class Precision:
     """Arithmetic of the forward and backward pass."""
@@ -57,6 +61,8 @@ class Trainer:
         precision: Arithmetic of the passes.
         accumulation: Micro-batches per optimizer step.
         ema: Averaged copy of the model, updated after every optimizer step.
+        prepare_ema: Called on `ema` after each of its updates.
+        max_bad_steps: Steps in a row whose loss may be infinite or not a number, at least 1.
         mixup: Mixes images and targets of a micro-batch.
         compiled: Run the network through torch.compile.
     """
@@ -72,15 +78,24 @@ class Trainer:
         precision: Precision,
         accumulation: int = 1,
         ema: AveragedModel | None = None,
+        prepare_ema: Callable[[nn.Module], object] = lambda model: None,
+        max_bad_steps: int = 10,
         mixup: Mix | None = None,
         compiled: bool = False,
     ) -> None:
         self.model, self.optimizer, self.schedule, self.loss = model, optimizer, schedule, loss
         self.world, self.precision, self.accumulation = world, precision, accumulation
         self.ema, self.mixup = ema, mixup
+        self.prepare_ema, self.max_bad_steps = prepare_ema, max_bad_steps
         self.scaler = precision.scaler(world.device)
         self.step = 0
         """Optimizer steps tried so far; the position in the schedule."""
+        self.epoch = -1
+        """The epoch that was entered last."""
+        self.epoch_step = 0
+        """Its optimizer steps so far."""
+        self.meter = Meter(world)
+        """Its sums so far."""
         self._ddp = _wrap(model, world)
         self._forward: Callable[[Tensor], Tensor] = self._ddp or model
         if compiled:
@@ -128,7 +143,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+            self.prepare_ema(self.ema)
         self.step += 1
+        self.epoch_step += 1
 
     def train_epoch(
         self,
@@ -140,8 +157,12 @@ class Trainer:
         print_freq: int = 10,
         metrics: Callable[[], Mapping[str, float]] = dict,
         bar: Sequence[str] = ("train.loss", "train.total_ips"),
+        after_step: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """Train for `steps` optimizer steps on the images of `epoch`.
+        """Train until `steps` optimizer steps are taken on the images of `epoch`.
+
+        An epoch that was entered before (`epoch`, `epoch_step`, `meter` and the position of the
+        loader come from a checkpoint) goes on where it was.
 
         Args:
             loader: Batches of this process.
@@ -151,34 +172,59 @@ class Trainer:
             print_freq: Micro-batches between records; only a record waits for the device.
             metrics: Further numbers for each record.
             bar: Names of the numbers that the progress bar shows.
+            after_step: Called after every optimizer step and its record, when all is consistent.
 
         Returns:
             Means over the epoch and all ranks, under their names in the log.
+
+        Raises:
+            TrainingError: The loss was not finite for `max_bad_steps` steps in a row.
         """
         self.model.train()
-        meter = _Meter(self)
-        batches = loader.epoch(epoch)
-        total = steps * self.accumulation
+        if epoch != self.epoch:
+            self.epoch, self.epoch_step, self.meter = epoch, 0, Meter(self.world)
+        meter = self.meter
+        done, total = self.epoch_step * self.accumulation, steps * self.accumulation
+        batches = loader.epoch(epoch) if done < total else iter(())
         with contextlib.closing(logger.progress(total, f"epoch {epoch}")) as progress:
-            for iteration in range(1, total + 1):
+            progress.update(done)
+            for iteration in range(done + 1, total + 1):
                 last = iteration % self.accumulation == 0
                 images, targets = meter.fetch(batches)
-                meter.add(self.backward(images, targets, last=last), len(images))
+                meter.add(self.backward(images, targets, last=last), len(images), last=last)
                 if last:
                     self.update()
                 progress.update(1)
                 if iteration % print_freq == 0 or iteration == total:
                     shown, detail = meter.record()
+                    self._check_loss()
+                    shown |= self._optimizer_record()
                     detail |= metrics()
                     at = (epoch, iteration)
                     logger.log(at, shown, global_step=self.step)
                     logger.log(at, detail, Verbosity.VERBOSE, global_step=self.step)
                     values = shown | detail
                     progress.update(0, **{n.partition(".")[2]: values[n] for n in bar})
+                if last:
+                    after_step()
         return meter.summary()
 
+    def _check_loss(self) -> None:
+        """Compare what the meter's last record found on all ranks with the limit."""
+        if self.meter.bad_steps >= self.max_bad_steps:
+            raise TrainingError(
+                f"the loss was not finite for {self.meter.bad_steps} steps in a row, around step "
+                f"{self.step} (--max-bad-steps {self.max_bad_steps})"
+            )
+
+    def _optimizer_record(self) -> dict[str, float]:
+        record = {"train.lr": float(self.optimizer.param_groups[0]["lr"])}
+        if self.scaler.is_enabled():
+            record["train.grad_scale"] = self.scaler.get_scale()
+        return record
+
     def state_dict(self) -> dict[str, object]:
-        """Return everything that training changes, as plain tensors and numbers."""
+        """Return everything that training changes and all ranks share, as tensors and numbers."""
         return {
             "step": self.step,
             "state_dict": self.model.state_dict(),
@@ -195,49 +241,93 @@ def _wrap(model: nn.Module, world: World) -> DistributedDataParallel | None:
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-class _Meter:
+class Meter:
     """Sums of one epoch: losses stay on the device until a record is made."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._epoch_start = self._start = time.perf_counter()
         self._waited = self._epoch_waited = 0.0
         self._batches = self._epoch_batches = 0
-        self._sums = torch.zeros(2, device=trainer.world.device)  # of losses, of images
-        self._loss = self._images = 0.0  # of the epoch and all ranks
+        self._sums = torch.zeros(2, device=world.device)  # of losses, of images; of this rank
+        self._epoch_loss = self._epoch_images = 0.0  # of all ranks
+        self._step_loss = torch.zeros((), device=world.device)
+        self._bad_steps = torch.zeros((), device=world.device)  # in a row, up to now
+        self._most_bad_steps = torch.zeros((), device=world.device)  # since the last record
+        self.bad_steps = 0
+        """The longest row of steps without a finite loss, on any rank, in the last record."""
 
     def fetch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Take a batch, and the time that this takes."""
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
         return batch
 
-    def add(self, loss: Tensor, num_images: int) -> None:
+    def add(self, loss: Tensor, num_images: int, *, last: bool) -> None:
+        """Add the mean loss of a micro-batch, which may be the last of its step."""
         self._sums += torch.stack([loss * num_images, torch.full_like(loss, num_images)])
         self._batches += 1
+        self._step_loss += loss
+        if last:
+            finite = torch.isfinite(self._step_loss)
+            self._bad_steps = torch.where(finite, 0.0, self._bad_steps + 1)
+            self._most_bad_steps = torch.maximum(self._most_bad_steps, self._bad_steps)
+            self._step_loss = torch.zeros_like(self._step_loss)
 
     def record(self) -> tuple[dict[str, float], dict[str, float]]:
         """Close an interval; return what the console shows and what only the raport keeps."""
         loss, images = distributed.all_reduce_sum(self._sums).tolist()
+        self.bad_steps = int(distributed.all_reduce_max(self._most_bad_steps))
         now = time.perf_counter()
         shown, detail = self._rates(now - self._start, self._waited, self._batches, images)
-        shown = {"train.loss": _mean(loss, images), **shown,
-                 "train.lr": self._trainer.optimizer.param_groups[0]["lr"]}  # fmt: skip
-        if self._trainer.scaler.is_enabled():
-            shown["train.grad_scale"] = self._trainer.scaler.get_scale()
-        self._loss += loss
-        self._images += images
+        shown = {"train.loss": _mean(loss, images), **shown}
+        self._epoch_loss += loss
+        self._epoch_images += images
         self._epoch_waited += self._waited
         self._epoch_batches += self._batches
         self._start, self._waited, self._batches = now, 0.0, 0
         self._sums = torch.zeros_like(self._sums)
+        self._most_bad_steps = self._bad_steps
         return shown, detail
 
     def summary(self) -> dict[str, float]:
+        """Return the means of the epoch, up to the last record."""
         elapsed = self._start - self._epoch_start
-        counts = self._epoch_batches, self._images
+        counts = self._epoch_batches, self._epoch_images
         shown, detail = self._rates(elapsed, self._epoch_waited, *counts)
-        return {"train.loss": _mean(self._loss, self._images), **shown, **detail}
+        return {"train.loss": _mean(self._epoch_loss, self._epoch_images), **shown, **detail}
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the sums of this rank after an optimizer step; waits for the device."""
+        now = time.perf_counter()
+        loss, images = self._sums.tolist()
+        return {
+            "epoch_elapsed": self._start - self._epoch_start,
+            "elapsed": now - self._start,
+            "waited": self._waited,
+            "epoch_waited": self._epoch_waited,
+            "batches": self._batches,
+            "epoch_batches": self._epoch_batches,
+            "loss": loss,
+            "images": images,
+            "epoch_loss": self._epoch_loss,
+            "epoch_images": self._epoch_images,
+            "bad_steps": float(self._bad_steps),
+            "most_bad_steps": float(self._most_bad_steps),
+        }
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on with the sums that `state_dict` returned."""
+        self._start = time.perf_counter() - state["elapsed"]
+        self._epoch_start = self._start - state["epoch_elapsed"]
+        self._waited, self._epoch_waited = state["waited"], state["epoch_waited"]
+        self._batches = int(state["batches"])
+        self._epoch_batches = int(state["epoch_batches"])
+        self._epoch_loss, self._epoch_images = state["epoch_loss"], state["epoch_images"]
+        self._sums = torch.tensor([state["loss"], state["images"]], device=self._world.device)
+        self._bad_steps = torch.full_like(self._bad_steps, state["bad_steps"])
+        self._most_bad_steps = torch.full_like(self._bad_steps, state["most_bad_steps"])
 
     def _rates(
         self, elapsed: float, waited: float, batches: int, images: float

@@ -44,7 +44,7 @@ def write_checkpoint(directory: Path, **options: object) -> tuple[Path, nn.Modul
     state = {
         "format": checkpoint.FORMAT,
         "epoch": 1,
-        "iteration": 0,
+        "epoch_step": 0,
         "step": 10,
         "arch": config.arch,
         "best_prec1": 0.0,

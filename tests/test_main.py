@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import main
+from tests.pictures import write
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = str(ROOT / "main.py")
@@ -89,17 +88,7 @@ def weights(workspace: Path, name: str = "checkpoint.pth.tar") -> dict[str, Any]
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """40 training and 14 validation JPEGs of two classes that differ in hue."""
-    root = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
-    for split, count in (("train", 20), ("val", 7)):
-        for label, channel in (("blue", 2), ("red", 0)):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = noise.integers(0, 120, (40, 36 + index, 3), dtype=np.uint8)
-                pixels[..., channel] += 120
-                Image.fromarray(pixels).save(folder / f"{index}.jpg")
-    return root
+    return write(tmp_path_factory.mktemp("pictures"), train=20, val=7)
 
 
 def test_dry_run_is_the_plan_of_a_published_row() -> None:
@@ -193,12 +182,23 @@ def test_plan_counts_the_images_of_the_data(pictures: Path) -> None:
         ("DATA --sparse-method rigl --sparsity -0.1", "sparsity"),
         ("DATA --sparse-method rigl --sparsity 0.9 --delta-t 0", "delta"),
         ("DATA --sparse-method rigl --sparsity 0.9 --t-end-fraction 1.5", "--t-end-fraction"),
+        (
+            "DATA --sparse-method rigl --sparsity 0.9 --t-end 11",
+            "--t-end 11 is beyond the run's 10",
+        ),
+        ("DATA --sparse-method gmp --sparsity 0.9 --prune-end 11", "--prune-end 11 is beyond"),
         ("DATA --sparse-method rigl --sparsity 0.9 --dense-layers nosuch*", "nosuch*"),
         ("DATA --sparse-method static --sparsity 0.9 --delta-t 7", "--delta-t has no effect"),
         ("DATA --arch resnet51", "resnet51"),
         ("DATA --num-classes 3", "--num-classes 3"),
         ("DATA --resume nowhere.pth.tar", "nowhere.pth.tar"),
         ("DATA -b 100", "40 training images"),
+        ("DATA --optimizer-batch-size 12", "--optimizer-batch-size 12 is not a multiple"),
+        ("DATA --pretrained-from-file nowhere.pth.tar", "nowhere.pth.tar does not exist"),
+        ("DATA --checkpoint-every-steps -1", "--checkpoint-every-steps must be at least 0"),
+        ("DATA --preempt-grace 0", "--preempt-grace must be above 0 seconds"),
+        ("DATA --max-bad-steps 0", "--max-bad-steps must be at least 1"),
+        ("DATA --no-checkpoints --checkpoint-every-steps 5", "has no effect without checkpoints"),
         ("/no/such/place", "/no/such/place"),
         ("DATA --sparse-methd rigl", "did you mean --sparse-method?"),
     ],
@@ -207,11 +207,40 @@ def test_a_mistake_is_one_line_and_status_2(
     pictures: Path, tmp_path: Path, argv: str, message: str
 ) -> None:
     words = [str(pictures) if word == "DATA" else word for word in argv.split()]
-    done = run(*SMALL, "--workspace", str(tmp_path), *words)
+    assert message in the_mistake(*SMALL, "--workspace", str(tmp_path), *words)
+
+
+def the_mistake(*argv: str) -> str:
+    """Return the one line of standard error that a user's mistake gives."""
+    done = run(*argv)
     assert done.returncode == 2
-    line = done.stderr.strip().splitlines()
-    assert len(line) == 1, done.stderr
-    assert message in line[0]
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
+def test_mistakes_are_found_before_processes_meet(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is at the address: a process group that was started would wait there."""
+    train(pictures, tmp_path, *RIGL, "--data-backend", "pytorch", "--epochs", "1")
+    checkpoint = str(tmp_path / "checkpoint.pth.tar")
+    for name, value in {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3",
+        "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "9",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    for flags, message in {
+        "--optimizer-batch-size 16": "--optimizer-batch-size 16 is not a multiple of 3 processes",
+        "--sparse-method rigl --sparsity 1.0": "sparsity",
+        "--resume nowhere.pth.tar": "nowhere.pth.tar does not exist",
+        f"--resume {checkpoint} {' '.join(RIGL)}": "3 processes do not divide the 8 images",
+        f"--resume {checkpoint} --optimizer-batch-size 24 --sparse-method set --sparsity 0.9":
+            f"{checkpoint} was trained with --sparse-method rigl, not set",
+        f"--resume {checkpoint} --arch wrn22_2": f"{checkpoint} holds small_cnn",
+        f"--resume {checkpoint} --num-classes 2 --evaluate --arch wrn22_2": "does not fit",
+    }.items():  # fmt: skip
+        argv = (str(pictures), *SMALL, "--workspace", str(tmp_path), *flags.split())
+        assert message in the_mistake(*argv)
 
 
 @pytest.mark.parametrize("backend", ["dali-cpu", "pytorch"])

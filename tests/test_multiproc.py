@@ -132,7 +132,7 @@ def test_a_signal_to_the_launcher_reaches_every_process(tmp_path: Path) -> None:
         wait_for(tmp_path / "ready_0", tmp_path / "ready_1")
         launcher.send_signal(signal.SIGTERM)
         wait_for(tmp_path / "stopped_0", tmp_path / "stopped_1")
-        launcher.wait(timeout=60)
+        assert launcher.wait(timeout=60) == 75
     finally:
         launcher.kill()
 

@@ -1,12 +1,13 @@
 """Checkpoints: files that are whole or absent, and the state that goes in and out of them."""
 
 from image_classification.checkpoint.files import BEST, FORMAT, Found, find, load, save, verify
-from image_classification.checkpoint.state import entry, restore, rng_state, set_rng_state
+from image_classification.checkpoint.state import check, entry, restore, rng_state, set_rng_state
 
 __all__ = [
     "BEST",
     "FORMAT",
     "Found",
+    "check",
     "entry",
     "find",
     "load",

@@ -48,17 +48,26 @@ def restore(targets: Mapping[str, Loadable], state: Mapping[str, Any], path: Pat
         ValueError: in one line, the file, the entry, and what is missing or does not fit; for a
             module the first offending parameter and both shapes.
     """
+    check(targets, state, path)
     entries = {name: entry(state, name, path) for name in targets}
-    for name, target in targets.items():
-        problem = _misfit(target, entries[name])
-        if problem:
-            raise ValueError(f"{path}: entry '{name}' does not fit: {problem}")
     for name, target in targets.items():
         try:
             target.load_state_dict(entries[name])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: entry '{name}' does not fit: {reason}") from error
+
+
+def check(targets: Mapping[str, Loadable], state: Mapping[str, Any], path: Path) -> None:
+    """Compare modules and optimizers, on any device, with the entries of their names.
+
+    Raises:
+        ValueError: as `restore` does.
+    """
+    for name, target in targets.items():
+        problem = _misfit(target, entry(state, name, path))
+        if problem:
+            raise ValueError(f"{path}: entry '{name}' does not fit: {problem}")
 
 
 def require_plain(value: object, key: str) -> None:

@@ -144,7 +144,7 @@ class Loader(Protocol):
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield float32 images [n, 3, S, S], normalized, and int64 targets [n], on the device.
 
-        A training batch has no image at all (n = 0) when none of them can be read.
+        A batch has no image at all (n = 0) when none of them can be read.
         """
         ...
 

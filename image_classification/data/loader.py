@@ -52,8 +52,8 @@ class EpochLoader:
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, from its beginning or from a loaded position in it.
 
-        A batch is shorter by its images that cannot be read, in training down to no image at all:
-        all ranks get the same number of batches. In validation a batch without images is left out.
+        A batch is shorter by its images that cannot be read, down to no image at all: the number
+        of batches stays.
 
         An epoch that was left before its end is given up when the next one is asked for.
         """
@@ -116,6 +116,5 @@ class EpochLoader:
                 if number == len(batches):
                     self._position = (epoch + 1, 0)
                 self.bad_files.meet(batch.bad_files)
-                if self._plan.training or len(batch.images):
-                    yield batch.images, batch.targets
+                yield batch.images, batch.targets
         self._position = (epoch + 1, 0)
