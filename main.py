@@ -20,6 +20,7 @@ import torch
 
 from image_classification import build, config, distributed
 from image_classification.config import Config
+from image_classification.data import DataError
 from image_classification.log import Logger, run_metadata
 from image_classification.preemption import Preempted
 from image_classification.trainer import TrainingError
@@ -93,8 +94,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0; 1 for training that cannot go on; 2 for a user's mistake; 75 for a run
-        that was asked to stop and continues with --resume auto.
+        The exit status: 0; 1 for training that cannot go on; 2 for a user's mistake or bad data;
+        75 for a run that was asked to stop and continues with --resume auto.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -104,6 +105,9 @@ def main(argv: Sequence[str]) -> int:
                 print(f"main.py: error: {error}", file=sys.stderr)
                 return 2
             action()
+        except DataError as error:
+            print(f"main.py: error: {error}", file=sys.stderr)
+            return 2
         except TrainingError as error:
             print(f"main.py: error: {error}", file=sys.stderr)
             return 1
@@ -112,6 +116,11 @@ def main(argv: Sequence[str]) -> int:
             print(f"main.py: stopped by {signal}: --resume auto goes on", file=sys.stderr)
             return preemption.EXIT_STATUS
     return 0
+
+
+def _fail(error: Exception) -> int:
+    print(f"main.py: error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ _METRICS: dict[str, tuple[str | None, str]] = {
     "val.data_time": _TIME,
     "val.compute_latency": _TIME,
     "val.compute_latency_at": _TIME,
+    "data.bad_files": _COUNT,
     "sparse.sparsity": _SHARE,
     "sparse.drop_fraction": _SHARE,
     "sparse.exploration_rate": _SHARE,
