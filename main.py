@@ -118,10 +118,5 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _fail(error: Exception) -> int:
-    print(f"main.py: error: {error}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -58,6 +58,7 @@ def evaluate(
     clock = _Clock(world.device)
     batches = len(loader) if limit == -1 else min(limit, len(loader))
     rounds = distributed.broadcast_object(batches)  # rank 0 has the most
+    iteration = 0
     progress = logger.progress(batches, prefix)
     for iteration, (images, targets) in enumerate(loader.epoch(0), start=1):
         if len(images):  # none of a batch may be readable
@@ -75,7 +76,7 @@ def evaluate(
         if iteration == batches:
             break
     progress.close()
-    for _ in range(batches, rounds):
+    for _ in range(iteration, rounds):  # others may have more batches, or more that can be read
         after_batch()
     sums = torch.cat([sums, torch.tensor([float(images_seen)], device=world.device)])
     top1, top, loss, count = distributed.all_reduce_sum(sums).tolist()
