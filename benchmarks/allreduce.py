@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from benchmarks import hosts
 from sparse.compression import pack, unpack
 
 SPARSITIES = {"0.9": 0.9, "0.8": 0.8}
-RATES = {"1gbit": 1e9, "5gbit": 5e9}
+UNITS = {"mbit": 1e6, "gbit": 1e9}
 PORT = 29500
 BUCKET = 25 * 2**20  # bytes after which DDP closes a bucket; its first one holds 1 MiB
 
@@ -268,6 +269,11 @@ def work(rank: int, address: str, interface: str, rounds: int) -> dict[str, Any]
 # Both together
 
 
+def bits_per_second(rate: str) -> float:
+    """Read a rate as tc writes it."""
+    return float(rate[:-4]) * UNITS[rate[-4:]]
+
+
 def train_on_two_hosts(rate: str, rounds: int) -> list[dict[str, Any]]:
     """Run `work` on two hosts and return both results."""
     with hosts.two_hosts(rate) as pair:
@@ -310,7 +316,7 @@ def compare(rate: str, rounds: int, pack_ms: Mapping[str, float]) -> tuple[dict[
         first["entries"],
         {way: milliseconds / 1e3 for way, milliseconds in pack_ms.items()},
     )
-    payload = RATES[rate] * 4 * sum(model.numel) / sent["dense"]
+    payload = bits_per_second(rate) * 4 * sum(model.numel) / sent["dense"]
     print(f"\n{rate}, medians     bytes    ratio  step ms  added ms  model ms")
     print(f"{'alone':8} {'':19} {1e3 * model.step:8.0f}")
     exposed, errors = {}, {}
@@ -364,7 +370,8 @@ def print_outlook(model: Profile) -> None:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rates", nargs="+", default=["1gbit", "5gbit"], help="Nmbit or Ngbit")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -372,18 +379,21 @@ def main() -> None:
         rank, address, interface = arguments.worker
         print(json.dumps(work(int(rank), address, interface, arguments.rounds)))
         return
+    if not all(re.fullmatch(r"[0-9.]+[mg]bit", rate) for rate in arguments.rates):
+        raise SystemExit(f"allreduce.py: error: --rates {arguments.rates}: write 100mbit or 5gbit")
     torch.set_num_threads(1)
     reason = hosts.why_not()
     if reason is not None:
         raise SystemExit(f"allreduce.py: error: {reason}")
     pack_ms = measure_packing(arguments.rounds)
     measured, models = {}, {}
-    for rate in RATES:
+    for rate in arguments.rates:
         measured[rate], models[rate] = compare(rate, arguments.rounds, pack_ms)
-    print_outlook(models["5gbit"])
+    last = arguments.rates[-1]
+    print_outlook(models[last])
     if arguments.json:
         figures: dict[str, Any] = {
-            "bytes_ratio": measured["5gbit"]["bytes_ratio"],
+            "bytes_ratio": measured[last]["bytes_ratio"],
             "pack_ms": round(pack_ms["0.9"], 2),
         }
         for name in ("step_ratio", "exposed_ratio", "model_error"):

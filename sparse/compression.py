@@ -44,9 +44,11 @@ def compress_gradients(
         The state of the hook; nothing needs to be done with it.
 
     Raises:
-        ValueError: The sparsifier masks another model.
+        ValueError: The sparsifier masks another model, or the type is no floating-point one.
         RuntimeError: The masks differ between ranks.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"gradients cannot travel as {dtype}; use torch.bfloat16 or None")
     held = {id(parameter) for parameter in model.parameters()}
     for name, weight in sparsifier.maskable.items():
         if id(weight) not in held:

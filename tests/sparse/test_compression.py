@@ -197,13 +197,14 @@ def inspect_gradients(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def make_mistakes(rank: int, world_size: int) -> dict[str, str]:
-    """Report what is said about another model and about masks that differ."""
+    """Report what is said about another model, a type without fractions, and different masks."""
     messages = {}
     model = convnet()
     sparsifier = make("static", model, sgd(model), seed=rank)
-    for name, wrapped in (("other", convnet()), ("seeds", model)):
+    for name, wrapped in (("other", convnet()), ("int8", model), ("seeds", model)):
+        dtype = torch.int8 if name == "int8" else None
         try:
-            sparse.compress_gradients(DistributedDataParallel(wrapped), sparsifier)
+            sparse.compress_gradients(DistributedDataParallel(wrapped), sparsifier, dtype=dtype)
         except (ValueError, RuntimeError) as error:
             messages[name] = str(error)
     return messages
@@ -233,6 +234,7 @@ def test_rounding_zeros_and_mistakes(world_size: int, tmp_path: Path) -> None:
     )
     for rank in ranks:
         assert rank["mistakes"]["other"].startswith("0.weight of the sparsifier is no parameter")
+        assert rank["mistakes"]["int8"].startswith("gradients cannot travel as torch.int8")
         assert "the mask of 0.weight on rank 1" in rank["mistakes"]["seeds"]
 
 
