@@ -27,6 +27,7 @@ import sparse
 from export import read_source
 from image_classification.models import create_model, default_image_size
 from sparse import runtime
+from sparse.runtime import native
 
 Run = Callable[[Tensor], Any]
 RIVALS = ("onnxruntime", "openvino", "compile", "torch")
@@ -186,6 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, nargs="*", default=[1])
     add("--rounds", type=int, default=15)
     add("--profile", action="store_true", help="time every layer instead of comparing")
+    add("--level", choices=tuple(native.LEVELS), help="instruction set (the processor's best)")
     add("--cache", type=Path, help="directory of compiled kernels and measurements")
     add("--json", action="store_true", help="print ratios to the fastest rival as one JSON object")
     return parser
@@ -214,7 +216,9 @@ def main(argv: Sequence[str]) -> None:
             save(model, masks, arch, path)
             dense = create_model(arch).eval() if args.checkpoint is None else model
             for threads in args.threads:
-                network = runtime.load(path, threads=threads, backend="native", cache=args.cache)
+                network = runtime.load(
+                    path, threads=threads, backend="native", level=args.level, cache=args.cache
+                )
                 if args.profile:
                     for row in profile(network, args.rounds):
                         print(json.dumps(row))

@@ -14,6 +14,7 @@ from sparse.runtime.schedule import group, may_overwrite, schedule
 from sparse.runtime.tables import dense_table, linear_table, sparse_table
 
 MAX_TILE = 14  # kMaxTile of conv.h
+MIN_TILE = 4  # vectors: fewer sums do not hide the latency of an addition
 DENSE_DENSITY = 0.5  # untuned choice: at and above this, the dense kernel
 LINEAR_DENSITY = 0.3
 
@@ -25,8 +26,10 @@ class Choice:
     dense: bool = False
     tile_vectors: int = 1
     tile_rows: int = 1
-    block_size: int = 0
-    """Input channels per block; 0 for one block."""
+    group: int = 1
+    """Output channels that share the loads of their inputs: 1, 2 or 4."""
+    num_blocks: int = 1
+    """Blocks of connections, between which partial sums are kept."""
     panel: int = 0
     """Output channels computed together, their partial sums being kept; 0 for all."""
 
@@ -338,9 +341,9 @@ class Plan:
         assert step.layer.weight is not None
         weight = step.layer.weight
         if step.kind == native.SPARSE_LINEAR:
-            table = linear_table(weight)
-            step.op.row_begin = self._keep(step, table.row_begin)
-            step.op.connections = self._keep(step, table.connections)
+            begin, connections = linear_table(weight)
+            step.op.row_begin = self._keep(step, begin)
+            step.op.connections = self._keep(step, connections)
         else:
             depth = -(-weight.shape[1] // self._lanes) * self._lanes
             padded = np.zeros((len(weight), depth), np.float32)
@@ -372,13 +375,16 @@ class Plan:
             op.offsets = self._keep(step, dense.offsets)
             op.part_begin = self._keep(step, dense.part_begin)
             return
-        table = sparse_table(layer, step.source, block_size=choice.block_size, num_parts=parts)
+        table = sparse_table(
+            layer, step.source, group=choice.group, num_blocks=choice.num_blocks, num_parts=parts
+        )
         op.kind = native.SPARSE_CONV
-        op.num_blocks = table.num_blocks
+        op.group, op.num_blocks = choice.group, choice.num_blocks
         op.tile_vectors, op.tile_rows = choice.tile_vectors, choice.tile_rows
-        op.row_begin = self._keep(step, table.row_begin)
         op.row_channel = self._keep(step, table.row_channel)
+        op.counts = self._keep(step, table.counts)
         op.part_begin = self._keep(step, table.part_begin)
+        op.part_stream = self._keep(step, table.part_stream)
         op.connections = self._keep(step, table.connections)
 
 
@@ -429,24 +435,22 @@ def default_choice(step: Step) -> Choice:
     assert step.layer is not None
     if not can_be_sparse(step) or (step.layer.groups == 1 and density(step.layer) >= DENSE_DENSITY):
         return Choice(dense=True)
-    return tiles(step.target)[-1]
+    return tiles(step.target, MAX_TILE)[-1]
 
 
-def tiles(target: Map) -> list[Choice]:
-    """Return sensible tiles of an output, smallest first, without blocks.
+def tiles(target: Map, most: int) -> list[Choice]:
+    """Return sensible tiles of at most `most` vectors of an output, smallest first.
 
-    A tile is a whole row or half of one, and as many rows as the accumulators allow, or about half
-    of them: fewer than 7 sums do not hide the latency of an addition.
+    A tile is a whole row or a part of one, and as many rows as fit, or fewer.
     """
     found = set()
-    least = -(-target.vectors // 8)
+    least = -(-target.vectors // min(most, 8))
     for count in (least, least + 1):
         vectors = -(-target.vectors // count)
-        most = min(MAX_TILE // vectors, 7, target.height)
-        for rows in range(1, most + 1):
+        for rows in range(1, min(most // vectors, 7, target.height) + 1):
             rows = -(-target.height // -(-target.height // rows))  # even cuts
             found.add((vectors, rows))
     largest = max(v * r for v, r in found)
-    chosen = [t for t in found if t[0] * t[1] >= min(largest, 7)]
+    chosen = [t for t in found if t[0] * t[1] >= min(largest, MIN_TILE)]
     chosen.sort(key=lambda t: (t[0] * t[1], t))
     return [Choice(tile_vectors=v, tile_rows=r) for v, r in chosen]

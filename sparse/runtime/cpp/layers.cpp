@@ -103,15 +103,16 @@ void mean_pool(const Op& op, const float* arena, float* out, int64_t c0, int64_t
 
 namespace {
 
-float sparse_dot(const Connection* p, int64_t n, const float* x) {
+// Connections are pairs of an offset and a weight.
+float sparse_dot(const float* p, int64_t n, const float* x) {
   float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-  for (; n >= 4; n -= 4, p += 4) {
-    s0 += p[0].weight * x[p[0].offset];
-    s1 += p[1].weight * x[p[1].offset];
-    s2 += p[2].weight * x[p[2].offset];
-    s3 += p[3].weight * x[p[3].offset];
+  for (; n >= 4; n -= 4, p += 8) {
+    s0 += p[1] * x[offset_at(p)];
+    s1 += p[3] * x[offset_at(p + 2)];
+    s2 += p[5] * x[offset_at(p + 4)];
+    s3 += p[7] * x[offset_at(p + 6)];
   }
-  for (; n > 0; --n, ++p) s0 += p->weight * x[p->offset];
+  for (; n > 0; --n, p += 2) s0 += p[1] * x[offset_at(p)];
   return (s0 + s1) + (s2 + s3);
 }
 
@@ -135,7 +136,7 @@ void linear(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1
   const float* x = arena + op.in;
   for (int64_t c = c0; c < c1; ++c) {
     const float dot = op.kind == kSparseLinear
-                          ? sparse_dot(op.connections + op.row_begin[c],
+                          ? sparse_dot(op.connections + 2 * op.row_begin[c],
                                        op.row_begin[c + 1] - op.row_begin[c], x)
                           : dense_dot(op.weights + c * op.depth, x, op.depth);
     const float y = dot + op.bias[c];

@@ -73,11 +73,9 @@ void run_step(const Op& op, const Image& image, const Step& s, float* scratch) {
   switch (op.kind) {
     case kInput: return read_input(op, image.pixels, image.arena, s.begin, s.end);
     case kSparseConv:
-      return sparse_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end,
-                         scratch);
+      return sparse_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end, scratch);
     case kDenseConv:
-      return dense_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end,
-                         scratch);
+      return dense_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end, scratch);
     case kMaxPool: return max_pool(op, image.arena, s.begin, s.end);
     case kRepack: return repack(op, image.arena, s.begin, s.end);
     case kOutput: return write_output(op, image.arena, out, s.begin, s.end);
@@ -196,6 +194,7 @@ using sparse_runtime::Piece;
 extern "C" {
 
 int64_t sparse_runtime_lanes() { return sparse_runtime::kLanes; }
+int64_t sparse_runtime_max_tile(int64_t group) { return sparse_runtime::max_tile(int(group)); }
 int64_t sparse_runtime_op_size() { return int64_t(sizeof(Op)); }
 
 // The tables that the operations point to stay the caller's. Null: no memory or no threads.

@@ -11,12 +11,6 @@
 
 namespace sparse_runtime {
 
-// Offset from the tile's first input vector, in floats, and weight of one connection.
-struct Connection {
-  int32_t offset;
-  float weight;
-};
-
 enum Kind : int64_t {
   kInput = 0,
   kSparseConv = 1,
@@ -41,16 +35,20 @@ struct Op {
   int64_t stride_y, stride_x;       // input rows per output row, input vectors per output vector
   int64_t relu;
   int64_t tile_rows, tile_vectors;  // of a sparse convolution
-  int64_t num_parts, num_blocks;    // ranges of output channels, blocks of input channels
+  int64_t group;                    // output channels computed together: 1, 2 or 4
+  int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections
   int64_t depth;                    // terms per output: dense convolution, linear; pool: window;
                                     // repack: 1 if vectors move whole
   int64_t width, height, in_channels;  // of the input
   int64_t pad;                      // of a pool
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are
-  const int32_t* row_begin;         // [parts][blocks][rows of the part + 1] into connections
-  const int32_t* row_channel;       // [parts][blocks][rows of the part]
-  const int64_t* part_begin;        // [parts + 1] first channel of each part
-  const Connection* connections;
+  const int32_t* row_begin;         // sparse linear: [channels + 1] into connections
+  const int32_t* row_channel;       // [channels] in the order of computation, part by part
+  const int32_t* counts;            // [parts][blocks][groups][2^group - 1] connections by pattern
+  const int64_t* part_begin;        // [parts + 1] first channel of each part, a multiple of 4
+  const int64_t* part_stream;       // [parts] where the connections of a part begin
+  const float* connections;         // in the order of use: offset from the tile's first input
+                                    // vector, in floats, and one weight per channel of the pattern
   const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth]
   const int32_t* offsets;           // dense: [depth]; input, output, repack: [vectors][lanes] where
                                     // in the row, or -1; pool: valid input columns from -pad on
