@@ -14,6 +14,7 @@ from sparse.runtime.schedule import group, may_overwrite, schedule
 from sparse.runtime.tables import dense_table, linear_table, sparse_table
 
 MAX_TILE = 14  # kMaxTile of conv.h
+MAX_GROWTH = 1.2  # of a row, to spare its readers a repacking
 MIN_TILE = 4  # vectors: fewer sums do not hide the latency of an addition
 DENSE_DENSITY = 0.5  # untuned choice: at and above this, the dense kernel
 LINEAR_DENSITY = 0.3
@@ -76,6 +77,7 @@ class Plan:
         self._size, self._lanes, self._num_parts = size, lanes, num_parts
         self._values: dict[str, Value] = {}
         self._repacked: dict[tuple[int, int, int, int], Map] = {}
+        self._wishes = self._wished(layers)
         self._read_image(layers[0])
         for layer in layers:
             self._add(layer)
@@ -110,10 +112,28 @@ class Plan:
         )
 
     def _out_vectors(self, layer: Layer, width: int) -> int:
-        """Return the least vectors of an output row: whole in the input's and in the output's."""
+        """Return the vectors of an output row: whole in the input's and in the output's.
+
+        The least number, unless a reader would have to repack the row and a little more avoids it.
+        """
         stride = layer.stride[1]
-        out = out_size(width, layer.kernel[1], stride, layer.padding[1], layer.dilation[1])
-        return max(-(-out // self._lanes), -(-width // (stride * self._lanes)))
+        least = max(-(-_width(layer, width) // self._lanes), -(-width // (stride * self._lanes)))
+        wish = self._wishes.get(layer.name, 0)
+        return wish if least <= wish <= MAX_GROWTH * least else least
+
+    def _wished(self, layers: Sequence[Layer]) -> dict[str, int]:
+        """Return the vectors of a row that suit its strided readers, by the name of the value."""
+        widths = {INPUT: self._size[2]}
+        wishes: dict[str, int] = {}
+        for layer in layers:
+            if layer.kind not in ("conv", "max_pool"):
+                continue
+            width = widths[layer.source]
+            widths[layer.name] = _width(layer, width)
+            if layer.stride[1] > 1 and layer.kernel != (1, 1):
+                out = -(-widths[layer.name] // self._lanes)
+                wishes[layer.source] = max(wishes.get(layer.source, 0), layer.stride[1] * out)
+        return wishes
 
     def _add(self, layer: Layer) -> None:
         if layer.kind in ("conv", "max_pool"):
@@ -138,7 +158,7 @@ class Plan:
             layer.dilation,
         )
         height = out_size(source.height, kh, sy, py, dy)
-        width = out_size(source.width, kw, sx, px, dx)
+        width = _width(layer, source.width)
         if min(height, width) < 1:
             raise ValueError(
                 f"images of {self._size[1]}x{self._size[2]} are too small for this network: "
@@ -398,6 +418,11 @@ _FILL: dict[int, Callable[[Plan, Step], None]] = {
     native.REPACK: Plan._fill_repack,
     native.OUTPUT: Plan._fill_output,
 }
+
+
+def _width(layer: Layer, width: int) -> int:
+    """Return the width of the output of a convolution or pool."""
+    return out_size(width, layer.kernel[1], layer.stride[1], layer.padding[1], layer.dilation[1])
 
 
 def _size(value: Map) -> tuple[int, int]:

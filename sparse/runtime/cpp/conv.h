@@ -18,6 +18,7 @@ constexpr int kRegisters = 16;
 #endif
 constexpr int kMaxTile = 14;      // vectors of a sparse tile of one channel
 constexpr int kAhead = 2;         // groups of channels between the fetch of a tile and its use
+constexpr int kStreamAhead = 256;  // words between the fetch of a connection and its use
 constexpr int kLineFloats = 16;   // of a cache line
 constexpr int kDenseChannels = 4;
 // A dense tile is some vectors by 4 channels: accumulators, inputs and a weight fill the registers.
@@ -80,7 +81,8 @@ struct SparseTile {
       if constexpr (kPattern >> c & 1) weight[c] = broadcast(p[next++]);
     });
     for_each<kSize>([&](auto i) SPARSE_INLINE {
-      const Vec x = input(in, in_row, i);
+      Vec x = input(in, in_row, i);
+      if constexpr (P > 1) hold(x);
       for_each<P>([&](auto c) SPARSE_INLINE {
         if constexpr (kPattern >> c & 1) sum[c][i] += weight[c] * x;
       });
@@ -97,6 +99,7 @@ struct SparseTile {
       Vec more[kSums - 1][1][kSize];
       for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { other[0][i] = Vec{}; });
       for (; n >= 4; n -= 4, p += 4 * step) {
+        __builtin_prefetch(p + kStreamAhead);
         add<kPattern>(sum, p, in, in_row);
         add<kPattern>(more[0], p + step, in, in_row);
         add<kPattern>(kSums == 4 ? more[kSums / 4] : sum, p + 2 * step, in, in_row);
@@ -106,11 +109,15 @@ struct SparseTile {
     }
     if constexpr (P == 1) {
       for (; n >= 2; n -= 2, p += 2 * step) {
+        __builtin_prefetch(p + kStreamAhead);
         add<kPattern>(sum, p, in, in_row);
         add<kPattern>(sum, p + step, in, in_row);
       }
     }
-    for (; n > 0; --n, p += step) add<kPattern>(sum, p, in, in_row);
+    for (; n > 0; --n, p += step) {
+      if (P > 1) __builtin_prefetch(p + kStreamAhead);
+      add<kPattern>(sum, p, in, in_row);
+    }
     return p;
   }
 

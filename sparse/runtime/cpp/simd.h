@@ -23,6 +23,17 @@ inline Vec broadcast(float x) { return x - Vec{}; }
 // A NaN in `a` stays, as torch has it.
 inline Vec maximum(Vec a, Vec b) { return b > a ? b : a; }
 
+// Keep a value in a register: GCC loads it once per use otherwise, where it can.
+inline void hold(Vec& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  (void)v;
+#endif
+}
+
 // Zero the lanes where the mask is 0; the others of the mask are all ones.
 inline Vec keep(Vec v, Mask m) { return reinterpret_cast<Vec>(reinterpret_cast<Mask>(v) & m); }
 
