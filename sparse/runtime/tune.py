@@ -110,7 +110,8 @@ def _candidates(step: Step, max_tiles: Mapping[int, int]) -> list[Choice]:
         found = [
             dataclasses.replace(tile, group=group, num_blocks=count, panel=panel)
             for group, most in max_tiles.items()
-            if group == 1 or density(step.layer) * group >= SHARED_FROM
+            if group == 1
+            or (can_be_sparse(step, group) and density(step.layer) * group >= SHARED_FROM)
             for tile in tiles(step.target, most)
             for count in _num_blocks(step, tile, group)
             for panel in ((0, PANEL) if count > 1 and step.target.channels > 2 * PANEL else (0,))
@@ -146,7 +147,7 @@ def _key(step: Step) -> str:
     return (
         f"{'x'.join(map(str, layer.weight.shape))} groups {layer.groups} stride {step.stride} "
         f"dilation {layer.dilation} in {source.vectors}+{source.halo} "
-        f"out {target.height}x{target.vectors} add {step.residual is not None} "
+        f"out {target.rows}x{target.vectors} add {step.residual is not None} "
         f"density {density(layer):.2g}"
     )
 

@@ -31,16 +31,6 @@ TileFunction pick(int64_t vectors, int64_t rows) {
   }
 }
 
-template <int SX>
-TileFunction pick(int64_t group, int64_t vectors, int64_t rows) {
-  switch (group) {
-    case 1: return pick<1, SX>(vectors, rows);
-    case 2: return pick<2, SX>(vectors, rows);
-    case 4: return pick<4, SX>(vectors, rows);
-    default: return nullptr;
-  }
-}
-
 // Part `index` of `count` nearly equal parts of [begin, end): its first element.
 int64_t cut(int64_t begin, int64_t end, int64_t index, int64_t count) {
   return begin + (end - begin) * index / count;
@@ -49,16 +39,48 @@ int64_t cut(int64_t begin, int64_t end, int64_t index, int64_t count) {
 }  // namespace
 
 TileFunction find_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x) {
-  if (stride_x == 1) return pick<1>(group, vectors, rows);
-  if (stride_x == 2) return pick<2>(group, vectors, rows);
-  return nullptr;
+  if (stride_x == 2) return group == 1 ? pick<1, 2>(vectors, rows) : nullptr;
+  if (stride_x != 1) return nullptr;
+  switch (group) {
+    case 1: return pick<1, 1>(vectors, rows);
+    case 2: return pick<2, 1>(vectors, rows);
+    case 4: return pick<4, 1>(vectors, rows);
+    default: return nullptr;
+  }
 }
 
+namespace {
+
+// The borders of bands; rows that other bands continue are copied whole.
+void fill_band_borders(const Op& op, float* out, int64_t y, int64_t c) {
+  const int64_t n = op.vectors;
+  const int32_t *left = op.moves, *right = left + kLanes, *above = right + kLanes,
+                *below = above + kLanes;
+  float* plane = out + y * op.out_row + c * op.out_plane;
+  for (int64_t k = 0; k < op.halo; ++k) {
+    store(plane - (k + 1) * kLanes, permute(load(plane + (n - 1 - k) * kLanes), left));
+    store(plane + (n + k) * kLanes, permute(load(plane + k * kLanes), right));
+  }
+  const auto copy = [&](int64_t to, const int32_t* from) {
+    for (int64_t i = -op.halo; i < n + op.halo; ++i) {
+      store(plane + (to - y) * op.out_row + i * kLanes, permute(load(plane + i * kLanes), from));
+    }
+  };
+  if (y >= op.rows - op.pad_top) copy(y - op.rows, above);
+  if (y < op.pad_bottom) copy(y + op.rows, below);
+}
+
+}  // namespace
+
 void fill_halo(const Op& op, float* out, int64_t y0, int64_t y1, int64_t c0, int64_t c1) {
-  if (op.halo == 0) return;
+  if (op.halo == 0 && op.pad_top == 0 && op.pad_bottom == 0) return;
   const int64_t n = op.vectors;
   for (int64_t y = y0; y < y1; ++y) {
     for (int64_t c = c0; c < c1; ++c) {
+      if (op.moves) {
+        fill_band_borders(op, out, y, c);
+        continue;
+      }
       float* plane = out + y * op.out_row + c * op.out_plane;
       for (int64_t k = 0; k < op.halo; ++k) {
         // What lies n vectors away is the same column in the neighboring lane.
@@ -84,7 +106,7 @@ void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0,
         run(op, part, arena + op.in + y * op.stride_y * op.in_row + x * op.stride_x * kLanes,
             out + y * op.out_row + x * kLanes,
             op.res < 0 ? nullptr : arena + op.res + y * op.res_row + x * kLanes,
-            op.mask ? op.mask + x * kLanes : nullptr, scratch);
+            op.mask ? op.mask + y * op.mask_row + x * kLanes : nullptr, scratch);
       }
     }
     fill_halo(op, out, y, y_end, op.part_begin[p0], op.part_begin[p1]);
@@ -94,7 +116,7 @@ void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0,
 namespace {
 
 struct DenseTile {
-  int64_t in[kDenseVectors], out[kDenseVectors], res[kDenseVectors], column[kDenseVectors];
+  int64_t in[kDenseVectors], out[kDenseVectors], res[kDenseVectors], mask[kDenseVectors];
 };
 
 template <int NV>
@@ -137,7 +159,7 @@ void multiply(const Op& op, const DenseTile& tile, int64_t c, int64_t k0, int64_
         Vec v = sum[j][i];
         if (res) v += load(res + (c + j) * op.res_plane + tile.res[i]);
         if (op.relu) v = maximum(v, Vec{});
-        if (op.mask) v = keep(v, load_mask(op.mask + tile.column[i] * kLanes));
+        if (op.mask) v = keep(v, load_mask(op.mask + tile.mask[i]));
         store(out + (c + j) * op.out_plane + tile.out[i], v);
       });
     }
@@ -175,7 +197,7 @@ void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, 
       tile.in[i] = y * op.stride_y * op.in_row + x * op.stride_x * kLanes;
       tile.out[i] = y * op.out_row + x * kLanes;
       tile.res[i] = y * op.res_row + x * kLanes;
-      tile.column[i] = x;
+      tile.mask[i] = y * op.mask_row + x * kLanes;
     }
     for_each<kDenseVectors>([&](auto i) SPARSE_INLINE {
       if (size == i + 1) dense_tile<i + 1>(op, arena, p0, p1, tile, scratch);

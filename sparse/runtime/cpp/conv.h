@@ -126,7 +126,7 @@ struct SparseTile {
     for_each<kSize>([&](auto i) SPARSE_INLINE {
       if (res) sum[i] += load(res + (i / VX) * op.res_row + (i % VX) * kLanes);
       if (op.relu) sum[i] = maximum(sum[i], Vec{});
-      if (mask) sum[i] = keep(sum[i], load_mask(mask + (i % VX) * kLanes));
+      if (mask) sum[i] = keep(sum[i], load_mask(mask + (i / VX) * op.mask_row + (i % VX) * kLanes));
       store(out + (i / VX) * op.out_row + (i % VX) * kLanes, sum[i]);
     });
   }

@@ -22,19 +22,16 @@ void read_input(const Op& op, const float* image, float* arena, int64_t y0, int6
 }
 
 void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
+  const int64_t size = op.vectors * kLanes;
   for (int64_t y = y0; y < y1; ++y) {
+    const int32_t* place = op.offsets + y * size;
     for (int64_t c = 0; c < op.channels; ++c) {
-      const float* in = arena + op.in + y * op.stride_y * op.in_row + c * op.in_plane;
+      const float* in = arena + op.in + c * op.in_plane;
       float* out = arena + op.out + y * op.out_row + c * op.out_plane;
       if (op.depth) {
-        for (int64_t i = 0; i < op.vectors * kLanes; i += kLanes) {
-          store(out + i, load(in + op.offsets[i]));
-        }
-        continue;
-      }
-      for (int64_t i = 0; i < op.vectors * kLanes; ++i) {
-        const int32_t place = op.offsets[i];
-        out[i] = place < 0 ? 0.0f : in[place];
+        for (int64_t i = 0; i < size; i += kLanes) store(out + i, load(in + place[i]));
+      } else {
+        for (int64_t i = 0; i < size; ++i) out[i] = place[i] < 0 ? 0.0f : in[place[i]];
       }
     }
   }
@@ -42,12 +39,14 @@ void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
 }
 
 void write_output(const Op& op, const float* arena, float* image, int64_t y0, int64_t y1) {
+  const int64_t size = op.vectors * kLanes;
   for (int64_t y = y0; y < y1; ++y) {
+    const int32_t* place = op.offsets + y * size;
     for (int64_t c = 0; c < op.channels; ++c) {
       const float* in = arena + op.in + y * op.in_row + c * op.in_plane;
-      float* out = image + (c * op.height + y) * op.width;
-      for (int64_t i = 0; i < op.vectors * kLanes; ++i) {
-        if (op.offsets[i] >= 0) out[op.offsets[i]] = in[i];
+      float* out = image + c * op.height * op.width;
+      for (int64_t i = 0; i < size; ++i) {
+        if (place[i] >= 0) out[place[i]] = in[i];
       }
     }
   }

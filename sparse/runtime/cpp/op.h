@@ -5,6 +5,9 @@
 // vector: every load of a convolution is aligned. Vectors -halo .. -1 and n .. n + halo - 1 repeat
 // the columns that lie in a neighboring lane. Lanes at columns outside the image are zero, and so
 // are the rows above and below the image.
+//
+// Of small images the lanes also hold several bands of rows: see Grid in layout.py. The rows above
+// and below then repeat those of the neighboring bands.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +44,10 @@ struct Op {
                                     // repack: 1 if vectors move whole
   int64_t width, height, in_channels;  // of the input
   int64_t pad;                      // of a pool
+  int64_t pad_top, pad_bottom;      // rows of the output that repeat others: with bands only
+  int64_t mask_row;                 // distance between rows of the mask, 0 if one serves all
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are
+  const int32_t* moves;             // [4][lanes] Grid.moves of the output, null with one band
   const int32_t* row_begin;         // sparse linear: [channels + 1] into connections
   const int32_t* row_channel;       // [channels] in the order of computation, part by part
   const int32_t* counts;            // [parts][blocks][groups][2^group - 1] connections by pattern
@@ -50,8 +56,9 @@ struct Op {
   const float* connections;         // in the order of use: offset from the tile's first input
                                     // vector, in floats, and one weight per channel of the pattern
   const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth]
-  const int32_t* offsets;           // dense: [depth]; input, output, repack: [vectors][lanes] where
-                                    // in the row, or -1; pool: valid input columns from -pad on
+  const int32_t* offsets;           // dense: [depth]; input: [vectors][lanes] column, or -1; output,
+                                    // repack: [rows][vectors][lanes] where in the channel, or -1;
+                                    // pool: valid input columns from -pad on
   const float* bias;                // [channels]
 };
 

@@ -37,6 +37,18 @@ inline void hold(Vec& v) {
 // Zero the lanes where the mask is 0; the others of the mask are all ones.
 inline Vec keep(Vec v, Mask m) { return reinterpret_cast<Vec>(reinterpret_cast<Mask>(v) & m); }
 
+// Lane l of the result is lane from[l] of `v`, or zero if that is negative.
+inline Vec permute(Vec v, const int32_t* from) {
+  const Mask index = load_mask(from);
+#ifdef __clang__
+  Vec moved;
+  for (int lane = 0; lane < kLanes; ++lane) moved[lane] = v[index[lane] & (kLanes - 1)];
+#else
+  const Vec moved = __builtin_shuffle(v, index);
+#endif
+  return keep(moved, index >= 0);
+}
+
 // Lanes kFirst, kFirst + 1, .. of `low` followed by `high`.
 template <int kFirst, int... L>
 inline Vec window(Vec low, Vec high, std::integer_sequence<int, L...>) {

@@ -104,7 +104,9 @@ def test_convolutions_equal_torch(
     data: st.DataObject,
 ) -> None:
     model, image = case
-    group = data.draw(st.sampled_from(sorted(each_kernels.max_tiles)))
+    # several channels share their inputs only where rows are read without a stride
+    strided = model.conv.stride[1] > 1
+    group = 1 if strided else data.draw(st.sampled_from(sorted(each_kernels.max_tiles)))
     most = each_kernels.max_tiles[group]
     rows = data.draw(st.integers(1, min(7, most)))
     choice = Choice(
