@@ -45,7 +45,10 @@ class Op(ctypes.Structure):
         *((name, _INT) for name in "stride_y stride_x relu tile_rows tile_vectors group".split()),
         *((name, _INT) for name in "num_parts num_blocks depth width height".split()),
         *((name, _INT) for name in "in_channels pad pad_top pad_bottom mask_row".split()),
-        *((name, _POINTER) for name in "mask moves row_begin row_channel counts part_begin part_stream".split()),
+        *(
+            (name, _POINTER)
+            for name in "mask moves row_begin row_channel counts part_begin part_stream".split()
+        ),
         *((name, _POINTER) for name in "connections weights offsets bias".split()),
     ]
 

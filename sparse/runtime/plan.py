@@ -451,9 +451,7 @@ def _width(layer: Layer, width: int) -> int:
 
 def _fits(found: Grid, wanted: Grid) -> bool:
     """Tell whether a value of a grid can be used as one of another; plain rows may be missing."""
-    return found == wanted or (
-        found.bands == wanted.bands == 1 and found.vectors == wanted.vectors
-    )
+    return found == wanted or (found.bands == wanted.bands == 1 and found.vectors == wanted.vectors)
 
 
 def _size(value: Map) -> tuple[int, int]:
