@@ -65,8 +65,8 @@ ARG USER_ID=1000
 ARG GROUP_ID=1000
 RUN groupadd --non-unique --gid "$GROUP_ID" trainer \
     && useradd --non-unique --no-log-init --uid "$USER_ID" --gid "$GROUP_ID" --create-home trainer \
-    && mkdir -p /data/imagenet /workspace/rn50/results \
-    && chmod 1777 /home/trainer /workspace/rn50 /workspace/rn50/results
+    && mkdir -p /data/imagenet \
+    && chmod 1777 /home/trainer
 
 COPY --from=environment /opt/venv /opt/venv
 
@@ -83,9 +83,9 @@ WORKDIR /workspace/rn50
 COPY . .
 COPY --from=kernels /opt/kernels/sparse/runtime/prebuilt sparse/runtime/prebuilt
 
-# The checkout may come from a umask that lets its owner alone read.
+# The checkout may come from a umask that lets its owner alone read; any user may write results.
 ARG GIT_COMMIT=unknown
-RUN printf '%s\n' "$GIT_COMMIT" >COMMIT && chmod -R a+rX .
+RUN printf '%s\n' "$GIT_COMMIT" >COMMIT && chmod -R a+rX . && chmod 1777 . results
 
 ARG BASE_IMAGE
 LABEL org.opencontainers.image.title="nvidia_rn50" \

@@ -17,7 +17,6 @@ import torch
 
 import sparse
 from image_classification import models
-from results import picture, published
 from sparse import costs
 from sparse.distributions import layer_sparsities
 
@@ -55,17 +54,34 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
     args = build_parser().parse_args(argv)
     try:
-        if args.table:
-            print(published.table(args.table, report_network, rounding=args.rounding))
-        if args.plot:
-            picture.plot(args.plot, report_network)
-        if not args.table and not args.plot:
+        if args.table or args.plot:
+            show_published(args)
+        else:
             report = report_flags(args)
             print(json.dumps(report) if args.json else format_report(report))
     except ValueError as error:
         print(f"costs.py: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def show_published(args: argparse.Namespace) -> None:
+    """Print and draw the published rows, as the flags ask for.
+
+    Raises:
+        ValueError: The rows are not there; one line.
+    """
+    try:  # in a container a folder for results may be mounted over them
+        from results import picture, published
+    except ImportError as error:
+        raise ValueError(
+            f"--table and --plot read results/ of the checkout, which is not there ({error}); "
+            "in a container, mount it"
+        ) from error
+    if args.table:
+        print(published.table(args.table, report_network, rounding=args.rounding))
+    if args.plot:
+        picture.plot(args.plot, report_network)
 
 
 def report_flags(args: argparse.Namespace) -> dict[str, Any]:

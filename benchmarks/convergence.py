@@ -195,7 +195,13 @@ def planned(arguments: argparse.Namespace) -> list[Run]:
     for seed in range(arguments.seeds):
         for sparsity in arguments.sparsities:
             for method in arguments.methods:
-                run = Run(method, 0.0 if method == "dense" else sparsity, seed, arguments.epochs)
+                run = Run(
+                    method,
+                    0.0 if method == "dense" else sparsity,
+                    seed,
+                    arguments.epochs,
+                    delta_t=arguments.delta_t,
+                )
                 if run not in runs:
                     runs.append(run)
     return runs
@@ -269,6 +275,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="results, JSON lines")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--delta-t", type=int, default=50, help="steps between updates")
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.95, 0.98])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--plot", type=Path, help="picture to draw")

@@ -3,12 +3,18 @@
 Every rival runs the dense network of the same architecture, interleaved with the sparse network,
 so that a change of the machine's load hits both; a ratio is the median over pairs, above 1 where
 the sparse network is faster. With one thread, processor time is compared; with more, wall time.
-Masks are random with exact counts per layer, or those of a checkpoint.
+Everything computes in float32. Masks are random with exact counts per layer, or those of a trained
+network. All figures of docs/performance.md, with its picture:
+
+    python benchmarks/inference.py --rivals onnxruntime openvino --batch 1 16 --threads 1 2 --json \
+        --memory --plot docs/pictures/inference.png
 """
 
 import argparse
 import json
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +33,7 @@ import sparse
 from export import read_source
 from image_classification.models import create_model, default_image_size
 from sparse import runtime
+from sparse.runtime import native
 
 Run = Callable[[Tensor], Any]
 RIVALS = ("onnxruntime", "openvino", "compile", "torch")
@@ -87,7 +94,7 @@ def save(model: nn.Module, masks: Mapping[str, Tensor], arch: str, path: Path) -
 
 
 def rival(name: str, model: nn.Module, images: Tensor, threads: int, directory: Path) -> Run:
-    """Return a function that runs a dense network with another runtime, default settings."""
+    """Return a function that runs a dense network with another runtime, in float32."""
     if name == "torch":
         return model
     if name == "compile":
@@ -108,7 +115,14 @@ def rival(name: str, model: nn.Module, images: Tensor, threads: int, directory: 
     import openvino
 
     compiled = openvino.Core().compile_model(
-        graph, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        graph,
+        "CPU",
+        {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            # bfloat16 where the processor multiplies matrices of it is another network
+            "INFERENCE_PRECISION_HINT": "f32",
+        },
     )
     return lambda x: compiled(x.numpy())
 
@@ -175,19 +189,95 @@ def profile(network: runtime.Network, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def peak_bytes(name: str, path: Path) -> int:
+    """Return the memory that loading a network and running an image takes, at its peak.
+
+    Args:
+        name: "sparse" or "onnxruntime".
+        path: Compact file, or ONNX graph.
+    """
+    image = torch.randn(1, 3, 224, 224)
+    if name == "onnxruntime":
+        import onnxruntime
+
+        with Path("/proc/self/clear_refs").open("w") as file:
+            file.write("5")
+        before = _status("VmRSS")
+        session = onnxruntime.InferenceSession(path)
+        for _ in range(3):
+            session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    else:
+        with Path("/proc/self/clear_refs").open("w") as file:
+            file.write("5")
+        before = _status("VmRSS")
+        network = runtime.load(path)
+        for _ in range(3):
+            network(image)
+    return _status("VmHWM") - before
+
+
+def _status(entry: str) -> int:
+    found = re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def compare_memory(path: Path, graph: Path) -> dict[str, float]:
+    """Return the peak of each runtime in 10^6 bytes, each in a process of its own."""
+    peaks = {}
+    for name, file in (("sparse", path), ("onnxruntime", graph)):
+        # The first run compiles and tunes; the second is what a user has from then on.
+        for _ in range(2):
+            command = [sys.executable, __file__, "--peak", name, str(file)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[name] = round(1e-6 * int(done.stdout), 1)
+    return peaks
+
+
+def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw the latency of ResNet-50 against sparsity, and the dense runtimes as lines."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    dense: dict[str, list[float]] = {}
+    for distribution, marker in (("erk", "o"), ("uniform", "s")):
+        points = []
+        for key, result in results.items():
+            arch, kind, sparsity, *rest = key.split("/")
+            if (arch, kind, rest) == ("resnet50", distribution, ["b1", "t1"]):
+                points.append((float(sparsity), result["milliseconds"]["sparse"]))
+                for name, ms in result["milliseconds"].items():
+                    if name != "sparse":
+                        dense.setdefault(name, []).append(ms)
+        axes.plot(
+            *zip(*sorted(points), strict=True), marker=marker, label=f"sparse, {distribution}"
+        )
+    for (name, ms), style in zip(dense.items(), ("--", ":", "-.", "-"), strict=False):
+        axes.axhline(statistics.median(ms), color="gray", linestyle=style, label=f"dense, {name}")
+    axes.set(xlabel="sparsity", ylabel="milliseconds per image", ylim=(0, None))
+    axes.set_title("ResNet-50, 224 x 224, batch 1, one thread, float32")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description="Measure sparse inference on the CPU.")
     add = parser.add_argument
     add("--networks", nargs="*", default=CONFIGURATIONS, help="arch/distribution/sparsity")
     add("--checkpoint", type=Path, help="a trained network instead: checkpoint or compact file")
+    add("--plot", type=Path, help="write the picture of latency against sparsity")
+    add("--memory", action="store_true", help="compare the peak of memory with onnxruntime's")
+    add("--peak", nargs=2, metavar=("RUNTIME", "FILE"), help="only print the bytes one takes")
     add("--rivals", nargs="*", choices=RIVALS, default=["onnxruntime"])
     add("--batch", type=int, nargs="*", default=[1])
     add("--threads", type=int, nargs="*", default=[1])
     add("--rounds", type=int, default=15)
     add("--profile", action="store_true", help="time every layer instead of comparing")
+    add("--level", choices=tuple(native.LEVELS), help="instruction set (the processor's best)")
     add("--cache", type=Path, help="directory of compiled kernels and measurements")
-    add("--json", action="store_true", help="print ratios to the fastest rival as one JSON object")
+    add("--json", action="store_true", help="end with one JSON object: ratios to the fastest rival")
     return parser
 
 
@@ -207,34 +297,44 @@ def networks(args: argparse.Namespace) -> list[tuple[str, str, nn.Module, dict[s
 def main(argv: Sequence[str]) -> None:
     """Run the command line."""
     args = build_parser().parse_args(argv)
-    ratios: dict[str, float] = {}
+    torch.set_num_threads(1)
+    if args.peak:
+        print(peak_bytes(args.peak[0], Path(args.peak[1])))
+        return
+    results: dict[str, Any] = {}
     for name, arch, model, masks in networks(args):
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "network.safetensors"
             save(model, masks, arch, path)
             dense = create_model(arch).eval() if args.checkpoint is None else model
             for threads in args.threads:
-                network = runtime.load(path, threads=threads, backend="native", cache=args.cache)
+                network = runtime.load(
+                    path, threads=threads, backend="native", level=args.level, cache=args.cache
+                )
                 if args.profile:
                     for row in profile(network, args.rounds):
                         print(json.dumps(row))
                     continue
                 for batch in args.batch:
-                    result = compare(
+                    key = f"{name}/b{batch}/t{threads}"
+                    results[key] = compare(
                         network,
                         dense,
                         rivals=args.rivals,
                         batch=batch,
                         threads=threads,
-                        rounds=args.rounds,
+                        rounds=max(5, args.rounds // batch),
                         directory=Path(directory),
                     )
-                    key = f"{name}/b{batch}/t{threads}"
-                    ratios[key] = min(result["ratio"].values())
-                    if not args.json:
-                        print(key, json.dumps(result), flush=True)
+                    print(key, json.dumps(results[key]), file=sys.stderr, flush=True)
+            if args.memory:
+                rival("onnxruntime", dense, torch.zeros(1, 3, 224, 224), 1, Path(directory))
+                peaks = compare_memory(path, Path(directory) / "dense-1.onnx")
+                print(f"{name}/memory", json.dumps(peaks), file=sys.stderr, flush=True)
+    if args.plot is not None:
+        plot(results, args.plot)
     if args.json:
-        print(json.dumps(ratios))
+        print(json.dumps({key: min(result["ratio"].values()) for key, result in results.items()}))
 
 
 if __name__ == "__main__":

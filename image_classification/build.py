@@ -324,4 +324,5 @@ def _data_config(
         num_classes=num_classes(config, dataset),
         augmentation=config.augmentation,
         synthetic_length=config.synthetic_batches,
+        max_bad_files=config.max_bad_files,
     )

@@ -56,6 +56,9 @@ class Config:
     image_size: int | None = flag(None, "side of the square input; the model's own by default")
     workers: int = flag(5, "loader workers or DALI threads per process", "-j")
     prefetch: int = flag(2, "batches prepared ahead, per worker (pytorch) or per process (DALI)")
+    max_bad_files: float = flag(
+        0.001, "share of the images of a split that may be unreadable; they are left out"
+    )
     synthetic_batches: int = flag(100, "batches per epoch and process of the synthetic backend")
 
     # model
@@ -161,6 +164,7 @@ RETIRED = {
     "--conv_init": "use -c fanin or -c classic",
     "--grad-accumulation-n": "growth always uses the gradient of the whole optimizer batch",
     "--T-end-epochs": "use --t-end-fraction",
+    "--lr-decay-epochs": "use --lr-milestones",
     "--lr-file": "use --lr-schedule with --lr-milestones",
     "--widths": "not supported; --width scales mobilenet_v1",
 }
@@ -292,7 +296,8 @@ def _rules(c: Config) -> list[tuple[bool, str, str]]:
             "checkpoints",
         ),
         (backend(c) == "synthetic", "synthetic_batches", "--data-backend synthetic"),
-        (backend(c) != "synthetic", "interpolation workers prefetch", "images to read"),
+        (backend(c) != "synthetic", "interpolation workers prefetch max_bad_files",
+         "images to read"),
         (not c.cpu, "tf32", "a GPU"),
         (
             not c.evaluate,
@@ -314,6 +319,7 @@ def _check_ranges(c: Config) -> None:
     for name in ("lr", "end_lr", "warmup", "momentum", "weight_decay", "mixup", "lr_gamma"):
         need(getattr(c, name) >= 0, name, "at least 0")
     need(c.workers >= 0, "workers", "at least 0")
+    need(0 <= c.max_bad_files <= 1, "max_bad_files", "in [0, 1]")
     need(0 <= c.label_smoothing < 1, "label_smoothing", "in [0, 1)")
     need(c.use_ema is None or 0 < c.use_ema < 1, "use_ema", "in (0, 1)")
     need(c.image_size is None or c.image_size >= 1, "image_size", "at least 1")

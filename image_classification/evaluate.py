@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from image_classification import distributed
-from image_classification.data import Loader
+from image_classification.data import DataError, Loader
 from image_classification.distributed import World
 from image_classification.log import Logger, Verbosity
 from image_classification.trainer import Precision
@@ -49,7 +49,7 @@ def evaluate(
         (mean and quantiles of this process).
 
     Raises:
-        ValueError: No process has an image.
+        DataError: No process has an image.
     """
     distributed.broadcast_buffers(model)
     model.eval()
@@ -58,14 +58,16 @@ def evaluate(
     clock = _Clock(world.device)
     batches = len(loader) if limit == -1 else min(limit, len(loader))
     rounds = distributed.broadcast_object(batches)  # rank 0 has the most
+    iteration = 0
     progress = logger.progress(batches, prefix)
     for iteration, (images, targets) in enumerate(loader.epoch(0), start=1):
-        clock.start()
-        with precision.autocast(images.device):
-            output = model(images)
-        sums += _sums(output.float(), targets, topk)
-        images_seen += len(images)
-        clock.stop()
+        if len(images):  # none of a batch may be readable
+            clock.start()
+            with precision.autocast(images.device):
+                output = model(images)
+            sums += _sums(output.float(), targets, topk)
+            images_seen += len(images)
+            clock.stop()
         progress.update(1)
         if iteration % print_freq == 0:
             ips = images_seen * world.world_size / clock.elapsed()
@@ -74,12 +76,12 @@ def evaluate(
         if iteration == batches:
             break
     progress.close()
-    for _ in range(batches, rounds):
+    for _ in range(iteration, rounds):  # others may have more batches, or more that can be read
         after_batch()
     sums = torch.cat([sums, torch.tensor([float(images_seen)], device=world.device)])
     top1, top, loss, count = distributed.all_reduce_sum(sums).tolist()
     if count == 0:
-        raise ValueError("there is no validation image")
+        raise DataError("there is no validation image")
     return {
         f"{prefix}.top1": 100 * top1 / count,
         f"{prefix}.top{topk}": 100 * top / count,

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from image_classification import checkpoint, distributed, preemption
 from image_classification.config import Config
-from image_classification.data import Loader
+from image_classification.data import DataError, Loader, share_bad_files
 from image_classification.evaluate import evaluate
 from image_classification.log import GpuMonitor, Logger, Verbosity
 from image_classification.preemption import Preempted
@@ -88,6 +88,7 @@ class Run:
         """Run the epochs that are left and log the run's summary.
 
         Raises:
+            DataError: In one line, why the data cannot be used any further.
             Preempted: A rank was asked to stop; a checkpoint was written where that is wanted.
             TrainingError: In one line, why training cannot go on.
         """
@@ -100,6 +101,7 @@ class Run:
         while self.epoch < last and not self._out_of_patience():
             record = self._train_epoch()
             is_best = self._validate_epoch(record)
+            record["data.bad_files"] = self._share_bad_files()
             self.epoch += 1
             self._log_epoch(record)
             self._totals = _summarize(self._totals, record)
@@ -121,24 +123,29 @@ class Run:
             models["val_ema"] = self.trainer.ema.module
         record: dict[str, float] = {}
         for prefix, model in models.items():
-            record |= evaluate(
-                model,
-                self.val_loader,
-                world=self.trainer.world,
-                precision=self.trainer.precision,
-                topk=self.config.topk,
-                logger=self.logger,
-                step=(epoch, self.steps_per_epoch * self.trainer.accumulation),
-                print_freq=self.config.print_freq,
-                limit=self.config.prof,
-                prefix=prefix,
-                after_batch=self._stop_if_agreed,
-            )
+            try:
+                record |= evaluate(
+                    model,
+                    self.val_loader,
+                    world=self.trainer.world,
+                    precision=self.trainer.precision,
+                    topk=self.config.topk,
+                    logger=self.logger,
+                    step=(epoch, self.steps_per_epoch * self.trainer.accumulation),
+                    print_freq=self.config.print_freq,
+                    limit=self.config.prof,
+                    prefix=prefix,
+                    after_batch=self._stop_if_agreed,
+                )
+            except DataError:  # no image is left: tell which files, or that they are too many
+                self._share_bad_files()
+                raise
         return record
 
     def evaluate(self) -> None:
         """Validate once and log the result as the run's summary."""
         record = {**self.extension.metrics(), **self.validate()}
+        record["data.bad_files"] = self._share_bad_files()
         self.logger.log((), record)
         self.logger.log((), self.extension.epoch_metrics(), Verbosity.VERBOSE)
 
@@ -253,8 +260,8 @@ class Run:
             return
         # another number of processes: sums are shared out, no stream continues exactly
         meters = [rank["meter"] for rank in ranks]
-        loss = sum(meter["loss"] for meter in meters) / len(meters)
-        self.trainer.meter.load_state_dict({**meters[0], "loss": loss})
+        shares = {name: sum(m[name] for m in meters) / len(meters) for name in ("loss", "images")}
+        self.trainer.meter.load_state_dict({**meters[0], **shares})
         torch.manual_seed(self.seed + 1 + self.trainer.step * world.world_size + world.rank)
         self.logger.warning(
             f"{path} was written by {len(ranks)} processes, this run has {world.world_size}: "
@@ -274,7 +281,11 @@ class Run:
                 steps=steps,
                 logger=self.logger,
                 print_freq=self.config.print_freq,
-                metrics=lambda: {**self.extension.metrics(), **self._gpu.sample()},
+                metrics=lambda: {
+                    **self.extension.metrics(),
+                    **self._gpu.sample(),
+                    "data.bad_files": self._share_bad_files(),
+                },
                 bar=("train.loss", "train.total_ips", *self.extension.bar),
                 after_step=self._after_step,
             )
@@ -306,6 +317,19 @@ class Run:
         if self.config.save_checkpoints:
             self.save()
         raise Preempted
+
+    def _share_bad_files(self) -> int:
+        """Warn of files that could not be read; return their number. All ranks take part.
+
+        Raises:
+            DataError: More are bad than --max-bad-files allows.
+        """
+        loaders = [self.train_loader, self.val_loader]
+        return share_bad_files(
+            [loader.bad_files for loader in loaders if loader is not None],
+            device=self.trainer.world.device,
+            warn=self.logger.warning,
+        )
 
     def _validate_epoch(self, record: dict[str, float]) -> bool:
         """Add validation metrics to `record`; tell whether top-1 is the best so far."""

@@ -1,6 +1,7 @@
 """The training loop: micro-batches, optimizer steps, epochs. It knows plain dense training only."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,16 +109,34 @@ class Trainer:
         """Add a micro-batch's share of the gradient; `last` of a step, all ranks average theirs.
 
         Returns:
-            The mean loss of the micro-batch, detached, on the device.
+            The mean loss of the micro-batch, detached, on the device; 0 without images.
         """
+        if not len(images):
+            return self._sit_out(images, last=last)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        local = self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
-        with local:
+        with self._local(last=last):
             with self.precision.autocast(images.device):
                 loss = self.loss(self._forward(images), targets)
             self.scaler.scale(loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _local(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        return self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
+
+    def _sit_out(self, images: Tensor, *, last: bool) -> Tensor:
+        """Add a gradient of zero: no image of the micro-batch could be read.
+
+        The other ranks wait for this one, so it runs the network, on a blank image that leaves no
+        trace in the statistics of BatchNorm.
+        """
+        self.model.eval()
+        with self._local(last=last):
+            with self.precision.autocast(images.device):
+                nothing = self._forward(images.new_zeros(1, *images.shape[1:])).sum() * 0
+            self.scaler.scale(nothing).backward()  # type: ignore[no-untyped-call]
+        self.model.train()
+        return torch.zeros_like(nothing)
 
     def update(self) -> None:
         """Take an optimizer step with the gradient gathered so far."""
@@ -176,7 +195,7 @@ class Trainer:
             for iteration in range(done + 1, total + 1):
                 last = iteration % self.accumulation == 0
                 images, targets = meter.fetch(batches)
-                meter.add(self.backward(images, targets, last=last), last=last)
+                meter.add(self.backward(images, targets, last=last), len(images), last=last)
                 if last:
                     self.update()
                 progress.update(1)
@@ -231,12 +250,11 @@ class Meter:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._images = 0  # of one batch over all ranks; they all hold as many
         self._epoch_start = self._start = time.perf_counter()
         self._waited = self._epoch_waited = 0.0
         self._batches = self._epoch_batches = 0
-        self._loss = torch.zeros((), device=world.device)
-        self._epoch_loss = 0.0
+        self._sums = torch.zeros(2, device=world.device)  # of losses, of images; of this rank
+        self._epoch_loss = self._epoch_images = 0.0  # of all ranks
         self._step_loss = torch.zeros((), device=world.device)
         self._bad_steps = torch.zeros((), device=world.device)  # in a row, up to now
         self._most_bad_steps = torch.zeros((), device=world.device)  # since the last record
@@ -248,12 +266,11 @@ class Meter:
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
-        self._images = len(batch[0]) * self._world.world_size
         return batch
 
-    def add(self, loss: Tensor, *, last: bool) -> None:
-        """Add the loss of a micro-batch, which may be the last of its step."""
-        self._loss += loss
+    def add(self, loss: Tensor, num_images: int, *, last: bool) -> None:
+        """Add the mean loss of a micro-batch, which may be the last of its step."""
+        self._sums += torch.stack([loss * num_images, torch.full_like(loss, num_images)])
         self._batches += 1
         self._step_loss += loss
         if last:
@@ -264,39 +281,42 @@ class Meter:
 
     def record(self) -> tuple[dict[str, float], dict[str, float]]:
         """Close an interval; return what the console shows and what only the raport keeps."""
-        total, bad = distributed.all_reduce_sum(self._loss), self._most_bad_steps
-        loss = float(total) / self._world.world_size
-        self.bad_steps = int(distributed.all_reduce_max(bad))
+        loss, images = distributed.all_reduce_sum(self._sums).tolist()
+        self.bad_steps = int(distributed.all_reduce_max(self._most_bad_steps))
         now = time.perf_counter()
-        shown, detail = self._rates(now - self._start, self._waited, self._batches)
-        shown = {"train.loss": loss / self._batches, **shown}
+        shown, detail = self._rates(now - self._start, self._waited, self._batches, images)
+        shown = {"train.loss": _mean(loss, images), **shown}
         self._epoch_loss += loss
+        self._epoch_images += images
         self._epoch_waited += self._waited
         self._epoch_batches += self._batches
         self._start, self._waited, self._batches = now, 0.0, 0
-        self._loss = torch.zeros_like(self._loss)
+        self._sums = torch.zeros_like(self._sums)
         self._most_bad_steps = self._bad_steps
         return shown, detail
 
     def summary(self) -> dict[str, float]:
         """Return the means of the epoch, up to the last record."""
         elapsed = self._start - self._epoch_start
-        shown, detail = self._rates(elapsed, self._epoch_waited, self._epoch_batches)
-        return {"train.loss": self._epoch_loss / self._epoch_batches, **shown, **detail}
+        counts = self._epoch_batches, self._epoch_images
+        shown, detail = self._rates(elapsed, self._epoch_waited, *counts)
+        return {"train.loss": _mean(self._epoch_loss, self._epoch_images), **shown, **detail}
 
     def state_dict(self) -> dict[str, float]:
         """Return the sums of this rank after an optimizer step; waits for the device."""
         now = time.perf_counter()
+        loss, images = self._sums.tolist()
         return {
-            "images": self._images,
             "epoch_elapsed": self._start - self._epoch_start,
             "elapsed": now - self._start,
             "waited": self._waited,
             "epoch_waited": self._epoch_waited,
             "batches": self._batches,
             "epoch_batches": self._epoch_batches,
-            "loss": float(self._loss),
+            "loss": loss,
+            "images": images,
             "epoch_loss": self._epoch_loss,
+            "epoch_images": self._epoch_images,
             "bad_steps": float(self._bad_steps),
             "most_bad_steps": float(self._most_bad_steps),
         }
@@ -305,21 +325,23 @@ class Meter:
         """Go on with the sums that `state_dict` returned."""
         self._start = time.perf_counter() - state["elapsed"]
         self._epoch_start = self._start - state["epoch_elapsed"]
-        self._images = int(state["images"])
         self._waited, self._epoch_waited = state["waited"], state["epoch_waited"]
         self._batches = int(state["batches"])
         self._epoch_batches = int(state["epoch_batches"])
-        self._epoch_loss = state["epoch_loss"]
-        self._loss = torch.full_like(self._loss, state["loss"])
+        self._epoch_loss, self._epoch_images = state["epoch_loss"], state["epoch_images"]
+        self._sums = torch.tensor([state["loss"], state["images"]], device=self._world.device)
         self._bad_steps = torch.full_like(self._bad_steps, state["bad_steps"])
         self._most_bad_steps = torch.full_like(self._bad_steps, state["most_bad_steps"])
 
     def _rates(
-        self, elapsed: float, waited: float, batches: int
+        self, elapsed: float, waited: float, batches: int, images: float
     ) -> tuple[dict[str, float], dict[str, float]]:
-        images = batches * self._images
         compute = max(elapsed - waited, 1e-9)
         return (
             {"train.compute_ips": images / compute, "train.total_ips": images / elapsed},
             {"train.data_time": waited / batches, "train.compute_time": compute / batches},
         )
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan

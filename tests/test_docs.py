@@ -1,56 +1,360 @@
 """What the documents show is what works."""
 
+import contextlib
+import csv
+import io
 import json
+import math
 import os
+import pkgutil
 import re
-import shlex
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from torch.distributed import run as torchrun
+from torch.nn.parallel import DistributedDataParallel
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+import classify
+import costs
+import export
+import main
+import multiproc
+import sparse
+from image_classification import convert
+from image_classification.log.records import default_metadata
+from image_classification.models import create_model
+from scripts import options
+from sparse.runtime import build, native
+from tests.documents import DOCUMENTS, ROOT, Command, anchors, blocks, commands, links, names
+
+README = ROOT / "README.md"
+TABLE = ROOT / "results/table.csv"
+SHOWN = list(dict.fromkeys(command for path in DOCUMENTS for command in commands(path)))
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+# Commands. Each is held by the first of RULES that it matches: a function that runs or parses it,
+# or the file whose tests run it for real.
 
 
-def execute(*argv: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+LAUNCHERS = r"torchrun|python multiproc\.py|python -m image_classification\.launch"
+
+
+def plan(argv: list[str]) -> None:
+    """Let main.py resolve a command line, which it does without data and GPU."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        if "--help" in argv:
+            with pytest.raises(SystemExit, match="0"):
+                main.main(argv)
+            return
+        assert main.main(argv if "--version" in argv else [*argv, "--dry-run"]) == 0
+    if "--version" not in argv:
+        assert json.loads(output.getvalue())["total_steps"] > 0
+
+
+def plan_main(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan `[LAUNCHER] main.py DATA ...`, on as many processes as the launcher is to start."""
+    before, _, after = command.line.partition("main.py")
+    if flags := re.sub(f"({LAUNCHERS}|python) ?", "", before, count=1).split():
+        Path("main.py").touch()
+        if "multiproc.py" in before:
+            multiproc.torchrun_arguments([*flags, "main.py"])
+        else:
+            torchrun.get_args_parser().parse_args([*flags, "main.py"])
+        counts = re.findall(r"--(?:nnodes|nproc[-_]per[-_]node)[ =](\d+)", before)
+        monkeypatch.setenv("WORLD_SIZE", str(math.prod(map(int, counts))))
+    plan(after.split())
+
+
+def plan_row(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the script of a row write down what it starts, and plan that."""
+    recorder = Path("python").resolve()
+    recorder.write_text(
+        '#!/bin/sh\nprintf "%s\\0" "WORLD_SIZE=${WORLD_SIZE:-1}"\nprintf "%s\\0" "$@"\n'
+    )
+    recorder.chmod(0o755)
+    _, script, *flags = command.words
+    environment = {"NPROC": "1", **command.environment, "PYTHON": str(recorder)}
     done = subprocess.run(
-        [sys.executable, *argv],
-        capture_output=True, text=True, timeout=120, env=environment, check=False,
-    )  # fmt: skip
+        ["bash", str(ROOT / script), *flags, "--dry-run"],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    world, program, *argv = done.stdout.split("\0")[:-1]
+    assert program.endswith("/main.py")
+    monkeypatch.setenv(*world.split("=", 1))
+    plan(argv)
 
 
-def test_the_library_snippet_of_the_readme_runs(tmp_path: Path) -> None:
-    (snippet,) = blocks(README, "python")
-    path = tmp_path / "snippet.py"
-    path.write_text(snippet)
-    assert execute(str(path)).strip() == "90.0% of the weights are zero"
+def run_costs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run costs.py."""
+    Path("results").mkdir()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        if "--help" in command.words:
+            with pytest.raises(SystemExit, match="0"):
+                costs.main(command.words[2:])
+        else:
+            assert costs.main(command.words[2:]) == 0
+    assert output.getvalue() or "--plot" in command.words
 
 
-def main_commands(text: str) -> list[str]:
-    """Return the flags of every whole `python main.py DATA` command in the shell blocks."""
-    joined = "\n".join(blocks(text, "sh")).replace("\\\n", " ")
-    found = re.findall(r"^python main\.py (DATA [^#\n]*)", joined, flags=re.M)
-    return [flags for flags in found if "..." not in flags]
+def parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program parse its command line; its own tests do what the command does."""
+    program = command.words[2 if command.words[1] == "-m" else 1]
+    parsers = {
+        "classify.py": classify.build_parser,
+        "export.py": export.build_parser,
+        "image_classification.convert": convert.build_parser,
+    }
+    arguments = command.words[command.words.index(program) + 1 :]
+    assert parsers[program]().parse_args(arguments) if arguments else parsers[program]()
 
 
-@pytest.mark.parametrize("flags", main_commands(README))
-def test_commands_of_the_readme_are_valid(flags: str) -> None:
-    plan = json.loads(execute(str(ROOT / "main.py"), *shlex.split(flags), "--dry-run"))
-    assert plan["total_steps"] > 0
+def helped(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for the command's flags in the program's help: what it does takes minutes, or files."""
+    program = command.words[1]
+    if program == "-m":
+        program = command.words[2].replace(".", "/") + ".py"
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # benchmarks add to it
+    with contextlib.redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    assert {*command.flags} <= {*re.findall(r"--[\w-]+", text.getvalue())}
+
+
+def build_kernels(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile the kernels of one level to another place."""
+    monkeypatch.setattr(native, "PREBUILT", Path.cwd())
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert build.main(command.words[3:] or ["portable"]) == 0
+    assert Path(printed.getvalue().strip()).is_file()
+
+
+def launcher_flags(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for the command's flags in the help of torchrun."""
+    assert {*command.flags} <= {*re.findall(r"--[\w-]+", torchrun.get_args_parser().format_help())}
+
+
+def write_options(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the page of options to another place."""
+    monkeypatch.setattr(options, "PAGE", Path("options.md"))
+    options.main()
+    assert Path("options.md").read_text().startswith("# ")
+
+
+def not_ours(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust a command that is another project's."""
+
+
+def paths_exist(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for the files that the command names."""
+    assert all((ROOT / word).exists() for word in command.words[1:] if "/" in word)
+
+
+Rule = Callable[[Command, pytest.MonkeyPatch], None] | str
+RULES: dict[str, Rule] = {
+    rf"(python|({LAUNCHERS}) .*) main\.py": plan_main,
+    r"bash scripts/(rigl/)?(rn50|mbv1)_\S+\.sh": plan_row,
+    r"python costs\.py": run_costs,
+    r"python (export\.py|classify\.py|-m image_classification\.convert)": parse,
+    r"python (benchmarks/\w+\.py|-m image_classification\.report)": helped,
+    r"python -m sparse\.runtime\.build": build_kernels,
+    r"python scripts/options\.py": write_options,
+    r"python -m tests\.golden tests/golden": "tests/sparse/test_golden.py",
+    r"bash scripts/demo\.sh": "tests/test_demo.py",
+    r"bash scripts/prepare_imagenet\.sh \S+ \S+$": "tests/test_prepare_imagenet.py",
+    r"bash docker/\w+\.sh": "tests/docker/test_scripts.py",
+    r"bash tests/docker/engine\.sh bash scripts/test\.sh -m docker tests/docker": ".ci/run",
+    r"bash scripts/test\.sh": ".ci/run",
+    r"bash \.ci/run": ".github/workflows/ci.yml",
+    r"sbatch .*scripts/slurm/train\.sbatch scripts/\S+\.sh": "tests/test_slurm.py",
+    r"pytest": paths_exist,
+    LAUNCHERS: launcher_flags,
+    r"docker (run|load|build|stop)|enroot import|kill|scancel|scontrol|pip install": not_ours,
+}
+"""Beginning of a command -> what holds it."""
+
+NEEDS = r"main\.py|bash scripts/(rigl/)?(rn50|mbv1)|bash docker/|docker run|sbatch|enroot"
+"""Commands that do not run just anywhere: in a block their comment says what they need."""
+
+
+def identify(command: Command) -> str:
+    """Return a name for the command's test."""
+    return f"{command.document}: {command.line}"[:90]
+
+
+@pytest.mark.parametrize("command", SHOWN, ids=identify)
+def test_a_command_works_or_says_what_it_needs(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = next((r for pattern, r in RULES.items() if re.match(pattern, command.line)), None)
+    assert rule, f"no test holds this command: add a rule to {Path(__file__).name}, or a test"
+    if re.search(NEEDS, command.line) and not command.in_text and "--dry-run" not in command.words:
+        assert re.search(r"\bneeds\b", command.comment), 'say what it needs: "# needs a GPU"'
+    if isinstance(rule, str):
+        (script,) = re.findall(r"[\w.]+$", next(w for w in command.words[1:] if w[0] != "-"))
+        assert script in (ROOT / rule).read_text(), f"{rule} does not run {script}"
+        return
+    monkeypatch.chdir(tmp_path)
+    rule(command, monkeypatch)
+
+
+def test_an_unknown_command_or_flag_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for line in ("python main.py DATA --sparsty 0.9", "bash scripts/rn50_rigl_erk_0.7.sh"):
+        with pytest.raises(AssertionError):
+            test_a_command_works_or_says_what_it_needs(
+                Command("x.md", tuple(line.split()), comment="needs"), tmp_path, monkeypatch
+            )
+    with pytest.raises(AssertionError, match="no test holds"):
+        test_a_command_works_or_says_what_it_needs(
+            Command("x.md", ("bash", "scripts/new.sh")), tmp_path, monkeypatch
+        )
+
+
+def test_the_commands_of_the_documents_are_found() -> None:
+    lines = [command.line for command in SHOWN]
+    assert len(lines) > 60
+    assert "bash scripts/rn50_rigl_erk_0.9.sh --seed 1" in lines  # in a loop
+    assert "python -m tests.golden tests/golden" in lines  # in a sentence
+
+
+# Code.
+
+
+def run_block(document: str, **names: object) -> dict[str, Any]:
+    """Run the Python of a document with some names defined; return all that it defines."""
+    (code,) = blocks((ROOT / document).read_text(), "python")
+    namespace = {"__name__": "block", **names}
+    exec(code, namespace)
+    return namespace
+
+
+def test_the_library_snippet_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    run_block("README.md")
+    assert capsys.readouterr().out == "90.0% of the weights are zero\n"
+
+
+def test_a_trained_network_is_loaded_as_getting_started_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = torchvision.models.resnet50().state_dict()
+    torch.save({"state_dict": trained}, "model_best.pth.tar")
+    model = run_block("docs/getting_started.md")["model"]
+    assert torch.equal(model.fc.weight, trained["fc.weight"])
+
+
+def test_an_exported_network_is_run_as_runtime_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = export.Trained(
+        arch="small_cnn",
+        options={"num_classes": 3},
+        image_size=16,
+        interpolation="bilinear",
+        state=create_model("small_cnn", num_classes=3).state_dict(),
+        masks={},
+    )
+    export.write_compact(trained, Path("network.safetensors"), dtype="float32", fold=True)
+    logits = run_block("docs/runtime.md", images=torch.randn(2, 3, 16, 16))["logits"]
+    assert tuple(logits.shape) == (2, 3)
+
+
+def test_gradients_are_compressed_as_training_says() -> None:
+    model = torch.nn.Linear(40, 30)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = sparse.static(model, optimizer, sparsity=0.9)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        names = {"sparse": sparse, "DistributedDataParallel": DistributedDataParallel}
+        found = run_block("docs/training.md", model=model, sparsifier=sparsifier, **names)
+        found["ddp_model"](torch.randn(2, 40)).sum().backward()
+        assert not model.weight.grad[~sparsifier.masks["weight"]].any()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_all_code_of_the_documents_is_run() -> None:
+    """The tests above, and tests/sparse/test_adding_a_method.py."""
+    found = {str(d.relative_to(ROOT)) for d in DOCUMENTS if blocks(d.read_text(), "python")}
+    pages = {"getting_started.md", "runtime.md", "training.md", "adding_a_method.md"}
+    assert found == {"README.md", *(f"docs/{page}" for page in pages)}
+
+
+# Figures, options, links.
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
+    with TABLE.open(newline="") as file:
+        rows = {row["script"]: row for row in csv.DictReader(file)}
+    cell = re.compile(r"\[([\d.]+)\]\((scripts/\S+\.sh)\) · ([\d.]*\d)")
+    linked = []
+    for line in README.read_text().splitlines():
+        for top1, script, training in cell.findall(line):
+            row = rows[script]
+            linked.append(script)
+            assert top1 == row["published_top1"], script
+            if row["method"] == "dense":
+                assert training == "1.00"
+                continue
+            assert training == f"{float(row['train']):.2f}", script
+            sparsity, inference, size = (text.strip() for text in line.split("|")[1:4])
+            assert sparsity.lower() == f"{row['distribution']} {row['sparsity']}", script
+            assert inference == f"{float(row['inference']):.3f}", script
+            assert size == f"{float(row['size']):.2f}", script
+    assert len(linked) == len(set(linked)) >= 20
+    assert f"all {len(rows)} rows" in README.read_text()
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) < 250
+
+
+def test_the_options_are_current() -> None:
+    assert options.PAGE.read_text() == options.page(), "run python scripts/options.py"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
-        if not target.startswith("http"):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+    for target in links(document.read_text()):
+        if target.startswith("http"):
+            assert re.fullmatch(r"https://[\w-]+(\.[\w-]+)+(/\S*)?", target), target
+            continue
+        file, _, anchor = target.partition("#")
+        path = document.parent / file if file else document
+        assert path.exists(), f"{document.name} links to {target}"
+        assert not anchor or anchor in anchors(path.read_text()), f"{target} has no such heading"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_functions_that_are_named_exist(document: Path) -> None:
+    for span in names(document.read_text()):
+        if "/" in span and re.fullmatch(r"[\w./-]+\.(py|sh|csv|md|png|sbatch|json|yml)", span):
+            assert (ROOT / span).exists() or span in NOT_HERE, f"there is no {span}"
+        name = re.match(r"(sparse|image_classification)(\.\w+)+(?=$|\()", span)
+        if name and not default_metadata(name[0]) and span not in NOT_HERE:  # or a key of the log
+            assert pkgutil.resolve_name(name[0]) is not None
+
+
+NOT_HERE = {"demo/report.png", "scripts/rn50_partial.sh"}
+"""What the demo writes, and a script of NVIDIA's."""
+
+
+def test_every_document_is_linked_from_the_readme() -> None:
+    linked = {(ROOT / target).resolve() for target in links(README.read_text())}
+    missing = {path.name for path in DOCUMENTS} - {path.name for path in linked}
+    assert missing <= {"README.md", "CHANGELOG.md"}

@@ -70,11 +70,28 @@ def assert_same_state(found: dict[str, Tensor], model: nn.Module, factor: float 
 def test_there_and_back_gives_the_same_state_dict(tmp_path: Path) -> None:
     source, model = train(tmp_path / "run")
     compact, back = tmp_path / "net.safetensors", tmp_path / "back.pth.tar"
-    convert(source, compact)
+    convert(source, compact, "--keep-batch-norm")
     convert(compact, back, "--to", "torch")
     state = checkpoint.load(back)
     assert state["arch"] == "small_cnn"
     assert_same_state(state["state_dict"], model)
+
+
+def test_a_folded_file_gives_back_the_folded_network_bit_for_bit(tmp_path: Path) -> None:
+    source, model = train(tmp_path / "run")
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    convert(source, first)
+    convert(first, tmp_path / "back.pth.tar", "--to", "torch")
+    folded = checkpoint.load(tmp_path / "back.pth.tar")["state_dict"]
+    assert list(folded) == list(model.state_dict())
+    convert(tmp_path / "back.pth.tar", second, "--keep-batch-norm")
+    stored = runtime.read(second).state_dict()
+    assert all(torch.equal(stored[name], value) for name, value in folded.items())
+    images = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        wanted = model(images)
+        model.load_state_dict(folded)
+        assert torch.allclose(model(images), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_masks_come_from_the_sparsifier_and_else_from_the_zeros(tmp_path: Path) -> None:
@@ -103,7 +120,7 @@ def test_the_exported_network_computes_what_the_model_computes(tmp_path: Path) -
 
 def test_the_average_of_the_weights_on_request(tmp_path: Path) -> None:
     source, model = train(tmp_path / "run")
-    convert(source, tmp_path / "net", "--ema")
+    convert(source, tmp_path / "net", "--ema", "--keep-batch-norm")
     assert_same_state(runtime.read(tmp_path / "net").state_dict(), model, factor=2.0)
 
 
@@ -127,7 +144,7 @@ def test_onnx_computes_what_the_model_computes(tmp_path: Path) -> None:
     [
         (["missing", "out"], "missing cannot be read: No such file"),
         (["net", "out", "--ema"], "--ema needs a checkpoint"),
-        (["net", "out", "--to", "onnx", "--fold"], "--dtype and --fold have no effect"),
+        (["net", "out", "--to", "onnx", "--keep-batch-norm"], "--keep-batch-norm have no effect"),
         (["net", "no/such/directory/out"], "cannot be written"),
         (["cut", "out"], "cut .*damaged"),
         (["zip", "out"], "zip "),

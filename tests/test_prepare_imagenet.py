@@ -39,14 +39,14 @@ class Source:
     folder: Path
 
     def prepare(
-        self, data: Path, *flags: str, path: Path | None = None
+        self, data: Path, *flags: str, path: Path | None = None, jobs: int = 1
     ) -> subprocess.CompletedProcess[str]:
         """Run the script, with `path` before the other directories of commands."""
         search = f"{path}:{os.environ['PATH']}" if path else os.environ["PATH"]
         script = ["bash", str(ROOT / "scripts/prepare_imagenet.sh"), "--count", "6,5"]
         return subprocess.run(
             [*script, "--md5", str(self.folder / "md5"), *flags, str(self.folder), str(data)],
-            env={**os.environ, "PATH": search, "PYTHON": sys.executable, "JOBS": "1"},
+            env={**os.environ, "PATH": search, "PYTHON": sys.executable, "JOBS": str(jobs)},
             capture_output=True,
             text=True,
             timeout=60,
@@ -106,9 +106,10 @@ def source(tmp_path: Path) -> Source:
     return result
 
 
-def test_images_arrive_in_their_classes(source: Source, tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_images_arrive_in_their_classes(source: Source, tmp_path: Path, jobs: int) -> None:
     data = tmp_path / "a folder" / "data"
-    result = source.prepare(data)
+    result = source.prepare(data, jobs=jobs)
     assert result.returncode == 0, result.stderr
     assert images(data / "train") == TRAIN_IMAGES
     assert images(data / "val") == VAL_IMAGES

@@ -2,9 +2,12 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,9 +43,14 @@ class Cluster:
             cwd=self.folder,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
+            timeout=120,
         )
         return result.returncode, self.calls.read_text().splitlines()
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Return the newest checkpoint."""
+        path = self.folder / "out/checkpoint.pth.tar"
+        return dict(torch.load(path, weights_only=True))
 
 
 @pytest.fixture
@@ -91,11 +99,42 @@ def test_a_container_gets_data_and_results(cluster: Cluster) -> None:
     assert (cluster.folder / "runs/a").is_dir()
 
 
-def test_a_signal_to_the_job_waits_for_the_tasks(cluster: Cluster) -> None:
-    cluster.add("srun", 'kill -TERM $PPID; sleep 0.2; exec bash -c "exit 75"')
+@pytest.mark.parametrize("signal", ["TERM", "USR1"])
+def test_a_signal_to_the_job_waits_for_the_tasks(cluster: Cluster, signal: str) -> None:
+    cluster.add("srun", f'kill -{signal} $PPID; sleep 0.2; exec bash -c "exit 75"')
     status, calls = cluster.submit("row.sh")
     assert status == 0
     assert calls[-1] == "scontrol requeue 17"
+
+
+def test_an_interrupted_training_goes_on_where_it_was(cluster: Cluster) -> None:
+    """The trainer itself: SLURM's signal, a checkpoint, status 75, the queue, one epoch more."""
+    flags = "--arch small_cnn --image-size 16 -b 4 --epochs 999 -p 1 --cpu --seed 1 --training-only"
+    flags += " --data-backend synthetic --synthetic-batches 20 --workspace out"
+    more = "${SLURM_RESTART_COUNT:+--run-epochs 1}"
+    (cluster.folder / "row.sh").write_text(
+        f'exec {sys.executable} {ROOT}/main.py {flags} {more} "$@"\n'
+    )
+    cluster.add(
+        "srun",
+        """
+        while [[ $1 == -* ]]; do shift; done
+        "$@" &
+        if [[ ! ${SLURM_RESTART_COUNT:-} ]]; then
+            until grep -q train.loss out/experiment_raport.json; do sleep 0.1; done
+            kill -USR1 $!
+        fi 2>/dev/null
+        wait $!
+        """,
+    )
+    status, calls = cluster.submit("row.sh")
+    assert (status, calls[-1]) == (0, "scontrol requeue 17")
+    interrupted = cluster.checkpoint()
+    assert interrupted["step"] == 20 * interrupted["epoch"] + interrupted["epoch_step"]
+    status, calls = cluster.submit("row.sh", SLURM_RESTART_COUNT="1")
+    assert status == 0
+    assert sum(call.startswith("scontrol") for call in calls) == 1
+    assert cluster.checkpoint()["step"] == 20 * (interrupted["epoch"] + 1)
 
 
 def test_a_missing_row_is_named(cluster: Cluster) -> None:

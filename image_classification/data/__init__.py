@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from image_classification.data.bad_files import BadFiles, DataError, share_bad_files
 from image_classification.data.config import (
     AUGMENTATIONS,
     BACKENDS,
@@ -27,11 +28,13 @@ __all__ = [
     "BACKENDS",
     "INTERPOLATIONS",
     "DataConfig",
+    "DataError",
     "DatasetInfo",
     "Loader",
     "create_train_loader",
     "create_val_loader",
     "inspect_dataset",
+    "share_bad_files",
 ]
 
 
@@ -63,6 +66,7 @@ def create_val_loader(config: DataConfig) -> Loader:
 
 def _create(config: DataConfig, *, training: bool) -> Loader:
     source: Source
+    skipped: dict[str, str] = {}
     if config.backend == "synthetic":
         source = SyntheticSource(config)
         num_samples = config.synthetic_length * config.batch_size * config.world_size
@@ -71,7 +75,7 @@ def _create(config: DataConfig, *, training: bool) -> Loader:
         split = "train" if training else "val"
         images = list_images(config.path, split)
         check_num_classes(config.path / split, images.classes, config.num_classes)
-        num_samples = len(images)
+        num_samples, skipped = len(images), images.skipped
         backend = TorchvisionSource if config.backend == "pytorch" else DaliSource
         source = backend(config, images, training=training)
     plan = BatchPlan(
@@ -91,4 +95,10 @@ def _create(config: DataConfig, *, training: bool) -> Loader:
     stage = DeviceStage(
         device=config.device, memory_format=config.memory_format, image_size=config.image_size
     )
-    return EpochLoader(plan, source, stage)
+    bad_files = BadFiles(
+        config.path and config.path / ("train" if training else "val"),
+        num_files=num_samples,
+        limit=config.max_bad_files,
+        found=skipped,
+    )
+    return EpochLoader(plan, source, stage, bad_files)

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from image_classification.data.bad_files import BadFiles
+
 BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
 INTERPOLATIONS = ("bilinear", "bicubic", "triangular")
 AUGMENTATIONS = ("autoaugment",)
@@ -39,6 +41,7 @@ class DataConfig:
         num_classes: Number of classes the model tells apart.
         augmentation: None or one of `AUGMENTATIONS` (pytorch backend, training only).
         synthetic_length: Batches per epoch of the synthetic backend.
+        max_bad_files: Share of the images of a split, 0 to 1, that may be unreadable.
 
     Raises:
         ValueError: A value is out of range, or the combination has no meaning.
@@ -60,6 +63,7 @@ class DataConfig:
     num_classes: int = 1000
     augmentation: str | None = None
     synthetic_length: int = 100
+    max_bad_files: float = 0.001
 
     @property
     def shorter_side(self) -> int:
@@ -74,6 +78,8 @@ class DataConfig:
         for name in ("image_size", "batch_size", "prefetch", "num_classes", "synthetic_length"):
             _check_minimum(name, getattr(self, name), 1)
         _check_minimum("workers", self.workers, 0)
+        if not 0 <= self.max_bad_files <= 1:
+            raise ValueError(f"--max-bad-files {self.max_bad_files} must be in [0, 1]")
         if self.memory_format not in MEMORY_FORMATS:
             raise ValueError(f"memory_format {self.memory_format}: channels last or contiguous")
         if not 0 <= self.rank < self.world_size:
@@ -126,12 +132,20 @@ class Loader(Protocol):
     that ran before in this process.
     """
 
+    @property
+    def bad_files(self) -> BadFiles:
+        """Return the account of the files that could not be read."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch on this rank."""
         ...
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield float32 images [n, 3, S, S], normalized, and int64 targets [n], on the device."""
+        """Yield float32 images [n, 3, S, S], normalized, and int64 targets [n], on the device.
+
+        A batch has no image at all (n = 0) when none of them can be read.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

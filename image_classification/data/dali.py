@@ -3,12 +3,23 @@
 The pipelines hold no random operator and no reader. They are fed the file names of each batch and
 the random numbers of its crops, so that order and augmentation are those of the plan, with no state
 to save: any batch of any epoch can be made at any time, alone.
+
+What an image is, `read_image` decides for all backends. DALI disagrees in three ways. It ends a
+pipeline for a file that it cannot decode: the culprits of the batch are looked for, and a new
+pipeline goes on with the same batch, without them. It does so for the odd file that is an image:
+that one is copied to a PNG file. And it takes a crop of a file that is cut off below the crop: the
+first and the last bytes of a file tell which ones to look at.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +30,7 @@ from torch import Tensor
 
 from image_classification.data.config import DataConfig
 from image_classification.data.crop import crop_parameters
-from image_classification.data.decode import read_image
+from image_classification.data.decode import read_image, why_unreadable, write_png
 from image_classification.data.folder import ImageList
 from image_classification.data.order import IntArray
 from image_classification.data.resize import CropResizer
@@ -36,34 +47,43 @@ class DaliSource:
         self._images = images
         self._training = training
         self._labels = torch.from_numpy(images.labels)
+        self._epoch = 0
+        self._batches: Sequence[IntArray] = ()
         self._feeds: Iterator[Feed] = iter(())
+        self._bad: dict[int, str] = {}  # index -> reason
+        self._whole: set[int] = set()  # looked suspicious, but are images
+        self._copies: dict[int, bytes] = {}  # index -> name of the PNG file
+        self._directory: tempfile.TemporaryDirectory[str] | None = None  # of the copies
         self._pipeline = self._build()
+        self._threads = max(1, config.workers)
         self._resizer: CropResizer | None = None
         if training and config.backend == "dali-cpu":
             self._resizer = CropResizer(
                 size=config.image_size,
                 interpolation=config.interpolation,
-                threads=max(1, config.workers),
+                threads=self._threads,
             )
 
     def read(self, epoch: int, batches: Sequence[IntArray]) -> Generator[Batch, None, None]:
         """Yield the images of each batch of indices."""
         self._clear()
-        self._feeds = (self._feed(epoch, indices) for indices in batches)
-        under_way: deque[Callable[[], Tensor]] = deque()  # crops of the coming batch are resized
+        self._epoch, self._batches = epoch, batches
+        self._feeds = self._feeds_from(0)
+        under_way: deque[Callable[[], Batch]] = deque()  # crops of the coming batch are resized
         ahead = 0 if self._resizer is None else 1
         for number in range(len(batches) + ahead):
             if number < len(batches):
-                under_way.append(self._run(batches[number : number + self._config.prefetch + 1]))
+                under_way.append(self._run(number))
             if number >= ahead:
-                indices = batches[number - ahead]
-                yield under_way.popleft()(), self._labels[torch.from_numpy(indices)]
+                yield under_way.popleft()()
 
     def close(self) -> None:
         """Free the pipeline with its threads and buffers."""
         self._pipeline = None
         if self._resizer is not None:
             self._resizer.close()
+        if self._directory is not None:
+            self._directory.cleanup()
 
     def _build(self) -> Any:
         return _build(self._config, training=self._training, feed=self._next_feed)
@@ -71,38 +91,119 @@ class DaliSource:
     def _next_feed(self) -> Feed:
         return next(self._feeds)  # at the end of the epoch StopIteration tells DALI so
 
-    def _feed(self, epoch: int, indices: IntArray) -> Feed:
+    def _feeds_from(self, number: int) -> Iterator[Feed]:
+        for indices in self._batches[number:]:
+            good = self._readable(indices)
+            if len(good):  # DALI takes no empty batch
+                yield self._feed(good)
+
+    def _feed(self, indices: IntArray) -> Feed:
+        paths = self._images.paths[indices].tolist()
         names = [
-            np.frombuffer(name, dtype=np.uint8) for name in self._images.paths[indices].tolist()
+            np.frombuffer(self._copies.get(index, path), dtype=np.uint8)
+            for index, path in zip(indices.tolist(), paths, strict=True)
         ]
         if not self._training:
             return (names,)
-        return names, list(crop_parameters(self._config.seed, epoch, indices))
+        return names, list(crop_parameters(self._config.seed, self._epoch, indices))
 
-    def _run(self, in_flight: Sequence[IntArray]) -> Callable[[], Tensor]:
+    def _readable(self, indices: IntArray) -> IntArray:
+        """Return the indices without the files known to be bad, which no later batch changes."""
+        for index in self._images.irregular.intersection(indices.tolist()):
+            self._is_image(index)  # DALI would wait for a pipe
+        return indices[[index not in self._bad for index in indices.tolist()]]
+
+    def _is_image(self, index: int) -> bool:
+        """Look at a suspicious file, once."""
+        if index not in self._whole and index not in self._bad:
+            self._look_at([index])
+        return index in self._whole
+
+    def _look_at(self, indices: Sequence[int]) -> None:
+        with ThreadPoolExecutor(self._threads) as pool:
+            reasons = pool.map(why_unreadable, map(self._images.path, indices))
+            for index, reason in zip(indices, reasons, strict=True):
+                if reason is None:
+                    self._whole.add(index)
+                else:
+                    self._whole.discard(index)
+                    self._bad[index] = reason
+
+    def _run(self, number: int) -> Callable[[], Batch]:
         """Take a batch from the pipeline; return a function that waits for its images."""
-        device = self._config.device
         on_gpu = self._config.backend == "dali-gpu"
-        # Bound to the stream that uses it, a buffer goes back to DALI in the order of that stream.
-        stream = torch.cuda.current_stream(device) if on_gpu else None
-        try:
-            outputs = self._pipeline.run(stream)
-        except RuntimeError as error:
-            self._pipeline = None  # DALI does not go on after an error
-            self._blame(in_flight)
-            raise RuntimeError(f"DALI failed: {_last_line(error)}") from error
-        images = outputs[0]
-        if self._resizer is not None:
-            crops = [torch.utils.dlpack.from_dlpack(images[i]) for i in range(len(images))]
-            return self._resizer.start(crops, outputs[1].as_array().tolist())
-        tensor: Tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
-        return lambda: tensor
+        failed = False
+        while len(good := self._readable(self._batches[number])):
+            # Bound to the stream that uses it, a buffer goes back to DALI in the order of that
+            # stream.
+            stream = torch.cuda.current_stream(self._config.device) if on_gpu else None
+            try:
+                outputs = self._pipeline.run(stream)
+            except RuntimeError as error:
+                self._pipeline = None  # DALI does not go on after an error
+                # Nothing to blame may be a server that did not answer: once more.
+                if not self._found_culprit(good) and failed:
+                    raise RuntimeError(f"DALI failed: {_gist(error)}") from error
+                failed = True
+                self._pipeline = self._build()
+                self._feeds = self._feeds_from(number)
+            else:
+                return self._collect(number, good, outputs)
+        size = self._config.image_size
+        images = torch.empty(0, size, size, 3, dtype=torch.uint8, device=self._output_device())
+        return lambda: self._batch(number, good, images)
 
-    def _blame(self, in_flight: Sequence[IntArray]) -> None:
-        """Raise the error of the first file that cannot be read: DALI does not name it."""
-        for indices in in_flight:
-            for index in indices:
-                read_image(self._images.path(index))
+    def _collect(self, number: int, fed: IntArray, outputs: Any) -> Callable[[], Batch]:
+        *pixels, heads, tails = outputs
+        suspects = fed[_is_suspicious(heads.as_array(), tails.as_array())]
+        keep = np.isin(fed, [i for i in suspects.tolist() if not self._is_image(i)], invert=True)
+        kept, good = np.flatnonzero(keep).tolist(), fed[keep]
+        images = pixels[0]
+        if self._resizer is not None:
+            crops = [torch.utils.dlpack.from_dlpack(images[i]) for i in kept]
+            wait = self._resizer.start(crops, pixels[1].as_array()[keep].tolist())
+            return lambda: self._batch(number, good, wait())
+        tensor: Tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
+        if len(good) < len(fed):
+            tensor = tensor[kept]
+        return lambda: self._batch(number, good, tensor)
+
+    def _batch(self, number: int, good: IntArray, images: Tensor) -> Batch:
+        indices = self._batches[number].tolist()
+        bad_files = {self._images.path(i): self._bad[i] for i in indices if i in self._bad}
+        return Batch(images, self._labels[torch.from_numpy(good)], bad_files)
+
+    def _output_device(self) -> torch.device:
+        on_gpu = self._config.backend == "dali-gpu"
+        return self._config.device if on_gpu else torch.device("cpu")
+
+    def _found_culprit(self, fed: IntArray) -> bool:
+        """Find what DALI failed on, which it does not tell: bad files, else odd ones to copy."""
+        self._look_at(fed.tolist())
+        return not self._bad.keys().isdisjoint(fed.tolist()) or self._copied_undecodable(fed)
+
+    def _copied_undecodable(self, indices: IntArray) -> bool:
+        if self._directory is None:
+            self._directory = tempfile.TemporaryDirectory(prefix="images-")
+        num_copies = len(self._copies)
+        for row in indices.reshape(-1, 1):
+            (index,) = row.tolist()
+            if index not in self._copies and not self._decodes(row):
+                copy = Path(self._directory.name) / f"{index}.png"
+                write_png(read_image(self._images.path(index)), copy)
+                self._copies[index] = os.fsencode(copy)
+        return len(self._copies) > num_copies
+
+    def _decodes(self, row: IntArray) -> bool:
+        """Return whether DALI decodes an image."""
+        alone = dataclasses.replace(self._config, batch_size=1, workers=1, prefetch=1)
+        feeds = iter([self._feed(row)])
+        pipeline = _build(alone, training=self._training, feed=lambda: next(feeds))
+        try:
+            pipeline.run()
+        except RuntimeError:
+            return False
+        return True
 
     def _clear(self) -> None:
         """Make the pipeline ready for an epoch, whatever is left in it of the one before."""
@@ -118,9 +219,27 @@ class DaliSource:
             self._pipeline = self._build()
 
 
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _is_suspicious(heads: npt.NDArray[np.uint8], tails: npt.NDArray[np.uint8]) -> Any:
+    """Return which files DALI may take a crop of although they are cut off.
+
+    Those are JPEG files that do not end with the marker of the end, and TIFF files. DALI reads all
+    other formats to the end.
+
+    Args:
+        heads: First two bytes of each file, [n, 2].
+        tails: Last two bytes of each file, [n, 2].
+    """
+    is_jpeg = (heads == (0xFF, 0xD8)).all(1)
+    is_ended = (tails == (0xFF, 0xD9)).all(1)
+    is_tiff = (heads == tuple(b"II")).all(1) | (heads == tuple(b"MM")).all(1)
+    return (is_jpeg & ~is_ended) | is_tiff
+
+
+def _gist(error: Exception) -> str:
+    """Return the line of DALI's message that tells what was wrong."""
+    text = str(error).rpartition("encountered:")[2]
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _build(config: DataConfig, *, training: bool, feed: Callable[[], Feed]) -> Any:

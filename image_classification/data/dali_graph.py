@@ -33,6 +33,7 @@ def build(config: DataConfig, *, training: bool, feed: Callable[[], Any]) -> Any
         config: What to read and where.
         training: Random crop and flip; else resize and center crop. On the CPU the pipeline yields
             the crops as they are and whether to flip them, on the GPU it resizes and flips, too.
+            The last two outputs are the first and the last two bytes of each file, in memory.
         feed: Returns what the coming batch is made of: the encoded file names and, for training,
             rows of `crop_parameters`; raises StopIteration at the end of an epoch.
     """
@@ -67,20 +68,12 @@ def _training_graph(config: DataConfig, feed: Callable[[], Any], on_gpu: bool) -
     start, window = call(
         _shape(encoded), parameters, function=_windows, num_outputs=2, batch_processing=True
     )
-    images = fn.decoders.image_slice(
-        encoded,
-        device="mixed" if on_gpu else "cpu",
-        start=start,
-        shape=window,
-        axes=[0, 1],
-        output_type=types.RGB,
-        adjust_orientation=False,
-        **_memory(on_gpu),
-    )
+    images = _decode(encoded, on_gpu, start=start, shape=window)
     if not on_gpu:
-        return images, fn.cast(parameters[FLIP], dtype=types.BOOL)  # for `CropResizer`
+        flips = fn.cast(parameters[FLIP], dtype=types.BOOL)
+        return images, flips, *_ends(encoded)  # for `CropResizer`
     size = float(config.image_size)
-    return fn.resize(
+    images = fn.resize(
         images,
         # A negative width flips the image.
         resize_x=fn.cast(size * (1 - 2 * parameters[FLIP]), dtype=types.FLOAT),
@@ -88,6 +81,7 @@ def _training_graph(config: DataConfig, feed: Callable[[], Any], on_gpu: bool) -
         interp_type=_INTERPOLATIONS[config.interpolation],
         antialias=True,
     )
+    return images, *_ends(encoded)
 
 
 def _validation_graph(config: DataConfig, feed: Callable[[], Any], on_gpu: bool) -> Any:
@@ -100,13 +94,10 @@ def _validation_graph(config: DataConfig, feed: Callable[[], Any], on_gpu: bool)
     # down, the start of the crop to the nearest even number when it lies between two.
     smaller = math.min(height, width)
     new_height, new_width = height * shorter // smaller, width * shorter // smaller
-    images = fn.decoders.image(
-        encoded,
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,
-        **_memory(on_gpu),
-    )
+    # The slice is the whole image. Thus the decoder waits for the shape, and never sees a file that
+    # has none: DALI 2.4 crashes when that happens while other threads open their files.
+    whole = fn.cast(shape[:2], dtype=types.INT32)
+    images = _decode(encoded, on_gpu, start=[0, 0], shape=whole)
     images = fn.resize(
         images,
         size=fn.cast(fn.stack(new_height, new_width), dtype=types.FLOAT),
@@ -114,20 +105,35 @@ def _validation_graph(config: DataConfig, feed: Callable[[], Any], on_gpu: bool)
         antialias=True,
     )
     start = fn.stack(_half_to_even(new_height - crop), _half_to_even(new_width - crop))
-    return fn.slice(
+    images = fn.slice(
         images, start=fn.cast(start, dtype=types.INT32), shape=[crop, crop], axes=[0, 1]
     )
+    return images, *_ends(encoded)
 
 
-def _memory(on_gpu: bool) -> dict[str, Any]:
-    if not on_gpu:
-        return {}
-    return {"device_memory_padding": _DEVICE_PADDING, "host_memory_padding": _HOST_PADDING}
+def _decode(encoded: Any, on_gpu: bool, *, start: Any, shape: Any) -> Any:
+    memory: dict[str, Any] = {}
+    if on_gpu:
+        memory = {"device_memory_padding": _DEVICE_PADDING, "host_memory_padding": _HOST_PADDING}
+    return fn.decoders.image_slice(
+        encoded,
+        device="mixed" if on_gpu else "cpu",
+        start=start,
+        shape=shape,
+        axes=[0, 1],
+        output_type=types.RGB,
+        adjust_orientation=False,
+        **memory,
+    )
 
 
 def _read(names: Any) -> Any:
     # Without memory mapping: faster here, and what network file systems want.
     return fn.io.file.read(names, dont_use_mmap=True)
+
+
+def _ends(encoded: Any) -> tuple[Any, Any]:
+    return encoded[:2], encoded[-2:]
 
 
 def _shape(encoded: Any) -> Any:

@@ -2,28 +2,64 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import warnings
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+# What the known extensions promise, and what web pages deliver under them. Without the list Pillow
+# would also start other programs, for PostScript.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
+
+
+class UnreadableImageError(ValueError):
+    """A file that is no image, or not a whole one; one line with its name and the reason."""
 
 
 def read_image(path: str) -> Tensor:
     """Return the pixels of an image file as RGB, uint8 [3, H, W], as they are stored.
 
     Gray, palette and CMYK images become RGB, 16-bit ones are scaled to 8 bits, transparency is
-    dropped. The orientation noted in EXIF data is left alone, as torchvision's loader does.
+    dropped. The orientation noted in EXIF data is left alone, as torchvision's loader does. The
+    content decides on the format, whatever the extension.
 
     Raises:
-        ValueError: The file cannot be read, with its name and the reason.
+        UnreadableImageError: The file cannot be read or decoded to its end.
     """
     try:
-        with Image.open(path) as file:
-            pixels = _to_rgb(file)
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot read image {path}: {reason}") from None
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise OSError("it is not a regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
+            with Image.open(path, formats=_FORMATS) as file:
+                pixels = _to_rgb(file)
+    except Exception as error:  # Pillow's readers raise a dozen types on damaged files
+        raise UnreadableImageError(f"cannot read image {path}: {_reason(error)}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def why_unreadable(path: str) -> str | None:
+    """Return the reason why an image cannot be read, with its name; None when it can."""
+    try:
+        read_image(path)
+    except UnreadableImageError as error:
+        return str(error)
+    return None
+
+
+def write_png(pixels: Tensor, path: Path) -> None:
+    """Write what `read_image` returned to a file."""
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, format="PNG", compress_level=1)
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) else None
+    return " ".join((text or str(error)).split()) or type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:

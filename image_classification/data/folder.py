@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,15 @@ class ImageList:
         paths: Encoded file names, fixed width.
         labels: The class of each file, int64.
         classes: Class names, sorted.
+        irregular: Indices of what is no regular file, such as a pipe or a broken link.
+        skipped: Directories and links that could not be followed: name -> reason.
     """
 
     paths: npt.NDArray[np.bytes_]
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
+    irregular: frozenset[int]
+    skipped: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -85,32 +90,113 @@ def inspect_dataset(
 def list_images(path: Path, split: str) -> ImageList:
     """List the images of a split in sorted order, with the extensions torchvision knows.
 
+    Whatever bears such an extension counts as an image, readable or not. Links are followed, but
+    not those that lead back to a directory they lie in.
+
     Raises:
-        ValueError: The directory is missing, or one of its classes has no images.
+        ValueError: The directory is missing or cannot be listed, or one of its classes has no
+            images.
     """
     directory = path / split
     if not directory.is_dir():
         raise ValueError(f"data directory {path} has no directory {split}/ with a class in each"
                          " subdirectory")  # fmt: skip
+    skipped: dict[str, str] = {}
     try:
-        classes, class_to_index = find_classes(str(directory))
-    except FileNotFoundError:
-        raise ValueError(f"{directory} is empty: expected one subdirectory per class") from None
-    samples = make_dataset(
-        str(directory), class_to_index, extensions=IMG_EXTENSIONS, allow_empty=True
-    )
-    labels = np.array([label for _, label in samples], dtype=np.int64)
-    counts = np.bincount(labels, minlength=len(classes))
-    if not counts.all():
-        empty = classes[int(np.flatnonzero(counts == 0)[0])]
-        raise ValueError(
-            f"{directory / empty} holds no images ({', '.join(IMG_EXTENSIONS)}): add some or"
-            " remove the directory"
-        )
+        classes = _subdirectories(str(directory), skipped)
+    except OSError as error:
+        raise ValueError(f"cannot list {directory}: {error.strerror}") from None
+    if not classes:
+        raise ValueError(f"{directory} is empty: expected one subdirectory per class")
+    above = _parents(str(directory / "_"))
+    found: list[_Found] = []
+    counts = []
+    for name in classes:
+        of_class = _images(str(directory / name), above, skipped)
+        if not of_class:
+            raise ValueError(_empty_class(str(directory / name), skipped))
+        found += sorted(of_class, key=lambda image: image.directory)  # stable: names stay sorted
+        counts.append(len(of_class))
     return ImageList(
-        paths=np.array([os.fsencode(name) for name, _ in samples]),
-        labels=labels,
+        paths=np.array([os.fsencode(os.path.join(i.directory, i.name)) for i in found]),
+        labels=np.repeat(np.arange(len(classes), dtype=np.int64), counts),
         classes=tuple(classes),
+        irregular=frozenset(index for index, image in enumerate(found) if not image.is_regular),
+        skipped=skipped,
+    )
+
+
+class _Found(NamedTuple):
+    directory: str
+    name: str
+    is_regular: bool
+
+
+def _images(directory: str, above: frozenset[tuple[int, int]], skipped: dict[str, str]
+            ) -> list[_Found]:  # fmt: skip
+    """Return the images below a directory; `above` are the directories that lead to it."""
+    try:
+        own = _identity(directory)
+        if own in above:
+            skipped[directory] = f"cannot follow {directory}: it leads back to where it lies"
+            return []
+        with os.scandir(directory) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+    except OSError as error:
+        skipped[directory] = f"cannot list {directory}: {error.strerror}"
+        return []
+    above |= {own}
+    if os.path.islink(directory):
+        above |= _parents(directory)
+    found, deeper = [], []
+    for entry in entries:
+        if entry.name.lower().endswith(IMG_EXTENSIONS):
+            found.append(_Found(directory, entry.name, _is_file(entry)))
+        elif _is_directory(entry, skipped):
+            deeper.append(entry.path)
+    for path in deeper:
+        found += _images(path, above, skipped)
+    return found
+
+
+def _subdirectories(directory: str, skipped: dict[str, str]) -> list[str]:
+    with os.scandir(directory) as scan:
+        return sorted(entry.name for entry in scan if _is_directory(entry, skipped))
+
+
+def _identity(directory: str) -> tuple[int, int]:
+    status = os.stat(directory)
+    return status.st_dev, status.st_ino
+
+
+def _parents(path: str) -> frozenset[tuple[int, int]]:
+    return frozenset(_identity(str(parent)) for parent in Path(path).resolve().parents)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_directory(entry: os.DirEntry[str], skipped: dict[str, str]) -> bool:
+    """Return whether an entry is a directory; note a link that leads nowhere."""
+    try:
+        if entry.is_symlink():
+            entry.stat()
+        return entry.is_dir()
+    except OSError as error:
+        skipped[entry.path] = f"cannot follow {entry.path}: {error.strerror}"
+        return False
+
+
+def _empty_class(directory: str, skipped: dict[str, str]) -> str:
+    if directory in skipped:
+        return skipped[directory]
+    return (
+        f"{directory} holds no images ({', '.join(IMG_EXTENSIONS)}): add some or remove the"
+        " directory"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from image_classification.data.bad_files import BadFiles
 from image_classification.data.order import BatchPlan, IntArray
 from image_classification.data.stage import Batch, DeviceStage
 
@@ -16,7 +17,10 @@ class Source(Protocol):
     """A backend: it reads and augments the images it is told to, in the order it is told."""
 
     def read(self, epoch: int, batches: Sequence[IntArray]) -> Generator[Batch, None, None]:
-        """Yield uint8 images [n, S, S, 3] and int64 targets [n] for each batch of indices."""
+        """Yield a batch for each batch of indices, without the images that cannot be read.
+
+        Those are told in the batch that lacks them.
+        """
         ...
 
     def close(self) -> None:
@@ -30,13 +34,16 @@ class EpochLoader:
     Implements `image_classification.data.Loader`.
     """
 
-    def __init__(self, plan: BatchPlan, source: Source, stage: DeviceStage) -> None:
+    def __init__(
+        self, plan: BatchPlan, source: Source, stage: DeviceStage, bad_files: BadFiles
+    ) -> None:
         self._plan = plan
         self._source = source
         self._stage = stage
+        self.bad_files = bad_files
         self._position = (0, 0)  # the epoch, and images of its order handed out on all ranks
         self._resume: tuple[int, int] | None = None
-        self._running: Generator[Batch, None, None] | None = None
+        self._running: Generator[tuple[Tensor, Tensor], None, None] | None = None
 
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch on this rank."""
@@ -44,6 +51,9 @@ class EpochLoader:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, from its beginning or from a loaded position in it.
+
+        A batch is shorter by its images that cannot be read, down to no image at all: the number
+        of batches stays.
 
         An epoch that was left before its end is given up when the next one is asked for.
         """
@@ -59,7 +69,7 @@ class EpochLoader:
         """Return the position, in numbers: the epoch and the images handed out on all ranks.
 
         The position counts images, so a run goes on from it with another number of ranks or
-        another batch size, too.
+        another batch size, too. The bad files are those this rank knows of.
         """
         epoch, samples = self._position
         return {
@@ -67,6 +77,7 @@ class EpochLoader:
             "samples": samples,
             "seed": self._plan.seed,
             "num_samples": self._plan.num_samples,
+            "bad_files": self.bad_files.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -88,6 +99,7 @@ class EpochLoader:
                         f" is {mine}"
                     )
         self._resume = self._position = (epoch, samples)
+        self.bad_files.load(state.get("bad_files", ()))  # older states have none
 
     def close(self) -> None:
         """Stop the processes and threads of the loader."""
@@ -95,7 +107,7 @@ class EpochLoader:
             self._running.close()
         self._source.close()
 
-    def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+    def _batches(self, epoch: int, start: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         batches = self._plan.batches(epoch, start)
         with contextlib.closing(self._source.read(epoch, batches)) as raw:
             for number, batch in enumerate(self._stage(raw), 1):
@@ -103,5 +115,6 @@ class EpochLoader:
                 self._position = (epoch, start + number * self._plan.global_batch)
                 if number == len(batches):
                     self._position = (epoch + 1, 0)
-                yield batch
+                self.bad_files.meet(batch.bad_files)
+                yield batch.images, batch.targets
         self._position = (epoch + 1, 0)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import signal
 from collections.abc import Generator, Iterator, Sequence, Sized
+from threading import Thread
 
 import numpy as np
 import torch
@@ -14,22 +18,27 @@ from torchvision.transforms.v2 import functional as F
 
 from image_classification.data.config import DataConfig
 from image_classification.data.crop import EXTRA, FLIP, crop_parameters, crop_windows
-from image_classification.data.decode import read_image
+from image_classification.data.decode import UnreadableImageError, read_image
 from image_classification.data.folder import ImageList
 from image_classification.data.order import FloatArray, IntArray
 from image_classification.data.resize import resize_crop
 from image_classification.data.stage import Batch
 
 Key = tuple[int, IntArray]
+Loaded = tuple[Tensor, dict[int, str]]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_PULSE = 1.0  # seconds between looks at whether the training process lives
 
 
 class TorchvisionSource:
     """Read images with a DataLoader; what a batch holds does not depend on its workers."""
 
     def __init__(self, config: DataConfig, images: ImageList, *, training: bool) -> None:
+        self._images = images
         self._labels = torch.from_numpy(images.labels)
         self._keys = _Keys()
-        self._loader: DataLoader[Tensor | ValueError] | None = DataLoader(
+        self._loader: DataLoader[Loaded] | None = DataLoader(
             _BatchDataset(config, images, training=training),
             sampler=self._keys,
             batch_size=None,  # the dataset is indexed by batches
@@ -37,7 +46,7 @@ class TorchvisionSource:
             prefetch_factor=config.prefetch if config.workers else None,
             persistent_workers=config.workers > 0,
             pin_memory=config.device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_leave_signals_to_parent,
             generator=torch.Generator(),  # leaves the generator of the training alone
         )
 
@@ -47,10 +56,12 @@ class TorchvisionSource:
         if not batches:
             return
         self._keys.keys = [(epoch, indices) for indices in batches]
-        for indices, images in zip(batches, self._loader, strict=True):
-            if isinstance(images, ValueError):
-                raise images
-            yield images, self._labels[torch.from_numpy(indices)]
+        with _held_back():
+            loaded = iter(self._loader)
+        for indices, (images, bad) in zip(batches, loaded, strict=True):
+            good = [index for index in indices.tolist() if index not in bad]
+            bad_files = {self._images.path(index): reason for index, reason in bad.items()}
+            yield Batch(images, self._labels[good], bad_files)
 
     def close(self) -> None:
         """Stop the workers, which end with the iterator that the DataLoader keeps."""
@@ -70,11 +81,11 @@ class _Keys(Sampler[Key]):
         return len(self.keys)
 
 
-class _BatchDataset(Dataset[Tensor | ValueError], Sized):
+class _BatchDataset(Dataset[Loaded], Sized):
     """Load whole batches: `dataset[epoch, indices]` is uint8 [n, S, S, 3].
 
-    An image that cannot be read makes the batch a ValueError instead: raised in a worker it would
-    arrive wrapped in the traceback of that process.
+    With it come the indices that are missing because their files cannot be read, and the reasons:
+    an error raised in a worker would cost the whole batch.
     """
 
     def __init__(self, config: DataConfig, images: ImageList, *, training: bool) -> None:
@@ -89,22 +100,25 @@ class _BatchDataset(Dataset[Tensor | ValueError], Sized):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, key: Key) -> Tensor | ValueError:
+    def __getitem__(self, key: Key) -> Loaded:
         epoch, indices = key
-        try:
-            if self._training:
-                rows = crop_parameters(self._seed, epoch, indices)
-                loaded = [self._train(i, row) for i, row in zip(indices, rows, strict=True)]
-            else:
-                loaded = [self._validate(i) for i in indices]
-        except ValueError as error:
-            return error
+        rows = crop_parameters(self._seed, epoch, indices) if self._training else indices
+        loaded: list[Tensor] = []
+        bad: dict[int, str] = {}
+        for index, row in zip(indices.tolist(), rows, strict=True):
+            try:
+                image = read_image(self._images.path(index))
+            except UnreadableImageError as error:
+                bad[index] = str(error)
+                continue
+            image = self._train(image, row) if self._training else self._validate(image)
+            loaded.append(image.permute(1, 2, 0))
+        if not loaded:
+            return torch.empty(0, self._size, self._size, 3, dtype=torch.uint8), bad
         # In a worker this stacks into shared memory at once.
-        batch: Tensor = default_collate([image.permute(1, 2, 0) for image in loaded])
-        return batch
+        return default_collate(loaded), bad
 
-    def _train(self, index: int, row: FloatArray) -> Tensor:
-        image = read_image(self._images.path(index))
+    def _train(self, image: Tensor, row: FloatArray) -> Tensor:
         size = np.array([image.shape[1:]])
         ((top, left, height, width),) = crop_windows(size, row[None]).tolist()
         image = resize_crop(
@@ -122,8 +136,8 @@ class _BatchDataset(Dataset[Tensor | ValueError], Sized):
             augmented: Tensor = self._policy(image)
         return augmented
 
-    def _validate(self, index: int) -> Tensor:
-        image = self._resize(read_image(self._images.path(index)), [self._shorter_side])
+    def _validate(self, image: Tensor) -> Tensor:
+        image = self._resize(image, [self._shorter_side])
         cropped: Tensor = F.center_crop(image, [self._size, self._size])
         return cropped
 
@@ -132,7 +146,31 @@ class _BatchDataset(Dataset[Tensor | ValueError], Sized):
         return resized
 
 
-def _ignore_signals(worker: int) -> None:
-    # A terminal signals all processes; the training process decides when to stop.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Hold signals back from this thread and from the processes that are forked meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Make a worker deaf to signals, except to a SIGTERM of the training process.
+
+    Launchers, schedulers and terminals signal every process; the training process decides when to
+    stop. It ends its workers with a message, at worst with SIGTERM.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # of the threads to come, too
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    Thread(target=_obey, args=(parent.pid, os.getppid()), daemon=True).start()
+
+
+def _obey(parent: int | None, forked_by: int) -> None:
+    while os.getppid() == forked_by:  # an orphan gets another parent
+        received = signal.sigtimedwait([signal.SIGTERM], _PULSE)
+        if received is not None and received.si_pid == parent:
+            break
+    os._exit(0)

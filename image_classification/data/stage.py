@@ -12,14 +12,25 @@ from torch import Tensor
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-Batch = tuple[Tensor, Tensor]
+
+class Batch(NamedTuple):
+    """Images, and what is missing among them.
+
+    Attributes:
+        images: As a source reads them uint8 [n, S, S, 3], as they go out float32 [n, 3, S, S].
+        targets: int64 [n].
+        bad_files: The files of the batch that could not be read: name -> reason.
+    """
+
+    images: Tensor
+    targets: Tensor
+    bad_files: dict[str, str]
 
 
 class _Launched(NamedTuple):
     """A batch whose copy and normalization are under way on the side stream."""
 
-    images: Tensor
-    targets: Tensor
+    batch: Batch
     done: torch.cuda.Event
 
 
@@ -46,7 +57,7 @@ class DeviceStage:
         """Yield the batches on the device."""
         if self._side is not None:
             return self._on_cuda(batches, self._side)
-        return ((self._normalize(images), targets) for images, targets in batches)
+        return (batch._replace(images=self._normalize(batch.images)) for batch in batches)
 
     def _row(self, values: list[float], width: int) -> Tensor:
         # One number for each element of a row of pixels: arithmetic on a row is vectorized, on
@@ -80,9 +91,9 @@ class DeviceStage:
             consumer.wait_event(ready.done)
             # The allocator knows these tensors from the side stream only: without a word it would
             # hand their memory to a coming batch while the consumer still reads it.
-            ready.images.record_stream(consumer)
-            ready.targets.record_stream(consumer)
-            yield ready.images, ready.targets
+            ready.batch.images.record_stream(consumer)
+            ready.batch.targets.record_stream(consumer)
+            yield ready.batch
 
     def _launch(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> _Launched | None:
         # The backend runs inside, too: one that decodes on the GPU hands over on this stream.
@@ -90,8 +101,9 @@ class DeviceStage:
             batch = next(batches, None)
             if batch is None:
                 return None
-            images, targets = (self._copy(tensor) for tensor in batch)
-            return _Launched(self._normalize(images), targets, side.record_event())
+            images = self._normalize(self._copy(batch.images))
+            batch = batch._replace(images=images, targets=self._copy(batch.targets))
+            return _Launched(batch, side.record_event())
 
     def _copy(self, tensor: Tensor) -> Tensor:
         # Only pinned memory is copied asynchronously; torch's host allocator keeps a pinned block

@@ -26,7 +26,7 @@ class SyntheticSource:
     def read(self, epoch: int, batches: Sequence[IntArray]) -> Generator[Batch, None, None]:
         """Yield the batch once for each batch of indices."""
         for indices in batches:
-            yield self._images[: len(indices)], self._targets[: len(indices)]
+            yield Batch(self._images[: len(indices)], self._targets[: len(indices)], {})
 
     def close(self) -> None:
         """Do nothing: there is nothing to stop."""

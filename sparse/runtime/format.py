@@ -9,8 +9,8 @@ A file is a safetensors container, so it loads without pickle and any safetensor
 - metadata: `format`, `header` (JSON: architecture, graph, normalization) and `sha256`, the digest
   of the header and all tensors.
 
-BatchNorm is kept as trained unless the file is written folded: only then is its state dict lost.
-The runtime folds when it loads either.
+A file is written folded, with one bias per channel for a BatchNorm, or with BatchNorm as trained.
+The state dict comes back bit for bit in either case: that of the folded network or the trained one.
 """
 
 import hashlib
@@ -141,11 +141,12 @@ def save(
         dtype: One of `DTYPES`, for the weights of convolutions and linear layers. int8 has one
             scale per output channel: its largest magnitude over 127.
         fold: Fold BatchNorm into the convolution before it and store one bias per channel instead
-            of four vectors: smaller, but the trained state dict cannot be recovered.
+            of four vectors: smaller, but the trained state dict cannot be recovered. A BatchNorm
+            that follows no convolution of its own stays.
 
     Raises:
-        ValueError: A weight that is not 0 where its mask is False, a mask that does not fit, an
-            unknown dtype, or a BatchNorm that does not follow a convolution of its own with `fold`.
+        ValueError: A weight that is not 0 where its mask is False, a mask that does not fit, or an
+            unknown dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

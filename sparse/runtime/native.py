@@ -42,10 +42,13 @@ class Op(ctypes.Structure):
     _fields_ = [
         *((name, _INT) for name in "kind in_ out res in_row in_plane out_row out_plane".split()),
         *((name, _INT) for name in "res_row res_plane rows vectors channels halo".split()),
-        *((name, _INT) for name in "stride_y stride_x relu tile_rows tile_vectors".split()),
+        *((name, _INT) for name in "stride_y stride_x relu tile_rows tile_vectors group".split()),
         *((name, _INT) for name in "num_parts num_blocks depth width height".split()),
-        *((name, _INT) for name in "in_channels pad".split()),
-        *((name, _POINTER) for name in "mask row_begin row_channel part_begin".split()),
+        *((name, _INT) for name in "in_channels pad pad_top pad_bottom mask_row".split()),
+        *(
+            (name, _POINTER)
+            for name in "mask moves row_begin row_channel counts part_begin part_stream".split()
+        ),
         *((name, _POINTER) for name in "connections weights offsets bias".split()),
     ]
 
@@ -140,6 +143,9 @@ class Kernels:
 
         self.num_lanes = int(function("lanes", _INT)())
         """Floats per vector."""
+        max_tile = function("max_tile", _INT, _INT)
+        self.max_tiles = {group: int(max_tile(group)) for group in (1, 2, 4)}
+        """Output channels computed together -> most vectors of a tile."""
         size = int(function("op_size", _INT)())
         assert size == ctypes.sizeof(Op), f"Op has {size} bytes in {path}"
         self.create = function("create", _POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _INT)

@@ -8,12 +8,14 @@ import numpy as np
 
 from sparse.runtime import native
 from sparse.runtime.graph import INPUT
-from sparse.runtime.layout import Arena, Map, Value, Vector, out_size, reach
+from sparse.runtime.layout import Arena, Grid, Map, Value, Vector, best_grid, out_size, reach
 from sparse.runtime.lower import Array, Layer
 from sparse.runtime.schedule import group, may_overwrite, schedule
 from sparse.runtime.tables import dense_table, linear_table, sparse_table
 
 MAX_TILE = 14  # kMaxTile of conv.h
+MAX_GROWTH = 1.2  # of a row, to spare its readers a repacking
+MIN_TILE = 4  # vectors: fewer sums do not hide the latency of an addition
 DENSE_DENSITY = 0.5  # untuned choice: at and above this, the dense kernel
 LINEAR_DENSITY = 0.3
 
@@ -25,8 +27,10 @@ class Choice:
     dense: bool = False
     tile_vectors: int = 1
     tile_rows: int = 1
-    block_size: int = 0
-    """Input channels per block; 0 for one block."""
+    group: int = 1
+    """Output channels that share the loads of their inputs: 1, 2 or 4."""
+    num_blocks: int = 1
+    """Blocks of connections, between which partial sums are kept."""
     panel: int = 0
     """Output channels computed together, their partial sums being kept; 0 for all."""
 
@@ -72,7 +76,8 @@ class Plan:
         self.steps: list[Step] = []
         self._size, self._lanes, self._num_parts = size, lanes, num_parts
         self._values: dict[str, Value] = {}
-        self._repacked: dict[tuple[int, int, int, int], Map] = {}
+        self._repacked: dict[tuple[object, ...], Map] = {}
+        self._wishes = self._wished(layers)
         self._read_image(layers[0])
         for layer in layers:
             self._add(layer)
@@ -97,20 +102,34 @@ class Plan:
         channels, height, width = self._size
         stride = first.stride[1]
         vectors = stride * self._out_vectors(first, width)
-        image = self._map(channels, height, width, vectors)
+        grid = Grid(vectors=vectors, rows=height, lanes=self._lanes)
+        image = Map(channels=channels, height=height, width=width, grid=grid)
         self._values[INPUT] = image
         self.steps.append(Step(kind=native.INPUT, source=None, target=image))
 
-    def _map(self, channels: int, height: int, width: int, vectors: int) -> Map:
-        return Map(
-            channels=channels, height=height, width=width, vectors=vectors, lanes=self._lanes
-        )
-
     def _out_vectors(self, layer: Layer, width: int) -> int:
-        """Return the least vectors of an output row: whole in the input's and in the output's."""
+        """Return the vectors of an output row: whole in the input's and in the output's.
+
+        The least number, unless a reader would have to repack the row and a little more avoids it.
+        """
         stride = layer.stride[1]
-        out = out_size(width, layer.kernel[1], stride, layer.padding[1], layer.dilation[1])
-        return max(-(-out // self._lanes), -(-width // (stride * self._lanes)))
+        least = max(-(-_width(layer, width) // self._lanes), -(-width // (stride * self._lanes)))
+        wish = self._wishes.get(layer.name, 0)
+        return wish if least <= wish <= MAX_GROWTH * least else least
+
+    def _wished(self, layers: Sequence[Layer]) -> dict[str, int]:
+        """Return the vectors of a row that suit its strided readers, by the name of the value."""
+        widths = {INPUT: self._size[2]}
+        wishes: dict[str, int] = {}
+        for layer in layers:
+            if layer.kind not in ("conv", "max_pool"):
+                continue
+            width = widths[layer.source]
+            widths[layer.name] = _width(layer, width)
+            if layer.stride[1] > 1 and layer.kernel != (1, 1):
+                out = -(-widths[layer.name] // self._lanes)
+                wishes[layer.source] = max(wishes.get(layer.source, 0), layer.stride[1] * out)
+        return wishes
 
     def _add(self, layer: Layer) -> None:
         if layer.kind in ("conv", "max_pool"):
@@ -135,32 +154,30 @@ class Plan:
             layer.dilation,
         )
         height = out_size(source.height, kh, sy, py, dy)
-        width = out_size(source.width, kw, sx, px, dx)
+        width = _width(layer, source.width)
         if min(height, width) < 1:
             raise ValueError(
                 f"images of {self._size[1]}x{self._size[2]} are too small for this network: "
                 f"nothing is left after layer {layer.name}"
             )
-        vectors = self._out_vectors(layer, source.width)
-        if source.vectors % sx == 0:
-            vectors = max(vectors, source.vectors // sx)
+        grid = self._grid(layer, source, height, width)
         if (sy, sx) != (1, 1) and (kh, kw, py, px) == (1, 1, 0, 0):
             # Only what is read is taken along: the convolution then finds it side by side.
-            source = self._repack(source, vectors, (sy, sx))
+            source = self._repack(source, grid, (sy, sx))
             sy = sx = 1
-        elif source.vectors != vectors * sx:
-            source = self._repack(source, vectors * sx, (1, 1))
-        target = self._map(layer.channels, height, width, vectors)
+        elif not _fits(source.grid, grid.scaled((sy, sx))):
+            source = self._repack(source, grid.scaled((sy, sx)), (1, 1))
+        target = Map(channels=layer.channels, height=height, width=width, grid=grid)
         source.require(
-            halo=max(px, reach(source.vectors, vectors, kw, sx, px, dx)),
+            halo=max(px, reach(source.vectors, grid.vectors, kw, sx, px, dx)),
             top=py,
-            bottom=reach(source.height, height, kh, sy, py, dy),
+            bottom=reach(source.rows, grid.rows, kh, sy, py, dy),
         )
         residual = None
         if layer.residual is not None:
             residual = self._map_of(layer.residual)
-            if residual.vectors != vectors:
-                residual = self._repack(residual, vectors, (1, 1))
+            if not _fits(residual.grid, grid):
+                residual = self._repack(residual, grid, (1, 1))
         self._values[layer.name] = target
         kind = native.SPARSE_CONV if layer.kind == "conv" else native.MAX_POOL
         step = Step(
@@ -173,16 +190,41 @@ class Plan:
         )
         self.steps.append(step)
 
+    def _grid(self, layer: Layer, source: Map, height: int, width: int) -> Grid:
+        """Return the grid of a layer's output: that of its input if the size stays."""
+        vectors = self._out_vectors(layer, source.width)
+        if source.vectors % layer.stride[1] == 0 and source.grid.bands == 1:
+            vectors = max(vectors, source.vectors // layer.stride[1])
+        plain = Grid(vectors=vectors, rows=height, lanes=self._lanes)
+        if layer.kind == "max_pool":
+            return plain
+        grid = best_grid(
+            max(height, -(-source.height // layer.stride[0])),
+            max(width, -(-source.width // layer.stride[1])),
+            lanes=self._lanes,
+            vectors=vectors,
+        )
+        if (height, width) == (source.height, source.width) and layer.stride == (1, 1):
+            grid = source.grid
+        # Rows beyond a band are copied from its neighbor only.
+        rows = grid.rows * layer.stride[0]
+        beyond = reach(
+            rows, grid.rows, layer.kernel[0], layer.stride[0], layer.padding[0], layer.dilation[0]
+        )
+        return plain if grid.bands > 1 and max(layer.padding[0], beyond) > rows else grid
+
     def _map_of(self, name: str) -> Map:
         value = self._values[name]
         assert isinstance(value, Map)
         return value
 
-    def _repack(self, source: Map, vectors: int, stride: tuple[int, int]) -> Map:
-        key = (id(source), vectors, *stride)
+    def _repack(self, source: Map, grid: Grid, stride: tuple[int, int]) -> Map:
+        height, width = (out_size(s, 1, stride[i], 0, 1) for i, s in enumerate(_size(source)))
+        if grid.bands == 1:
+            grid = Grid(vectors=grid.vectors, rows=height, lanes=grid.lanes)
+        key = (id(source), grid, stride)
         if key not in self._repacked:
-            height, width = (out_size(s, 1, stride[i], 0, 1) for i, s in enumerate(_size(source)))
-            target = self._map(source.channels, height, width, vectors)
+            target = Map(channels=source.channels, height=height, width=width, grid=grid)
             self._repacked[key] = target
             self.steps.append(Step(kind=native.REPACK, source=source, target=target, stride=stride))
         return self._repacked[key]
@@ -270,13 +312,17 @@ class Plan:
             op.in_ = source.position
         if isinstance(source, Map):
             op.in_row, op.in_plane = source.row, source.plane
-            op.width, op.height, op.in_channels = source.width, source.height, source.channels
+            op.width, op.height, op.in_channels = source.width, source.rows, source.channels
         if isinstance(target, Map):
             op.out_row, op.out_plane, op.halo = target.row, target.plane, target.halo
-            op.rows, op.vectors, op.channels = target.height, target.vectors, target.channels
+            op.rows, op.vectors, op.channels = target.rows, target.vectors, target.channels
             mask = target.mask()
             if mask is not None:
                 op.mask = self._keep(step, mask)
+            if target.grid.bands > 1:
+                op.mask_row = target.vectors * target.lanes
+                op.pad_top, op.pad_bottom = target.pad_top, target.pad_bottom
+                op.moves = self._keep(step, target.grid.moves())
         if layer is not None:
             op.relu, op.channels = layer.relu, layer.channels
             if layer.bias is not None:
@@ -297,24 +343,25 @@ class Plan:
     def _fill_output(self, step: Step) -> None:
         source = step.source
         assert isinstance(source, Map)
-        step.op.rows, step.op.vectors = source.height, source.vectors
+        step.op.rows, step.op.vectors = source.rows, source.vectors
         step.op.channels = source.channels
-        columns = source.columns(0, source.vectors)
-        step.op.offsets = self._keep(step, columns.astype(np.int32))
+        row, column = source.pixels()
+        place = np.where(row < 0, -1, row * source.width + column)
+        step.op.width, step.op.height = source.width, source.height
+        step.op.offsets = self._keep(step, place.astype(np.int32))
 
     def _fill_repack(self, step: Step) -> None:
         source, target = step.source, step.target
         assert isinstance(source, Map)
         assert isinstance(target, Map)
-        column = target.columns(0, target.vectors)
-        taken = column * step.stride[1]
-        place = taken % source.vectors * source.lanes + taken // source.vectors
-        whole = source.vectors == target.vectors * step.stride[1]
+        row, column = target.pixels()
+        place = source.places(row * step.stride[0], column * step.stride[1])
+        place = np.where(row < 0, -1, place)
+        whole = _fits(source.grid, target.grid.scaled(step.stride))
         if whole:  # lane by lane; those outside the image are zero in the source too
+            y = np.arange(target.rows)[:, None, None] * step.stride[0] * source.row
             vector = np.arange(target.vectors)[:, None] * step.stride[1]
-            place = vector * source.lanes + np.arange(source.lanes)
-        else:
-            place = np.where(column < 0, -1, place)
+            place = y + vector * source.lanes + np.arange(source.lanes)
         step.op.offsets = self._keep(step, place.astype(np.int32))
         step.op.depth = whole
 
@@ -338,9 +385,9 @@ class Plan:
         assert step.layer.weight is not None
         weight = step.layer.weight
         if step.kind == native.SPARSE_LINEAR:
-            table = linear_table(weight)
-            step.op.row_begin = self._keep(step, table.row_begin)
-            step.op.connections = self._keep(step, table.connections)
+            begin, connections = linear_table(weight)
+            step.op.row_begin = self._keep(step, begin)
+            step.op.connections = self._keep(step, connections)
         else:
             depth = -(-weight.shape[1] // self._lanes) * self._lanes
             padded = np.zeros((len(weight), depth), np.float32)
@@ -372,13 +419,16 @@ class Plan:
             op.offsets = self._keep(step, dense.offsets)
             op.part_begin = self._keep(step, dense.part_begin)
             return
-        table = sparse_table(layer, step.source, block_size=choice.block_size, num_parts=parts)
+        table = sparse_table(
+            layer, step.source, group=choice.group, num_blocks=choice.num_blocks, num_parts=parts
+        )
         op.kind = native.SPARSE_CONV
-        op.num_blocks = table.num_blocks
+        op.group, op.num_blocks = choice.group, choice.num_blocks
         op.tile_vectors, op.tile_rows = choice.tile_vectors, choice.tile_rows
-        op.row_begin = self._keep(step, table.row_begin)
         op.row_channel = self._keep(step, table.row_channel)
+        op.counts = self._keep(step, table.counts)
         op.part_begin = self._keep(step, table.part_begin)
+        op.part_stream = self._keep(step, table.part_stream)
         op.connections = self._keep(step, table.connections)
 
 
@@ -394,13 +444,23 @@ _FILL: dict[int, Callable[[Plan, Step], None]] = {
 }
 
 
+def _width(layer: Layer, width: int) -> int:
+    """Return the width of the output of a convolution or pool."""
+    return out_size(width, layer.kernel[1], layer.stride[1], layer.padding[1], layer.dilation[1])
+
+
+def _fits(found: Grid, wanted: Grid) -> bool:
+    """Tell whether a value of a grid can be used as one of another; plain rows may be missing."""
+    return found == wanted or (found.bands == wanted.bands == 1 and found.vectors == wanted.vectors)
+
+
 def _size(value: Map) -> tuple[int, int]:
     return value.height, value.width
 
 
 def _num_fixed(op: native.Op) -> int:
-    """Return the tables of a convolution that do not depend on the choice: mask and bias."""
-    return (1 if op.mask else 0) + (1 if op.bias else 0)
+    """Return the tables of a convolution that do not depend on the choice."""
+    return (1 if op.mask else 0) + (1 if op.moves else 0) + (1 if op.bias else 0)
 
 
 def aligned(array: Array) -> Array:
@@ -418,9 +478,9 @@ def density(layer: Layer) -> float:
     return float(np.count_nonzero(layer.weight)) / layer.weight.size
 
 
-def can_be_sparse(step: Step) -> bool:
-    """Tell whether there is a sparse kernel of this stride."""
-    return step.stride[1] <= 2
+def can_be_sparse(step: Step, group: int = 1) -> bool:
+    """Tell whether there is a sparse kernel of this stride, for groups of output channels."""
+    return step.stride[1] <= (2 if group == 1 else 1)
 
 
 def default_choice(step: Step) -> Choice:
@@ -429,24 +489,22 @@ def default_choice(step: Step) -> Choice:
     assert step.layer is not None
     if not can_be_sparse(step) or (step.layer.groups == 1 and density(step.layer) >= DENSE_DENSITY):
         return Choice(dense=True)
-    return tiles(step.target)[-1]
+    return tiles(step.target, MAX_TILE)[-1]
 
 
-def tiles(target: Map) -> list[Choice]:
-    """Return sensible tiles of an output, smallest first, without blocks.
+def tiles(target: Map, most: int) -> list[Choice]:
+    """Return sensible tiles of at most `most` vectors of an output, smallest first.
 
-    A tile is a whole row or half of one, and as many rows as the accumulators allow, or about half
-    of them: fewer than 7 sums do not hide the latency of an addition.
+    A tile is a whole row or a part of one, and as many rows as fit, or fewer.
     """
     found = set()
-    least = -(-target.vectors // 8)
+    least = -(-target.vectors // min(most, 8))
     for count in (least, least + 1):
         vectors = -(-target.vectors // count)
-        most = min(MAX_TILE // vectors, 7, target.height)
-        for rows in range(1, most + 1):
-            rows = -(-target.height // -(-target.height // rows))  # even cuts
+        for rows in range(1, min(most // vectors, 7, target.rows) + 1):
+            rows = -(-target.rows // -(-target.rows // rows))  # even cuts
             found.add((vectors, rows))
     largest = max(v * r for v, r in found)
-    chosen = [t for t in found if t[0] * t[1] >= min(largest, 7)]
+    chosen = [t for t in found if t[0] * t[1] >= min(largest, MIN_TILE)]
     chosen.sort(key=lambda t: (t[0] * t[1], t))
     return [Choice(tile_vectors=v, tile_rows=r) for v, r in chosen]

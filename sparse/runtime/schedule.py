@@ -83,7 +83,7 @@ def _chunk(steps: Sequence[Stage], members: range) -> int:
         target = steps[i].target
         assert isinstance(target, Map)
         if steps[i].residual is None:  # else it mostly takes the place of its residual
-            row_bytes += 4 * target.row * target.height / last.height
+            row_bytes += 4 * target.row * target.rows / last.rows
     least = -(-MIN_CHUNK_VECTORS // last.vectors)
     return max(least, int(MAX_CHUNK_BYTES / row_bytes))
 
@@ -137,6 +137,9 @@ def rows_read(step: Stage, value: Value | None, end: int) -> int:
         if layer is not None:
             kernel, padding, dilation = layer.kernel[0], layer.padding[0], layer.dilation[0]
         read = (end - 1) * step.stride[0] + (kernel - 1) * dilation - padding + 1
+        if _reads_all(step):
+            assert isinstance(step.source, Map)
+            read = step.source.rows
     if value is step.residual:
         read = max(read, end)
     return read
@@ -155,6 +158,8 @@ def may_overwrite(steps: Sequence[Stage], pieces: Sequence[Piece], writer: int) 
             written = piece.end
         elif value is step.source or value is step.residual:
             padding = step.layer.padding[0] if step.layer is not None else 0
+            if value is step.source and _reads_all(step) and written > 0:
+                return False
             if piece.begin * step.stride[0] - padding < written:
                 return False
     return True
@@ -163,11 +168,21 @@ def may_overwrite(steps: Sequence[Stage], pieces: Sequence[Piece], writer: int) 
 def num_rows(step: Stage) -> int:
     """Return the rows of a step's output, or its channels if it has none."""
     if isinstance(step.target, Map):
-        return step.target.height
+        return step.target.rows
     if step.layer is not None:
         return step.layer.channels
     assert isinstance(step.source, Map)
-    return step.source.height
+    return step.source.rows
+
+
+def _reads_all(step: Stage) -> bool:
+    """Tell whether the first rows of a step's output may need the last rows of its input.
+
+    They do where a band borders on another, and where a repacking changes the bands.
+    """
+    values = [value for value in (step.source, step.target) if isinstance(value, Map)]
+    window = step.layer is None or step.layer.kernel[0] > 1
+    return window and any(value.grid.bands > 1 for value in values)
 
 
 def _has_rows(step: Stage) -> bool:

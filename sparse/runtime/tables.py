@@ -7,19 +7,18 @@ import numpy as np
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Array, Layer
 
-CONNECTION = np.dtype([("offset", "<i4"), ("weight", "<f4")])
 DENSE_CHANNELS = 4  # kDenseChannels of conv.h
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseTable:
-    """Connections by part, block of input channels, output channel; see op.h."""
+    """Connections by part, block and group of output channels; see op.h."""
 
-    row_begin: Array
     row_channel: Array
+    counts: Array
     part_begin: Array
+    part_stream: Array
     connections: Array
-    num_blocks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,58 +50,80 @@ def split(channels: int, num_parts: int) -> Array:
     return bounds.astype(np.int64)
 
 
-def sparse_table(layer: Layer, source: Map, *, block_size: int, num_parts: int) -> SparseTable:
+def sparse_table(
+    layer: Layer, source: Map, *, group: int, num_blocks: int, num_parts: int
+) -> SparseTable:
     """Return the connections of a convolution: the weights that are not zero.
 
-    Inside a part and block, output channels are ordered by their number of connections, so that
-    the lengths of successive loops are predictable.
+    Inside a part, output channels are ordered by their number of connections, and every block has
+    the same share of each list of connections, in the order of memory: the lengths of successive
+    loops are then predictable, and a block reads about a range of the input.
 
     Args:
         layer: A convolution.
         source: Layout of its input.
-        block_size: Input channels per block; 0 for one block.
+        group: Output channels that share the loads of their inputs: 1, 2 or 4.
+        num_blocks: Blocks of connections; partial sums are kept between them.
         num_parts: Ranges of output channels.
     """
     assert layer.weight is not None
     weight = layer.weight
     out, tap_in, i, j = np.nonzero(weight)
-    per_group = len(weight) // layer.groups
-    tap = tap_in + out // per_group * weight.shape[1]
-    num_blocks = -(-source.channels // block_size) if block_size else 1
-    block = tap // block_size if block_size else np.zeros_like(tap)
-    bounds = split(layer.channels, num_parts)
-    part_of = np.repeat(np.arange(num_parts), np.diff(bounds))
-
-    counts = np.zeros((num_blocks, layer.channels), np.int64)
-    np.add.at(counts, (block, out), 1)
-    channels = np.arange(layer.channels)
-    order = [np.lexsort((channels, -row, part_of)) for row in counts]
-    begin: list[Array] = []
-    channel: list[Array] = []
-    start = 0
-    rank = np.empty((num_blocks, layer.channels), np.int64)  # of a channel in the stream
-    for part in range(num_parts):
-        for b in range(num_blocks):
-            chosen = order[b][bounds[part] : bounds[part + 1]]
-            ends = start + np.concatenate([[0], np.cumsum(counts[b, chosen])])
-            rank[b, chosen] = len(channel) * layer.channels + np.arange(len(chosen))
-            begin.append(ends)
-            channel.append(chosen)
-            start = int(ends[-1])
     taps = offsets(layer, source)
-    offset = taps[tap, i, j]
     nearness = np.empty(taps.size, np.int64)  # rank of a tap in the order of memory
     nearness[np.argsort(taps.ravel(), kind="stable")] = np.arange(taps.size)
-    stream = np.argsort(rank[block, out] * taps.size + nearness.reshape(taps.shape)[tap, i, j])
-    connections = np.empty(len(stream), CONNECTION)
-    connections["offset"] = offset[stream]
-    connections["weight"] = weight[out, tap_in, i, j][stream]
+    tap = tap_in + out // (len(weight) // layer.groups) * weight.shape[1]
+    tap = nearness.reshape(taps.shape)[tap, i, j]
+
+    bounds = split(layer.channels, num_parts)
+    part_of = np.repeat(np.arange(num_parts), np.diff(bounds))
+    order = np.lexsort((-np.bincount(out, minlength=layer.channels), part_of))
+    place = np.empty_like(order)
+    place[order] = np.arange(layer.channels)
+
+    # Connections to the channels of a group from one tap become one entry of the stream.
+    num_groups = -(-layer.channels // group)
+    by_tap = np.argsort((place[out] // group * taps.size + tap) * group + place[out] % group)
+    entry = (place[out] // group * taps.size + tap)[by_tap]
+    begin = np.flatnonzero(np.diff(entry, prepend=-1))  # of each entry among the connections
+    member = place[out][by_tap] % group
+    pattern = np.add.reduceat(1 << member, begin) if len(begin) else begin
+    owner, tap = np.divmod(entry[begin], taps.size)
+
+    # Every list (group, pattern) is cut into blocks of equal size.
+    patterns = (1 << group) - 1
+    listed = owner * patterns + pattern - 1
+    by_list = np.argsort(listed, kind="stable")
+    lengths = np.bincount(listed, minlength=num_groups * patterns)
+    index = np.arange(len(listed)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    listed = listed[by_list]
+    block = ((index + 1) * num_blocks - 1) // lengths[listed]
+    part = part_of[order[::group]][listed // patterns]
+    stream = np.lexsort((listed, block, part))
+    chosen = by_list[stream]
+
+    sizes = np.diff(begin, append=len(out))[chosen]
+    position = np.cumsum(1 + sizes) - (1 + sizes)
+    connections = np.empty(len(chosen) + len(out), np.float32)
+    connections.view(np.int32)[position] = np.sort(taps.ravel(), kind="stable")[tap[chosen]]
+    within = np.arange(len(out)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    flat = weight[out, tap_in, i, j][by_tap]
+    connections[np.repeat(position + 1, sizes) + within] = flat[
+        np.repeat(begin[chosen], sizes) + within
+    ]
+    first = bounds // group  # group of each part
+    first[-1] = num_groups
+    cell = block * np.diff(first)[part] + listed // patterns + first[part] * (num_blocks - 1)
+    counts = np.bincount(
+        cell * patterns + listed % patterns, minlength=num_blocks * num_groups * patterns
+    )
+    part_words = np.bincount(part[stream], 1 + sizes, minlength=num_parts)
     return SparseTable(
-        row_begin=np.concatenate(begin).astype(np.int32),
-        row_channel=np.concatenate(channel).astype(np.int32),
+        row_channel=order.astype(np.int32),
+        counts=counts.astype(np.int32),
         part_begin=bounds,
+        part_stream=(np.cumsum(part_words) - part_words).astype(np.int64),
         connections=connections,
-        num_blocks=num_blocks,
     )
 
 
@@ -135,16 +156,10 @@ def expand_groups(layer: Layer) -> Array:
     return full
 
 
-def linear_table(weight: Array) -> SparseTable:
-    """Return the connections of a linear layer; an offset is the index of the input."""
+def linear_table(weight: Array) -> tuple[Array, Array]:
+    """Return where the connections of each output begin, and pairs of input index and weight."""
     out, source = np.nonzero(weight)
-    connections = np.empty(len(out), CONNECTION)
-    connections["offset"], connections["weight"] = source, weight[out, source]
+    connections = np.empty((len(out), 2), np.float32)
+    connections.view(np.int32)[:, 0], connections[:, 1] = source, weight[out, source]
     begin = np.concatenate([[0], np.cumsum(np.bincount(out, minlength=len(weight)))])
-    return SparseTable(
-        row_begin=begin.astype(np.int32),
-        row_channel=np.arange(len(weight), dtype=np.int32),
-        part_begin=np.array([0, len(weight)], np.int64),
-        connections=connections,
-        num_blocks=1,
-    )
+    return begin.astype(np.int32), connections

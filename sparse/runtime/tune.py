@@ -8,18 +8,23 @@ import math
 import os
 import platform
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sparse.runtime import native
 from sparse.runtime.layout import Map
 from sparse.runtime.plan import Choice, Plan, Step, can_be_sparse, density, tiles
 
-BLOCK_SIZES = (16, 32, 64, 128, 256)
 L1_BYTES = 32 * 1024  # a guess is enough: it only narrows what is measured
+BLOCK_BYTES = (L1_BYTES // 2, L1_BYTES, 2 * L1_BYTES)  # of the input's part of a tile
+MIN_CONNECTIONS = 4  # per block and group of channels
 PANEL = 128
 ROUNDS = (1, 1, 2, 2, 4, 4)
 DENSE_FROM = 0.2  # density at which the dense kernel is tried
+SHARED_FROM = 0.25  # channels of a group times density at which it is tried
 
 
 class Tuner:
@@ -56,6 +61,7 @@ class _Bench:
 
     def __init__(self, plan: Plan, kernels: native.Kernels) -> None:
         self._kernels = kernels
+        self.max_tiles = kernels.max_tiles
         self._handle = plan.create(kernels, threads=1)
         if not self._handle:
             raise MemoryError(f"no memory for {4 * plan.arena_size} bytes")
@@ -76,10 +82,10 @@ def _fastest(plan: Plan, step: Step, bench: _Bench) -> Choice:
     A disturbance then hits all alike, and the least of several times is free of it.
     """
     tried: dict[Choice, tuple[native.Op, list[Any]]] = {}
-    tabled: tuple[bool, int, int] | None = None  # what the tables depend on
-    for choice in sorted(_candidates(step), key=lambda c: (c.dense, c.block_size, c.panel)):
-        if (choice.dense, choice.block_size, choice.panel) != tabled:
-            tabled = (choice.dense, choice.block_size, choice.panel)
+    tabled: tuple[int, ...] | None = None  # what the tables depend on
+    for choice in sorted(_candidates(step, bench.max_tiles), key=_tables_of):
+        if _tables_of(choice) != tabled:
+            tabled = _tables_of(choice)
             plan.choose(step, choice)
         op = native.Op.from_buffer_copy(step.op)
         op.tile_vectors, op.tile_rows = choice.tile_vectors, choice.tile_rows
@@ -92,36 +98,43 @@ def _fastest(plan: Plan, step: Step, bench: _Bench) -> Choice:
     return min(seconds, key=lambda c: seconds[c])
 
 
-def _candidates(step: Step) -> list[Choice]:
-    assert isinstance(step.source, Map)
+def _tables_of(choice: Choice) -> tuple[int, ...]:
+    return (choice.dense, choice.group, choice.num_blocks, choice.panel)
+
+
+def _candidates(step: Step, max_tiles: Mapping[int, int]) -> list[Choice]:
     assert isinstance(step.target, Map)
     assert step.layer is not None
     found: list[Choice] = []
     if can_be_sparse(step):
         found = [
-            dataclasses.replace(tile, block_size=size, panel=panel)
-            for tile in tiles(step.target)
-            for size in _block_sizes(step, tile)
-            for panel in ((0, PANEL) if size and step.target.channels > 2 * PANEL else (0,))
+            dataclasses.replace(tile, group=group, num_blocks=count, panel=panel)
+            for group, most in max_tiles.items()
+            if group == 1
+            or (can_be_sparse(step, group) and density(step.layer) * group >= SHARED_FROM)
+            for tile in tiles(step.target, most)
+            for count in _num_blocks(step, tile, group)
+            for panel in ((0, PANEL) if count > 1 and step.target.channels > 2 * PANEL else (0,))
         ]
     if not found or (step.layer.groups == 1 and density(step.layer) >= DENSE_FROM):
         found.append(Choice(dense=True))
     return found
 
 
-def _block_sizes(step: Step, tile: Choice) -> list[int]:
-    """Return numbers of input channels whose part of a tile is about a first-level cache."""
+def _num_blocks(step: Step, tile: Choice, group: int) -> list[int]:
+    """Return numbers of blocks whose part of the input of a tile is about a first-level cache."""
     assert isinstance(step.source, Map)
-    assert step.layer is not None
-    if step.layer.groups > 1:
-        return [0]
-    rows = (tile.tile_rows - 1) * step.stride[0] + step.layer.kernel[0]
-    vectors = (
-        min(tile.tile_vectors * step.stride[1], step.source.vectors) + step.layer.kernel[1] - 1
-    )
-    channel = 4 * rows * vectors * step.source.lanes
-    sizes = [s for s in BLOCK_SIZES if L1_BYTES // 4 <= s * channel <= 2 * L1_BYTES]
-    return [0, *(s for s in sizes if s < step.source.channels)]
+    layer = step.layer
+    assert layer is not None
+    assert layer.weight is not None
+    if layer.groups > 1:
+        return [1]
+    rows = (tile.tile_rows - 1) * step.stride[0] + layer.kernel[0]
+    vectors = min(tile.tile_vectors * step.stride[1], step.source.vectors) + layer.kernel[1] - 1
+    size = 4 * rows * vectors * step.source.lanes * step.source.channels
+    most = group * np.count_nonzero(layer.weight) / len(layer.weight) / MIN_CONNECTIONS
+    counts = {-(-size // block) for block in BLOCK_BYTES}
+    return sorted({1} | {count for count in counts if count <= most})
 
 
 def _key(step: Step) -> str:
@@ -134,7 +147,7 @@ def _key(step: Step) -> str:
     return (
         f"{'x'.join(map(str, layer.weight.shape))} groups {layer.groups} stride {step.stride} "
         f"dilation {layer.dilation} in {source.vectors}+{source.halo} "
-        f"out {target.height}x{target.vectors} add {step.residual is not None} "
+        f"out {target.rows}x{target.vectors} add {step.residual is not None} "
         f"density {density(layer):.2g}"
     )
 

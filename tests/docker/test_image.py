@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.docker.building import CANARY, NAME, Image, execute
 
@@ -14,7 +15,8 @@ pytestmark = pytest.mark.docker
 
 def test_the_image_says_what_it_is(image: Image) -> None:
     report = image.run("python", "main.py", "--version")
-    for fact in (metadata.version("torch"), metadata.version("nvidia-dali-cuda130"), image.commit):
+    versions = [metadata.version("torch"), metadata.version("nvidia-dali-cuda130")]
+    for fact in (*versions, *filter(None, [torch.version.cuda]), image.commit):
         assert fact in report
     (facts,) = json.loads(execute(["docker", "image", "inspect", NAME]))
     assert facts["Config"]["Labels"]["org.opencontainers.image.revision"] == image.commit
@@ -46,6 +48,15 @@ def test_the_demo_trains_offline_and_its_files_belong_to_the_caller(
     files = [path for path in results.rglob("*") if path.is_file()]
     assert {"report.png", "checkpoint.pth.tar", "experiment_raport.json"} <= {f.name for f in files}
     assert {(f.stat().st_uid, f.stat().st_gid) for f in files} == {(4321, 8765)}
+
+
+def test_the_other_programs_of_the_project_run_in_the_image(image: Image) -> None:
+    assert "0.2431 of dense" in image.run("python", "costs.py", "--sparsity", "0.9")
+    plain = ["docker", "run", "--rm", *image.flags[1:], NAME]
+    plain = [word for word in plain if not word.startswith("--results")]
+    assert "rn50_rigl_erk_0.9" in execute([*plain, "python", "costs.py", "--table", "port"])
+    image.run("python", "export.py", "--help")
+    image.run("python", "benchmarks/step_overhead.py", "--help")
 
 
 def test_without_other_words_the_caller_is_the_user(image: Image, tmp_path: Path) -> None:

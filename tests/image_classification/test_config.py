@@ -82,6 +82,7 @@ def test_wrong_flags_are_named_in_one_line(typed: str, message: str) -> None:
     [
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
         ({"lr": -1.0}, "--lr must be at least 0, got -1.0"),
+        ({"max_bad_files": -0.1}, r"--max-bad-files must be in \[0, 1\], got -0.1"),
         ({"label_smoothing": 1.0}, r"--label-smoothing must be in \[0, 1\)"),
         ({"warmup": 90.0}, "--warmup must be less than --epochs 90"),
         ({"evaluate": True, "training_only": True}, "exclude each other"),

@@ -1,6 +1,7 @@
 """The training loop against loops written by hand."""
 
 import copy
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,7 @@ SILENT = Logger(raport=None, append=False, console=False)
 class Batches:
     """A loader of given batches."""
 
-    def __init__(self, images: Tensor, targets: Tensor, size: int) -> None:
+    def __init__(self, images: Tensor, targets: Tensor, size: int | list[int]) -> None:
         self._batches = list(zip(images.split(size), targets.split(size), strict=True))
 
     def __len__(self) -> int:
@@ -77,6 +78,31 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     assert accumulating.step == 2
+
+
+def test_a_micro_batch_without_images_adds_nothing() -> None:
+    images, targets = pictures(8)
+
+    def normalized() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm2d(3), network()).double()
+
+    model, by_hand = normalized(), normalized()
+    ours = trainer(model, accumulation=2)
+    record = ours.train_epoch(Batches(images, targets, [8, 0]), 0, steps=1, logger=SILENT)
+    loss = nn.functional.cross_entropy(by_hand(images), targets)
+    (loss / 2).backward()
+    torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9, nesterov=True).step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, by_hand.state_dict()[name])
+    assert record["train.loss"] == pytest.approx(loss.item())
+
+    before = copy.deepcopy(model.state_dict())
+    record = trainer(model).train_epoch(
+        Batches(images[:0], targets[:0], 1), 0, steps=1, logger=SILENT
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert math.isnan(record["train.loss"])
+    assert record["train.total_ips"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

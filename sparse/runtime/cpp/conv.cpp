@@ -5,33 +5,28 @@
 namespace sparse_runtime {
 namespace {
 
-template <int VX, int VY, int SX>
-constexpr TileFunction tile() {
-  return &SparseTile<VX, VY, SX, std::make_integer_sequence<int, VX * VY>>::run;
-}
-
-template <int VY, int SX, int... X>
+template <int P, int VY, int SX, int... X>
 TileFunction pick(int64_t vectors, std::integer_sequence<int, X...>) {
-  static constexpr TileFunction table[] = {tile<X + 1, VY, SX>()...};
+  static constexpr TileFunction table[] = {&SparseTile<P, X + 1, VY, SX>::run..., nullptr};
   return vectors >= 1 && vectors <= int64_t(sizeof...(X)) ? table[vectors - 1] : nullptr;
 }
 
-template <int VY, int SX>
+template <int P, int VY, int SX>
 TileFunction pick(int64_t vectors) {
-  constexpr int most = VY == 1 ? 8 : kMaxTile / VY;
-  return pick<VY, SX>(vectors, std::make_integer_sequence<int, most>());
+  constexpr int most = VY == 1 ? std::min(8, max_tile(P)) : max_tile(P) / VY;
+  return pick<P, VY, SX>(vectors, std::make_integer_sequence<int, most>());
 }
 
-template <int SX>
+template <int P, int SX>
 TileFunction pick(int64_t vectors, int64_t rows) {
   switch (rows) {
-    case 1: return pick<1, SX>(vectors);
-    case 2: return pick<2, SX>(vectors);
-    case 3: return pick<3, SX>(vectors);
-    case 4: return pick<4, SX>(vectors);
-    case 5: return pick<5, SX>(vectors);
-    case 6: return pick<6, SX>(vectors);
-    case 7: return pick<7, SX>(vectors);
+    case 1: return pick<P, 1, SX>(vectors);
+    case 2: return pick<P, 2, SX>(vectors);
+    case 3: return pick<P, 3, SX>(vectors);
+    case 4: return pick<P, 4, SX>(vectors);
+    case 5: return pick<P, 5, SX>(vectors);
+    case 6: return pick<P, 6, SX>(vectors);
+    case 7: return pick<P, 7, SX>(vectors);
     default: return nullptr;
   }
 }
@@ -43,26 +38,54 @@ int64_t cut(int64_t begin, int64_t end, int64_t index, int64_t count) {
 
 }  // namespace
 
-TileFunction find_tile(int64_t vectors, int64_t rows, int64_t stride_x) {
-  if (stride_x == 1) return pick<1>(vectors, rows);
-  if (stride_x == 2) return pick<2>(vectors, rows);
-  return nullptr;
+TileFunction find_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x) {
+  if (stride_x == 2) return group == 1 ? pick<1, 2>(vectors, rows) : nullptr;
+  if (stride_x != 1) return nullptr;
+  switch (group) {
+    case 1: return pick<1, 1>(vectors, rows);
+    case 2: return pick<2, 1>(vectors, rows);
+    case 4: return pick<4, 1>(vectors, rows);
+    default: return nullptr;
+  }
 }
 
+namespace {
+
+// The borders of bands; rows that other bands continue are copied whole.
+void fill_band_borders(const Op& op, float* out, int64_t y, int64_t c) {
+  const int64_t n = op.vectors;
+  const int32_t *left = op.moves, *right = left + kLanes, *above = right + kLanes,
+                *below = above + kLanes;
+  float* plane = out + y * op.out_row + c * op.out_plane;
+  for (int64_t k = 0; k < op.halo; ++k) {
+    store(plane - (k + 1) * kLanes, permute(load(plane + (n - 1 - k) * kLanes), left));
+    store(plane + (n + k) * kLanes, permute(load(plane + k * kLanes), right));
+  }
+  const auto copy = [&](int64_t to, const int32_t* from) {
+    for (int64_t i = -op.halo; i < n + op.halo; ++i) {
+      store(plane + (to - y) * op.out_row + i * kLanes, permute(load(plane + i * kLanes), from));
+    }
+  };
+  if (y >= op.rows - op.pad_top) copy(y - op.rows, above);
+  if (y < op.pad_bottom) copy(y + op.rows, below);
+}
+
+}  // namespace
+
 void fill_halo(const Op& op, float* out, int64_t y0, int64_t y1, int64_t c0, int64_t c1) {
-  if (op.halo == 0) return;
+  if (op.halo == 0 && op.pad_top == 0 && op.pad_bottom == 0) return;
   const int64_t n = op.vectors;
   for (int64_t y = y0; y < y1; ++y) {
     for (int64_t c = c0; c < c1; ++c) {
+      if (op.moves) {
+        fill_band_borders(op, out, y, c);
+        continue;
+      }
       float* plane = out + y * op.out_row + c * op.out_plane;
       for (int64_t k = 0; k < op.halo; ++k) {
-        const int64_t left = n - 1 - k % n, right = k % n, shift = k / n + 1;
-        const Vec before = load(plane + left * kLanes), after = load(plane + right * kLanes);
-        // The shift is 1 but for rows shorter than the padding: let the compiler know it.
-        store(plane - (k + 1) * kLanes,
-              shift == 1 ? shift_lanes(before, 1) : shift_lanes(before, shift));
-        store(plane + (n + k) * kLanes,
-              shift == 1 ? shift_lanes(after, -1) : shift_lanes(after, -shift));
+        // What lies n vectors away is the same column in the neighboring lane.
+        store(plane - (k + 1) * kLanes, move_up(load(plane + (n - 1 - k) * kLanes)));
+        store(plane + (n + k) * kLanes, move_down(load(plane + k * kLanes)));
       }
     }
   }
@@ -78,12 +101,12 @@ void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0,
     for (int64_t tx = 0; tx < tiles_x; ++tx) {
       const int64_t x = cut(0, op.vectors, tx, tiles_x);
       const TileFunction run =
-          find_tile(cut(0, op.vectors, tx + 1, tiles_x) - x, y_end - y, op.stride_x);
+          find_tile(op.group, cut(0, op.vectors, tx + 1, tiles_x) - x, y_end - y, op.stride_x);
       for (int64_t part = p0; part < p1; ++part) {
         run(op, part, arena + op.in + y * op.stride_y * op.in_row + x * op.stride_x * kLanes,
             out + y * op.out_row + x * kLanes,
             op.res < 0 ? nullptr : arena + op.res + y * op.res_row + x * kLanes,
-            op.mask ? op.mask + x * kLanes : nullptr, scratch);
+            op.mask ? op.mask + y * op.mask_row + x * kLanes : nullptr, scratch);
       }
     }
     fill_halo(op, out, y, y_end, op.part_begin[p0], op.part_begin[p1]);
@@ -92,19 +115,8 @@ void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0,
 
 namespace {
 
-// Call f(0), .., f(N - 1) with constants of the compiler.
-template <int N, typename F, int... I>
-inline __attribute__((always_inline)) void for_each(F f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>()), ...);
-}
-
-template <int N, typename F>
-inline __attribute__((always_inline)) void for_each(F f) {
-  for_each<N>(f, std::make_integer_sequence<int, N>());
-}
-
 struct DenseTile {
-  int64_t in[kDenseVectors], out[kDenseVectors], res[kDenseVectors], column[kDenseVectors];
+  int64_t in[kDenseVectors], out[kDenseVectors], res[kDenseVectors], mask[kDenseVectors];
 };
 
 template <int NV>
@@ -112,7 +124,7 @@ void pack(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int6
           float* packed) {
   for (int64_t k = k0; k < k1; ++k, packed += NV * kLanes) {
     const float* source = in + op.offsets[k];
-    for (int i = 0; i < NV; ++i) store(packed + i * kLanes, load(source + tile.in[i]));
+    for_each<NV>([&](auto i) SPARSE_INLINE { store(packed + i * kLanes, load(source + tile.in[i])); });
   }
 }
 
@@ -120,60 +132,38 @@ void pack(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int6
 template <int NV>
 void multiply(const Op& op, const DenseTile& tile, int64_t c, int64_t k0, int64_t k1,
               const float* packed, float* partial, float* out, const float* res) {
-  Vec s0[NV], s1[NV], s2[NV], s3[NV];
-  const int64_t last = op.channels - 1;
-#pragma GCC unroll 3
-  for (int i = 0; i < NV; ++i) {
+  Vec sum[kDenseChannels][NV];
+  for_each<kDenseChannels>([&](auto j) SPARSE_INLINE {
     if (k0 == 0) {
-      s0[i] = broadcast(op.bias[c]);
-      s1[i] = broadcast(op.bias[std::min(c + 1, last)]);
-      s2[i] = broadcast(op.bias[std::min(c + 2, last)]);
-      s3[i] = broadcast(op.bias[std::min(c + 3, last)]);
+      const Vec bias = broadcast(op.bias[std::min<int64_t>(c + j, op.channels - 1)]);
+      for_each<NV>([&](auto i) SPARSE_INLINE { sum[j][i] = bias; });
     } else {
-      s0[i] = load(partial + i * kLanes);
-      s1[i] = load(partial + (NV + i) * kLanes);
-      s2[i] = load(partial + (2 * NV + i) * kLanes);
-      s3[i] = load(partial + (3 * NV + i) * kLanes);
+      for_each<NV>([&](auto i) SPARSE_INLINE { sum[j][i] = load(partial + (j * NV + i) * kLanes); });
     }
-  }
+  });
   const float* w = op.weights + (c / kDenseChannels * op.depth + k0) * kDenseChannels;
   for (int64_t k = k0; k < k1; ++k, w += kDenseChannels, packed += NV * kLanes) {
-    // All inputs are loaded before the weights: 12 sums, 3 inputs and a weight fill 16 registers.
+    // All inputs are loaded before the weights: sums, inputs and one weight fill the registers.
     Vec x[NV];
-    for_each<NV>([&](auto i) { x[i] = load(packed + i * kLanes); });
-    Vec weight = broadcast(w[0]);
-    for_each<NV>([&](auto i) { s0[i] += weight * x[i]; });
-    weight = broadcast(w[1]);
-    for_each<NV>([&](auto i) { s1[i] += weight * x[i]; });
-    weight = broadcast(w[2]);
-    for_each<NV>([&](auto i) { s2[i] += weight * x[i]; });
-    weight = broadcast(w[3]);
-    for_each<NV>([&](auto i) { s3[i] += weight * x[i]; });
+    for_each<NV>([&](auto i) SPARSE_INLINE { x[i] = load(packed + i * kLanes); });
+    for_each<kDenseChannels>([&](auto j) SPARSE_INLINE {
+      const Vec weight = broadcast(w[j]);
+      for_each<NV>([&](auto i) SPARSE_INLINE { sum[j][i] += weight * x[i]; });
+    });
   }
-  if (k1 < op.depth) {
-#pragma GCC unroll 3
-    for (int i = 0; i < NV; ++i) {
-      store(partial + i * kLanes, s0[i]);
-      store(partial + (NV + i) * kLanes, s1[i]);
-      store(partial + (2 * NV + i) * kLanes, s2[i]);
-      store(partial + (3 * NV + i) * kLanes, s3[i]);
+  for_each<kDenseChannels>([&](auto j) SPARSE_INLINE {
+    if (k1 < op.depth) {
+      for_each<NV>([&](auto i) SPARSE_INLINE { store(partial + (j * NV + i) * kLanes, sum[j][i]); });
+    } else if (c + j < op.channels) {
+      for_each<NV>([&](auto i) SPARSE_INLINE {
+        Vec v = sum[j][i];
+        if (res) v += load(res + (c + j) * op.res_plane + tile.res[i]);
+        if (op.relu) v = maximum(v, Vec{});
+        if (op.mask) v = keep(v, load_mask(op.mask + tile.mask[i]));
+        store(out + (c + j) * op.out_plane + tile.out[i], v);
+      });
     }
-    return;
-  }
-  const auto finish = [&](Vec v, int i, int64_t channel) {
-    if (channel > last) return;
-    if (res) v += load(res + channel * op.res_plane + tile.res[i]);
-    if (op.relu) v = maximum(v, Vec{});
-    if (op.mask) v = keep(v, load_mask(op.mask + tile.column[i] * kLanes));
-    store(out + channel * op.out_plane + tile.out[i], v);
-  };
-#pragma GCC unroll 3
-  for (int i = 0; i < NV; ++i) {
-    finish(s0[i], i, c);
-    finish(s1[i], i, c + 1);
-    finish(s2[i], i, c + 2);
-    finish(s3[i], i, c + 3);
-  }
+  });
 }
 
 template <int NV>
@@ -207,17 +197,17 @@ void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, 
       tile.in[i] = y * op.stride_y * op.in_row + x * op.stride_x * kLanes;
       tile.out[i] = y * op.out_row + x * kLanes;
       tile.res[i] = y * op.res_row + x * kLanes;
-      tile.column[i] = x;
+      tile.mask[i] = y * op.mask_row + x * kLanes;
     }
-    if (size == 3) dense_tile<3>(op, arena, p0, p1, tile, scratch);
-    if (size == 2) dense_tile<2>(op, arena, p0, p1, tile, scratch);
-    if (size == 1) dense_tile<1>(op, arena, p0, p1, tile, scratch);
+    for_each<kDenseVectors>([&](auto i) SPARSE_INLINE {
+      if (size == i + 1) dense_tile<i + 1>(op, arena, p0, p1, tile, scratch);
+    });
   }
   fill_halo(op, arena + op.out, y0, y1, op.part_begin[p0], op.part_begin[p1]);
 }
 
 int64_t scratch_floats(const Op& op) {
-  const int64_t channels = op.channels + kDenseChannels;
+  const int64_t channels = op.channels + kDenseChannels;  // whole groups
   if (op.kind == kSparseConv) return channels * kMaxTile * kLanes;
   if (op.kind == kDenseConv) return (kDenseDepth + channels) * kDenseVectors * kLanes;
   return 0;

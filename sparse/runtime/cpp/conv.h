@@ -1,6 +1,8 @@
 // Sparse and dense convolutions of one tile or of a range of rows.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "op.h"
@@ -8,60 +10,129 @@
 
 namespace sparse_runtime {
 
-constexpr int kMaxTile = 14;      // vectors of a sparse tile: accumulators that fit 16 registers
-constexpr int kAhead = 2;         // output channels between the fetch of a tile and its use
+// AVX-512 and 64-bit ARM have 32 vector registers, other machines 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+constexpr int kMaxTile = 14;      // vectors of a sparse tile of one channel
+constexpr int kAhead = 2;         // groups of channels between the fetch of a tile and its use
+constexpr int kStreamAhead = 256;  // words between the fetch of a connection and its use
 constexpr int kLineFloats = 16;   // of a cache line
-constexpr int kDenseVectors = 3;  // a dense tile is 3 vectors by 4 channels: 12 accumulators
 constexpr int kDenseChannels = 4;
-constexpr int kDenseDepth = 256;  // terms summed at a time: the packed input stays in L1
+// A dense tile is some vectors by 4 channels: accumulators, inputs and a weight fill the registers.
+constexpr int kDenseVectors = kRegisters == 32 ? 6 : 3;
+// Terms summed at a time: 24 KiB of packed input stay in the first-level cache.
+constexpr int kDenseDepth = 6144 / (kDenseVectors * kLanes);
 
-// Accumulators are indexed by constants only: compilers then keep them in registers.
-template <int VX, int VY, int SX, typename Index>
-struct SparseTile;
+// Vectors of a tile of `group` channels: with its inputs and weights it fits the registers.
+constexpr int max_tile(int group) {
+  if (group == 1) return kMaxTile;
+  if (group == 2) return kRegisters == 32 ? 8 : 6;
+  return kRegisters == 32 ? 7 : 3;
+}
 
-template <int VX, int VY, int SX, int... I>
-struct SparseTile<VX, VY, SX, std::integer_sequence<int, I...>> {
+// What sums pass through has to be inlined: they are in memory otherwise.
+#define SPARSE_INLINE __attribute__((always_inline))
+
+// Call f(0), .., f(N - 1) with constants of the compiler: arrays indexed by them are registers.
+template <typename F, int... I>
+inline SPARSE_INLINE void for_each(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>()), ...);
+}
+
+template <int N, typename F>
+inline SPARSE_INLINE void for_each(F f) {
+  for_each(f, std::make_integer_sequence<int, N>());
+}
+
+constexpr int num_bits(int pattern) { return pattern ? (pattern & 1) + num_bits(pattern >> 1) : 0; }
+
+// Offsets and weights share one stream of 4-byte words.
+inline int32_t offset_at(const float* p) {
+  int32_t offset;
+  std::memcpy(&offset, p, sizeof offset);
+  return offset;
+}
+
+// P output channels, their group, by VX x VY vectors. Connections of a group are sorted by which of
+// its channels they lead to, their pattern: an input is loaded once for all of them.
+template <int P, int VX, int VY, int SX>
+struct SparseTile {
   static constexpr int kSize = VX * VY;
+  static constexpr int kPatterns = (1 << P) - 1;
   // An FMA takes 4 cycles and two start in each: 8 independent sums keep the units busy.
-  static constexpr int kSums = kSize <= 2 ? 4 : kSize <= 6 ? 2 : 1;
+  static constexpr int kSums = P > 1 ? 1 : kSize <= 2 ? 4 : kSize <= 6 ? 2 : 1;
+  using Sums = Vec[P][kSize];
 
-  static inline __attribute__((always_inline)) void add(Vec* sum, const float* in, int64_t in_row,
-                                                        float weight) {
-    const Vec w = broadcast(weight);
-    ((sum[I] += w * load(in + (I / VX) * in_row + (I % VX) * SX * kLanes)), ...);
+  static inline SPARSE_INLINE Vec input(const float* in, int64_t in_row, int i) {
+    return load(in + (i / VX) * in_row + (i % VX) * SX * kLanes);
   }
 
-  static inline __attribute__((always_inline)) void dot(Vec* sum, const Connection* p, int64_t n,
-                                                        const float* in, int64_t in_row) {
-    if constexpr (kSums == 1) {
-      for (; n >= 2; n -= 2, p += 2) {
-        add(sum, in + p[0].offset, in_row, p[0].weight);
-        add(sum, in + p[1].offset, in_row, p[1].weight);
+  // The connection at `p`: an offset, and a weight for every channel of the pattern.
+  template <int kPattern>
+  static inline SPARSE_INLINE void add(Sums& sum, const float* p, const float* in,
+                                                        int64_t in_row) {
+    in += offset_at(p);
+    Vec weight[P];
+    int next = 1;
+    for_each<P>([&](auto c) SPARSE_INLINE {
+      if constexpr (kPattern >> c & 1) weight[c] = broadcast(p[next++]);
+    });
+    for_each<kSize>([&](auto i) SPARSE_INLINE {
+      Vec x = input(in, in_row, i);
+      if constexpr (P > 1) hold(x);
+      for_each<P>([&](auto c) SPARSE_INLINE {
+        if constexpr (kPattern >> c & 1) sum[c][i] += weight[c] * x;
+      });
+    });
+  }
+
+  // The next n connections, of one pattern; returns what follows them.
+  template <int kPattern>
+  static inline SPARSE_INLINE const float* dot(Sums& sum, const float* p,
+                                                                int64_t n, const float* in,
+                                                                int64_t in_row) {
+    constexpr int step = 1 + num_bits(kPattern);
+    if constexpr (kSums > 1) {
+      Vec more[kSums - 1][1][kSize];
+      for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { other[0][i] = Vec{}; });
+      for (; n >= 4; n -= 4, p += 4 * step) {
+        __builtin_prefetch(p + kStreamAhead);
+        add<kPattern>(sum, p, in, in_row);
+        add<kPattern>(more[0], p + step, in, in_row);
+        add<kPattern>(kSums == 4 ? more[kSums / 4] : sum, p + 2 * step, in, in_row);
+        add<kPattern>(more[kSums - 2], p + 3 * step, in, in_row);
       }
-      if (n) add(sum, in + p[0].offset, in_row, p[0].weight);
-    } else {
-      Vec more[kSums - 1][kSize];
-      for (auto& other : more) ((other[I] = Vec{}), ...);
-      for (; n >= 4; n -= 4, p += 4) {
-        add(sum, in + p[0].offset, in_row, p[0].weight);
-        add(more[0], in + p[1].offset, in_row, p[1].weight);
-        add(kSums == 4 ? more[kSums / 4] : sum, in + p[2].offset, in_row, p[2].weight);
-        add(more[kSums - 2], in + p[3].offset, in_row, p[3].weight);
-      }
-      for (; n > 0; --n, ++p) add(sum, in + p->offset, in_row, p->weight);
-      for (auto& other : more) ((sum[I] += other[I]), ...);
+      for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { sum[0][i] += other[0][i]; });
     }
+    if constexpr (P == 1) {
+      for (; n >= 2; n -= 2, p += 2 * step) {
+        __builtin_prefetch(p + kStreamAhead);
+        add<kPattern>(sum, p, in, in_row);
+        add<kPattern>(sum, p + step, in, in_row);
+      }
+    }
+    for (; n > 0; --n, p += step) {
+      if (P > 1) __builtin_prefetch(p + kStreamAhead);
+      add<kPattern>(sum, p, in, in_row);
+    }
+    return p;
   }
 
-  static void finish(const Op& op, Vec* sum, float* out, const float* res, const int32_t* mask) {
-    if (res) ((sum[I] += load(res + (I / VX) * op.res_row + (I % VX) * kLanes)), ...);
-    if (op.relu) ((sum[I] = maximum(sum[I], Vec{})), ...);
-    if (mask) ((sum[I] = keep(sum[I], load_mask(mask + (I % VX) * kLanes))), ...);
-    (store(out + (I / VX) * op.out_row + (I % VX) * kLanes, sum[I]), ...);
+  static inline SPARSE_INLINE void finish(const Op& op, Vec* sum, float* out,
+                                                           const float* res, const int32_t* mask) {
+    for_each<kSize>([&](auto i) SPARSE_INLINE {
+      if (res) sum[i] += load(res + (i / VX) * op.res_row + (i % VX) * kLanes);
+      if (op.relu) sum[i] = maximum(sum[i], Vec{});
+      if (mask) sum[i] = keep(sum[i], load_mask(mask + (i / VX) * op.mask_row + (i % VX) * kLanes));
+      store(out + (i / VX) * op.out_row + (i % VX) * kLanes, sum[i]);
+    });
   }
 
   // Bring what a tile will be added to, or written to, into the cache.
-  static inline __attribute__((always_inline)) void fetch(const float* p, int64_t row) {
+  static inline SPARSE_INLINE void fetch(const float* p, int64_t row) {
     for (int y = 0; y < VY; ++y) {
       for (int x = 0; x < VX * kLanes; x += kLineFloats) {
         __builtin_prefetch(p + y * row + x, 1);
@@ -69,39 +140,48 @@ struct SparseTile<VX, VY, SX, std::integer_sequence<int, I...>> {
     }
   }
 
-  // All output channels of one part. `scratch` holds the partial sums between blocks of input
-  // channels: kSize vectors per channel of the part.
+  // All output channels of one part. `scratch` holds the partial sums between blocks of
+  // connections.
   static void run(const Op& op, int64_t part, const float* in, float* out, const float* res,
                   const int32_t* mask, float* scratch) {
-    const int64_t first = op.part_begin[part];
-    const int64_t num = op.part_begin[part + 1] - first;
-    const int32_t* begin = op.row_begin + op.num_blocks * (first + part);
-    const int32_t* channel = op.row_channel + op.num_blocks * first;
+    const int64_t first = op.part_begin[part], num = op.part_begin[part + 1] - first;
+    const int64_t groups = (num + P - 1) / P;
+    const int32_t* channel = op.row_channel + first;
+    const float* p = op.connections + op.part_stream[part];
+    const int32_t* count = op.counts + op.num_blocks * kPatterns * (first / P);
     const int64_t in_row = op.in_row * op.stride_y;
-    for (int64_t block = 0; block < op.num_blocks; ++block, begin += num + 1, channel += num) {
+    for (int64_t block = 0; block < op.num_blocks; ++block) {
       const bool is_first = block == 0, is_last = block + 1 == op.num_blocks;
-      for (int64_t k = 0; k < num; ++k) {
-        const int64_t c = channel[k];
-        float* partial = scratch + (c - first) * kSize * kLanes;
-        Vec sum[kSize];
-        if (is_first) {
-          const Vec bias = broadcast(op.bias[c]);
-          ((sum[I] = bias), ...);
-        } else {
-          ((sum[I] = load(partial + I * kLanes)), ...);
-        }
-        if (is_last && k + kAhead < num) {
-          // Channels come in no order that the processor could foresee.
-          const int64_t next = channel[k + kAhead];
-          fetch(res ? res + next * op.res_plane : out + next * op.out_plane,
-                res ? op.res_row : op.out_row);
-        }
-        dot(sum, op.connections + begin[k], begin[k + 1] - begin[k], in, in_row);
-        if (is_last) {
-          finish(op, sum, out + c * op.out_plane, res ? res + c * op.res_plane : nullptr, mask);
-        } else {
-          (store(partial + I * kLanes, sum[I]), ...);
-        }
+      float* partial = scratch;
+      for (int64_t g = 0; g < groups; ++g, count += kPatterns, partial += P * kSize * kLanes) {
+        const int64_t left = num - g * P;  // channels: the last group may have less than P
+        Sums sum;
+        for_each<P>([&](auto c) SPARSE_INLINE {
+          if (is_first) {
+            const Vec bias = broadcast(c < left ? op.bias[channel[g * P + c]] : 0.0f);
+            for_each<kSize>([&](auto i) SPARSE_INLINE { sum[c][i] = bias; });
+          } else {
+            for_each<kSize>([&](auto i) SPARSE_INLINE { sum[c][i] = load(partial + (c * kSize + i) * kLanes); });
+          }
+          if (is_last && c + kAhead * P < left) {
+            // Channels come in no order that the processor could foresee.
+            const int64_t next = channel[(g + kAhead) * P + c];
+            fetch(res ? res + next * op.res_plane : out + next * op.out_plane,
+                  res ? op.res_row : op.out_row);
+          }
+        });
+        for_each<kPatterns>([&](auto k) SPARSE_INLINE {
+          p = dot<k + 1>(sum, p, count[k], in, in_row);
+        });
+        for_each<P>([&](auto c) SPARSE_INLINE {
+          if (!is_last) {
+            for_each<kSize>([&](auto i) SPARSE_INLINE { store(partial + (c * kSize + i) * kLanes, sum[c][i]); });
+          } else if (c < left) {
+            const int64_t to = channel[g * P + c];
+            finish(op, sum[c], out + to * op.out_plane, res ? res + to * op.res_plane : nullptr,
+                   mask);
+          }
+        });
       }
     }
   }
@@ -111,7 +191,7 @@ using TileFunction = void (*)(const Op&, int64_t, const float*, float*, const fl
                               const int32_t*, float*);
 
 // Return the kernel of a tile, null if there is none of this size.
-TileFunction find_tile(int64_t vectors, int64_t rows, int64_t stride_x);
+TileFunction find_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x);
 
 // Compute output rows y0 <= y < y1 of the channels of parts p0 <= p < p1, halos included. `scratch`
 // has at least scratch_floats(op) floats, aligned to a vector.

@@ -22,19 +22,16 @@ void read_input(const Op& op, const float* image, float* arena, int64_t y0, int6
 }
 
 void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
+  const int64_t size = op.vectors * kLanes;
   for (int64_t y = y0; y < y1; ++y) {
+    const int32_t* place = op.offsets + y * size;
     for (int64_t c = 0; c < op.channels; ++c) {
-      const float* in = arena + op.in + y * op.stride_y * op.in_row + c * op.in_plane;
+      const float* in = arena + op.in + c * op.in_plane;
       float* out = arena + op.out + y * op.out_row + c * op.out_plane;
       if (op.depth) {
-        for (int64_t i = 0; i < op.vectors * kLanes; i += kLanes) {
-          store(out + i, load(in + op.offsets[i]));
-        }
-        continue;
-      }
-      for (int64_t i = 0; i < op.vectors * kLanes; ++i) {
-        const int32_t place = op.offsets[i];
-        out[i] = place < 0 ? 0.0f : in[place];
+        for (int64_t i = 0; i < size; i += kLanes) store(out + i, load(in + place[i]));
+      } else {
+        for (int64_t i = 0; i < size; ++i) out[i] = place[i] < 0 ? 0.0f : in[place[i]];
       }
     }
   }
@@ -42,12 +39,14 @@ void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
 }
 
 void write_output(const Op& op, const float* arena, float* image, int64_t y0, int64_t y1) {
+  const int64_t size = op.vectors * kLanes;
   for (int64_t y = y0; y < y1; ++y) {
+    const int32_t* place = op.offsets + y * size;
     for (int64_t c = 0; c < op.channels; ++c) {
       const float* in = arena + op.in + y * op.in_row + c * op.in_plane;
-      float* out = image + (c * op.height + y) * op.width;
-      for (int64_t i = 0; i < op.vectors * kLanes; ++i) {
-        if (op.offsets[i] >= 0) out[op.offsets[i]] = in[i];
+      float* out = image + c * op.height * op.width;
+      for (int64_t i = 0; i < size; ++i) {
+        if (place[i] >= 0) out[place[i]] = in[i];
       }
     }
   }
@@ -103,15 +102,16 @@ void mean_pool(const Op& op, const float* arena, float* out, int64_t c0, int64_t
 
 namespace {
 
-float sparse_dot(const Connection* p, int64_t n, const float* x) {
+// Connections are pairs of an offset and a weight.
+float sparse_dot(const float* p, int64_t n, const float* x) {
   float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-  for (; n >= 4; n -= 4, p += 4) {
-    s0 += p[0].weight * x[p[0].offset];
-    s1 += p[1].weight * x[p[1].offset];
-    s2 += p[2].weight * x[p[2].offset];
-    s3 += p[3].weight * x[p[3].offset];
+  for (; n >= 4; n -= 4, p += 8) {
+    s0 += p[1] * x[offset_at(p)];
+    s1 += p[3] * x[offset_at(p + 2)];
+    s2 += p[5] * x[offset_at(p + 4)];
+    s3 += p[7] * x[offset_at(p + 6)];
   }
-  for (; n > 0; --n, ++p) s0 += p->weight * x[p->offset];
+  for (; n > 0; --n, p += 2) s0 += p[1] * x[offset_at(p)];
   return (s0 + s1) + (s2 + s3);
 }
 
@@ -135,7 +135,7 @@ void linear(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1
   const float* x = arena + op.in;
   for (int64_t c = c0; c < c1; ++c) {
     const float dot = op.kind == kSparseLinear
-                          ? sparse_dot(op.connections + op.row_begin[c],
+                          ? sparse_dot(op.connections + 2 * op.row_begin[c],
                                        op.row_begin[c + 1] - op.row_begin[c], x)
                           : dense_dot(op.weights + c * op.depth, x, op.depth);
     const float y = dot + op.bias[c];

@@ -5,17 +5,14 @@
 // vector: every load of a convolution is aligned. Vectors -halo .. -1 and n .. n + halo - 1 repeat
 // the columns that lie in a neighboring lane. Lanes at columns outside the image are zero, and so
 // are the rows above and below the image.
+//
+// Of small images the lanes also hold several bands of rows: see Grid in layout.py. The rows above
+// and below then repeat those of the neighboring bands.
 #pragma once
 
 #include <cstdint>
 
 namespace sparse_runtime {
-
-// Offset from the tile's first input vector, in floats, and weight of one connection.
-struct Connection {
-  int32_t offset;
-  float weight;
-};
 
 enum Kind : int64_t {
   kInput = 0,
@@ -41,19 +38,27 @@ struct Op {
   int64_t stride_y, stride_x;       // input rows per output row, input vectors per output vector
   int64_t relu;
   int64_t tile_rows, tile_vectors;  // of a sparse convolution
-  int64_t num_parts, num_blocks;    // ranges of output channels, blocks of input channels
+  int64_t group;                    // output channels computed together: 1, 2 or 4
+  int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections
   int64_t depth;                    // terms per output: dense convolution, linear; pool: window;
                                     // repack: 1 if vectors move whole
   int64_t width, height, in_channels;  // of the input
   int64_t pad;                      // of a pool
+  int64_t pad_top, pad_bottom;      // rows of the output that repeat others: with bands only
+  int64_t mask_row;                 // distance between rows of the mask, 0 if one serves all
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are
-  const int32_t* row_begin;         // [parts][blocks][rows of the part + 1] into connections
-  const int32_t* row_channel;       // [parts][blocks][rows of the part]
-  const int64_t* part_begin;        // [parts + 1] first channel of each part
-  const Connection* connections;
+  const int32_t* moves;             // [4][lanes] Grid.moves of the output, null with one band
+  const int32_t* row_begin;         // sparse linear: [channels + 1] into connections
+  const int32_t* row_channel;       // [channels] in the order of computation, part by part
+  const int32_t* counts;            // [parts][blocks][groups][2^group - 1] connections by pattern
+  const int64_t* part_begin;        // [parts + 1] first channel of each part, a multiple of 4
+  const int64_t* part_stream;       // [parts] where the connections of a part begin
+  const float* connections;         // in the order of use: offset from the tile's first input
+                                    // vector, in floats, and one weight per channel of the pattern
   const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth]
-  const int32_t* offsets;           // dense: [depth]; input, output, repack: [vectors][lanes] where
-                                    // in the row, or -1; pool: valid input columns from -pad on
+  const int32_t* offsets;           // dense: [depth]; input: [vectors][lanes] column, or -1; output,
+                                    // repack: [rows][vectors][lanes] where in the channel, or -1;
+                                    // pool: valid input columns from -pad on
   const float* bias;                // [channels]
 };
 

@@ -1,4 +1,5 @@
-// A pool of threads that sleep between tasks: they neither spin nor outlive the network.
+// A pool of threads that share the layers of a network. Between two layers a thread looks for work
+// for some microseconds, since waking it up takes as long; then it sleeps.
 #pragma once
 
 #include <atomic>
@@ -39,56 +40,70 @@ class Pool {
       for (int64_t i = 0; i < count; ++i) task(i, 0);
       return;
     }
+    task_ = &task;
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    busy_.store(int(workers_.size()), std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      task_ = &task;
-      count_ = count;
-      next_.store(0, std::memory_order_relaxed);
-      busy_ = int(workers_.size());
-      ++round_;
+      round_.fetch_add(1);  // hands over all of the above
     }
     wake_.notify_all();
     work(task, count, 0);
+    const auto done = [this] { return busy_.load() == 0; };
+    if (look_for(done)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    done_.wait(lock, done);
   }
 
  private:
+  static constexpr int kLooks = 500;  // 5 to 20 microseconds
+
+  // Return soon whether a condition has come true.
+  template <typename Condition>
+  static bool look_for(Condition condition) {
+    for (int i = 0; i < kLooks; ++i) {
+      if (condition()) return true;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
+#endif
+    }
+    return false;
+  }
+
   void work(const std::function<void(int64_t, int)>& task, int64_t count, int thread) {
     for (int64_t i = next_.fetch_add(1); i < count; i = next_.fetch_add(1)) task(i, thread);
   }
 
   void serve(int thread) {
     int64_t seen = 0;
+    const auto called = [&] { return stopping_.load() || round_.load() != seen; };
     for (;;) {
-      const std::function<void(int64_t, int)>* task;
-      int64_t count;
-      {
+      if (!look_for(called)) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return stopping_ || round_ != seen; });
-        if (stopping_) return;
-        seen = round_;
-        task = task_;
-        count = count_;
+        wake_.wait(lock, called);
       }
-      work(*task, count, thread);
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (--busy_ > 0) continue;
+      if (stopping_) return;
+      seen = round_.load();
+      work(*task_, count_, thread);
+      if (busy_.fetch_sub(1) == 1) {
+        std::lock_guard<std::mutex> lock(mutex_);  // the caller is either before its look or asleep
+        done_.notify_one();
       }
-      done_.notify_one();
     }
   }
 
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
+  // Written by the caller while no thread is at work.
   const std::function<void(int64_t, int)>* task_ = nullptr;
   int64_t count_ = 0;
-  int busy_ = 0;
-  int64_t round_ = 0;
-  bool stopping_ = false;
-  std::atomic<int64_t> next_{0};
+  std::atomic<int64_t> next_{0}, round_{0};
+  std::atomic<int> busy_{0};
+  std::atomic<bool> stopping_{false};
 };
 
 }  // namespace sparse_runtime

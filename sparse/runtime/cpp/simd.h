@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #ifndef SPARSE_LANES
 #error "SPARSE_LANES must be 4, 8 or 16"
@@ -22,17 +23,48 @@ inline Vec broadcast(float x) { return x - Vec{}; }
 // A NaN in `a` stays, as torch has it.
 inline Vec maximum(Vec a, Vec b) { return b > a ? b : a; }
 
+// Keep a value in a register: GCC loads it once per use otherwise, where it can.
+inline void hold(Vec& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  (void)v;
+#endif
+}
+
 // Zero the lanes where the mask is 0; the others of the mask are all ones.
 inline Vec keep(Vec v, Mask m) { return reinterpret_cast<Vec>(reinterpret_cast<Mask>(v) & m); }
 
-// Move every lane up by `shift` places (down if negative), filling with zeros.
-inline Vec shift_lanes(Vec v, int64_t shift) {
-  Vec out{};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int64_t source = lane - shift;
-    if (source >= 0 && source < kLanes) out[lane] = v[source];
-  }
-  return out;
+// Lane l of the result is lane from[l] of `v`, or zero if that is negative.
+inline Vec permute(Vec v, const int32_t* from) {
+  const Mask index = load_mask(from);
+#ifdef __clang__
+  Vec moved;
+  for (int lane = 0; lane < kLanes; ++lane) moved[lane] = v[index[lane] & (kLanes - 1)];
+#else
+  const Vec moved = __builtin_shuffle(v, index);
+#endif
+  return keep(moved, index >= 0);
+}
+
+// Lanes kFirst, kFirst + 1, .. of `low` followed by `high`.
+template <int kFirst, int... L>
+inline Vec window(Vec low, Vec high, std::integer_sequence<int, L...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(low, high, (kFirst + L)...);
+#else
+  return __builtin_shuffle(low, high, Mask{(kFirst + L)...});
+#endif
+}
+
+// Move every lane up (down) by one place; a zero comes in.
+inline Vec move_up(Vec v) {
+  return window<kLanes - 1>(Vec{}, v, std::make_integer_sequence<int, kLanes>());
+}
+inline Vec move_down(Vec v) {
+  return window<1>(v, Vec{}, std::make_integer_sequence<int, kLanes>());
 }
 
 }  // namespace sparse_runtime

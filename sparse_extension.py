@@ -1,0 +1,170 @@
+"""What main.py joins to the trainer: a sparse method, its records, the costs of a checkpoint."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+import sparse
+from image_classification import build, checkpoint
+from image_classification.config import Config
+from image_classification.run import Extension
+from sparse import costs
+from sparse.compression import GradientCompression
+from sparse_flags import SparseFlags, arguments
+
+
+class Wire:
+    """How gradients travel between processes.
+
+    Args:
+        mode: --grad-compress.
+        sparsifier: Knows which weights are active; None in a dense run.
+    """
+
+    def __init__(self, mode: str, sparsifier: sparse.Sparsifier | None) -> None:
+        self._mode, self._sparsifier = mode, sparsifier
+        self._compression: GradientCompression | None = None
+
+    def prepare(self, model: DistributedDataParallel) -> None:
+        """Register the communication hook, if one is wanted."""
+        dtype = torch.bfloat16 if "bf16" in self._mode else None
+        if "active" in self._mode:
+            assert self._sparsifier is not None
+            self._compression = sparse.compress_gradients(model, self._sparsifier, dtype=dtype)
+        elif dtype is not None:
+            model.register_comm_hook(None, bf16_compress_hook)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the bytes sent so far per byte that a plain all-reduce would have sent."""
+        if self._compression is None or not self._compression.num_dense_bytes:
+            return {}
+        sent = self._compression.num_bytes / self._compression.num_dense_bytes
+        return {"sparse.sent_ratio": sent}
+
+
+def create_sparsifier(
+    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: SparseFlags
+) -> sparse.Sparsifier | None:
+    """Hook the sparse method of `flags` to `optimizer`; a dense run is left alone."""
+    assert flags.sparse_method is not None
+    if flags.sparse_method == "dense":
+        return None
+    factory = getattr(sparse, flags.sparse_method)
+    also = {"seed": seed, "track_exploration": True}
+    accepted = inspect.signature(factory).parameters
+    sparsifier: sparse.Sparsifier = factory(
+        model,
+        optimizer,
+        **arguments(flags, total_steps),
+        **{name: value for name, value in also.items() if name in accepted},
+    )
+    return sparsifier
+
+
+def attach(
+    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: SparseFlags
+) -> Extension:
+    """Join the sparse method of `flags` to training."""
+    sparsifier = create_sparsifier(model, optimizer, total_steps, seed, flags=flags)
+    wire = Wire(flags.grad_compress, sparsifier)
+    if sparsifier is None:
+        return Extension(prepare_ddp=wire.prepare)
+
+    def metrics(*, per_layer: bool) -> dict[str, float]:
+        values = sparsifier.metrics().items()
+        return {f"sparse.{k}": v for k, v in values if k.startswith("sparsity.") == per_layer}
+
+    masked_at = -1
+
+    def prepare_ema(averaged: nn.Module) -> None:
+        # Averages at zero of weights at zero stay there until the masks move.
+        nonlocal masked_at
+        if sparsifier.num_updates != masked_at:
+            sparsifier.apply_to(averaged)
+            masked_at = sparsifier.num_updates
+
+    return Extension(
+        metrics=lambda: {**metrics(per_layer=False), **wire.metrics()},
+        epoch_metrics=functools.partial(metrics, per_layer=True),
+        bar=("sparse.sparsity",),
+        prepare_ema=prepare_ema,
+        prepare_ddp=wire.prepare,
+        state={"sparse": sparsifier},
+    )
+
+
+class CheckpointCosts:
+    """Sparsity and costs of a checkpoint, from the masks it holds; dense without masks.
+
+    Args:
+        model: The network of the checkpoint.
+        image_size: Side of its input.
+    """
+
+    def __init__(self, model: nn.Module, *, image_size: int) -> None:
+        self._layers = costs.trace_layers(model, image_size)
+        self._sizes = {name: p.numel() for name, p in sparse.prunable(model).items()}
+        self._active = dict(self._sizes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: an evaluation saves nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count the masks of the "sparse" entry of a checkpoint."""
+        for name, mask in state["masks"].items():
+            self._active[name] = int(sparse.unpack(mask["bits"], mask["shape"]).sum())
+
+    def metrics(self) -> dict[str, float]:
+        """Return overall sparsity, FLOPs and size, in the published convention."""
+        densities = {name: count / self._sizes[name] for name, count in self._active.items()}
+        report = costs.report(self._layers, densities, num_active=self._active)
+        shown = ("inference_flops", "inference_ratio", "size_mb")
+        overall = 1 - sum(self._active.values()) / sum(self._sizes.values())
+        return {"sparse.sparsity": overall, **{f"sparse.{name}": report[name] for name in shown}}
+
+    def layers(self) -> dict[str, float]:
+        """Return the sparsity of every layer."""
+        return {
+            f"sparse.sparsity.{name.removesuffix('.weight')}": 1 - count / self._sizes[name]
+            for name, count in self._active.items()
+        }
+
+
+def report_costs(
+    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, image_size: int
+) -> Extension:
+    """Let an evaluation report the sparsity and the costs of its checkpoint."""
+    found = CheckpointCosts(model, image_size=image_size)
+    return Extension(metrics=found.metrics, epoch_metrics=found.layers, state={"sparse": found})
+
+
+def check_sparsity(c: Config, flags: SparseFlags, start: build.Start, model: nn.Module) -> None:
+    """Raise ValueError (one line) if flags do not fit the network, the run or its checkpoint.
+
+    Args:
+        c: The flags of the trainer.
+        flags: The sparse flags.
+        start: Where the run begins.
+        model: The network on the meta device, where trying it out costs nothing.
+    """
+    if c.evaluate:
+        return
+    if c.optimizer == "apex-sgd":  # needs a GPU to exist
+        c = dataclasses.replace(c, optimizer="sgd")
+    optimizer = build.create_optimizer(c, model, torch.device("meta"))
+    create_sparsifier(model, optimizer, c.epochs * start.steps.steps_per_epoch, 0, flags=flags)
+    if start.path and flags.sparse_method != "dense":
+        saved = checkpoint.entry(start.state, "sparse", start.path)["method"]
+        if saved != flags.sparse_method:
+            raise ValueError(
+                f"{start.path} was trained with --sparse-method {saved}, not {flags.sparse_method}"
+            )
