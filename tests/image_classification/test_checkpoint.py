@@ -201,7 +201,7 @@ for attempt in range(20):
         for epoch in range(start + 1, start + 1000):
             state = {"epoch": epoch, "state_dict": {"w": weights + epoch}}
             checkpoint.save(directory, state, epoch=epoch, is_best=epoch % 3 == 0, keep=2)
-    time.sleep(random.Random(attempt).uniform(0.0, 0.05))
+    time.sleep(random.Random(attempt).uniform(0.0, 0.02 * (attempt + 1)))  # also if slow
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     found = checkpoint.find(directory)
