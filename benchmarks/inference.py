@@ -130,11 +130,16 @@ def rival(name: str, model: nn.Module, images: Tensor, threads: int, directory: 
 def interleave(
     runs: Mapping[str, Run], images: Tensor, *, rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of each run, measured in turn `rounds` times after one warm-up."""
+    """Return the milliseconds of each run, measured in turn `rounds` times after one warm-up.
+
+    Threads of a runtime that still look for work when it is done, as those of ONNX Runtime do, are
+    waited for: they would take the processor of the next one.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
         for i in range(rounds + 1):
             for name, run in runs.items():
+                time.sleep(0.05)
                 start = clock()
                 run(images)
                 if i > 0:

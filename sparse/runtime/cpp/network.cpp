@@ -175,11 +175,13 @@ class Network {
   // One image on all threads: rows are dealt out, and ranges of channels where a layer has them.
   void run_shared(const Op& op, const Image& image) {
     const int64_t size = extent(op);
-    const int64_t parts = is_conv(op) ? std::min<int64_t>(op.num_parts, pool_.size()) : 1;
-    int64_t grain = op.kind == kSparseConv ? op.tile_rows : 1;
-    // A few steps per thread even out; more only cost.
-    grain = std::max(grain, size * parts / (4 * pool_.size()));
-    const int64_t steps = (size + grain - 1) / grain;
+    const int64_t threads = pool_.size();
+    // Large images are split by rows, one step a thread: what a thread writes it reads again in the
+    // coming layer, out of its own cache. In small ones the weights are most of the traffic, so
+    // channels are split.
+    const bool by_rows = size >= 4 * threads || !is_conv(op);
+    const int64_t parts = by_rows ? 1 : std::min<int64_t>(op.num_parts, threads);
+    const int64_t steps = by_rows ? std::min(size, threads) : 1;
     pool_.run(steps * parts, [&](int64_t i, int thread) {
       const int64_t step = i / parts;
       const int64_t p = i % parts, all = op.num_parts;

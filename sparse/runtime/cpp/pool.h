@@ -1,5 +1,5 @@
 // A pool of threads that share the layers of a network. Between two layers a thread looks for work
-// for some microseconds, since waking it up takes as long; then it sleeps.
+// for some tens of microseconds, since waking it up takes as long; then it sleeps.
 #pragma once
 
 #include <atomic>
@@ -9,6 +9,9 @@
 #include <mutex>
 #include <thread>
 #include <vector>
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 namespace sparse_runtime {
 
@@ -44,6 +47,7 @@ class Pool {
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
     busy_.store(int(workers_.size()), std::memory_order_relaxed);
+    caller_processor_.store(processor(), std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       round_.fetch_add(1);  // hands over all of the above
@@ -57,7 +61,8 @@ class Pool {
   }
 
  private:
-  static constexpr int kLooks = 500;  // 5 to 20 microseconds
+  static constexpr int kLooks = 2000;   // 20 to 80 microseconds, and then
+  static constexpr int kYields = 1000;  // about a millisecond in which others come first
 
   // Return soon whether a condition has come true.
   template <typename Condition>
@@ -70,8 +75,32 @@ class Pool {
       asm volatile("yield");
 #endif
     }
+    for (int i = 0; i < kYields; ++i) {
+      if (condition()) return true;
+      std::this_thread::yield();
+    }
     return false;
   }
+
+#ifdef __linux__
+  static int processor() { return sched_getcpu(); }
+
+  // Go to another processor. Systems like to wake a thread up where its waker runs; there the two
+  // would take turns until the load is balanced, which takes as long as a whole network.
+  static void leave(int processor) {
+    cpu_set_t allowed;
+    if (processor < 0 || sched_getcpu() != processor) return;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+    cpu_set_t others = allowed;
+    CPU_CLR(processor, &others);
+    if (sched_setaffinity(0, sizeof others, &others) == 0) {
+      sched_setaffinity(0, sizeof allowed, &allowed);
+    }
+  }
+#else
+  static int processor() { return -1; }
+  static void leave(int) {}
+#endif
 
   void work(const std::function<void(int64_t, int)>& task, int64_t count, int thread) {
     for (int64_t i = next_.fetch_add(1); i < count; i = next_.fetch_add(1)) task(i, thread);
@@ -86,6 +115,7 @@ class Pool {
         wake_.wait(lock, called);
       }
       if (stopping_) return;
+      leave(caller_processor_.load(std::memory_order_relaxed));
       seen = round_.load();
       work(*task_, count_, thread);
       if (busy_.fetch_sub(1) == 1) {
@@ -102,7 +132,7 @@ class Pool {
   const std::function<void(int64_t, int)>* task_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0}, round_{0};
-  std::atomic<int> busy_{0};
+  std::atomic<int> busy_{0}, caller_processor_{-1};
   std::atomic<bool> stopping_{false};
 };
 
