@@ -1,5 +1,5 @@
 // A pool of threads that share the layers of a network. Between two layers a thread looks for work
-// for some tens of microseconds, since waking it up takes as long; then it sleeps.
+// for a moment, since waking it up takes as long, more and more politely; then it sleeps.
 #pragma once
 
 #include <atomic>
