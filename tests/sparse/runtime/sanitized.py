@@ -79,7 +79,9 @@ def main(library: str) -> None:
                 if dense:
                     plan.choose(step, Choice(dense=True))
                 elif can_be_sparse(step):
-                    plan.choose(step, Choice(tile_vectors=2, tile_rows=3, block_size=0))
+                    group = 1 if step.stride[1] > 1 else max(kernels.max_tiles)
+                    rows = min(3, kernels.max_tiles[group])
+                    plan.choose(step, Choice(group=group, tile_rows=rows, num_blocks=2))
             handle = plan.create(kernels, threads=threads)
             assert handle is not None
             logits = np.full((5, 5), np.nan, np.float32)
