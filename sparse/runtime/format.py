@@ -278,14 +278,25 @@ def _fold(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _with_identity(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of a folded file with BatchNorms that only add their bias."""
-    full = dict(state)
-    for _, norm in _folds(nodes):
-        bias = state[norm.parameters + "bias"]
-        full[norm.parameters + "weight"] = torch.ones_like(bias)
-        full[norm.parameters + "running_mean"] = torch.zeros_like(bias)
-        full[norm.parameters + "running_var"] = torch.full_like(bias, 1 - norm.eps)
-        full[norm.parameters + "num_batches_tracked"] = torch.tensor(0)
+    """Return the state of a folded file with BatchNorms that only add their bias.
+
+    Each follows its convolution, as in the state dict of the model.
+    """
+    norms = {conv.parameters + "weight": norm for conv, norm in _folds(nodes)}
+    biases = {norm.parameters + "bias" for norm in norms.values()}
+    full: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name in biases:
+            continue
+        full[name] = value
+        if name in norms:
+            norm = norms[name]
+            bias = state[norm.parameters + "bias"]
+            full[norm.parameters + "weight"] = torch.ones_like(bias)
+            full[norm.parameters + "bias"] = bias
+            full[norm.parameters + "running_mean"] = torch.zeros_like(bias)
+            full[norm.parameters + "running_var"] = torch.full_like(bias, 1 - norm.eps)
+            full[norm.parameters + "num_batches_tracked"] = torch.tensor(0)
     return full
 
 
