@@ -100,6 +100,8 @@ class Start:
     path: Path | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    pretrained: Mapping[str, Any] = field(default_factory=dict)
+    """What --pretrained-from-file holds."""
 
 
 def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Start:
@@ -120,14 +122,16 @@ def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Star
         raise ValueError(f"{path} holds {state.get('arch')}, --arch is {config.arch}")
     if path:
         checkpoint.check({"state_dict": model}, state, path)
+    pretrained: Mapping[str, Any] = {}
     if config.pretrained_from_file:
         source = Path(config.pretrained_from_file)
-        checkpoint.check({"state_dict": model}, checkpoint.load(source), source)
+        pretrained = checkpoint.load(source)
+        checkpoint.check({"state_dict": model}, pretrained, source)
     world_size = distributed.world_from_env().world_size
     kept_batch = state.get("optimizer_batch_size")
     steps = cut(config, num_train=dataset.num_train, world_size=world_size, kept_batch=kept_batch)
     _create_schedule(config, steps)
-    return Start(steps, path, state, warnings)
+    return Start(steps, path, state, warnings, pretrained)
 
 
 def create_optimizer(config: Config, model: nn.Module, device: torch.device) -> Optimizer:
@@ -171,8 +175,7 @@ def build(
     model = create_model(config, dataset).to(world.device)
     model = model.to(memory_format=_memory_format(config))
     if config.pretrained_from_file:
-        source = Path(config.pretrained_from_file)
-        checkpoint.restore({"state_dict": model}, checkpoint.load(source), source)
+        model.load_state_dict(start.pretrained["state_dict"])
     steps = start.steps
     optimizer = create_optimizer(config, model, world.device)
     extension = attach(model, optimizer, config.epochs * steps.steps_per_epoch, seed)
