@@ -105,12 +105,9 @@ def main(argv: Sequence[str]) -> int:
                 print(f"main.py: error: {error}", file=sys.stderr)
                 return 2
             action()
-        except DataError as error:
+        except (DataError, TrainingError) as error:
             print(f"main.py: error: {error}", file=sys.stderr)
-            return 2
-        except TrainingError as error:
-            print(f"main.py: error: {error}", file=sys.stderr)
-            return 1
+            return 2 if isinstance(error, DataError) else 1
         except Preempted:
             signal = preemption.requested() or "a signal to another rank"
             print(f"main.py: stopped by {signal}: --resume auto goes on", file=sys.stderr)
