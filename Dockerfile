@@ -42,20 +42,13 @@ RUN if [ "$WITH_APEX" = 1 ] && ! python -m pip show --quiet apex; then \
     fi
 
 
-# The CPU kernels of sparse.runtime, where the base image has a compiler; elsewhere they are compiled
+# The compiled parts of the package, where the base image has a compiler; elsewhere they are compiled
 # at their first use, if one is found then.
 FROM environment AS kernels
 WORKDIR /opt/kernels
 COPY sparse sparse
-RUN mkdir sparse/runtime/prebuilt \
-    && levels=portable \
-    && if [ "$(uname -m)" = x86_64 ]; then levels="portable avx2 avx512"; fi \
-    && if command -v c++; then \
-        for level in $levels; do \
-            python -c "from sparse.runtime.native import *; build('$level', PREBUILT)" \
-                || exit 1; \
-        done; \
-    fi
+RUN mkdir sparse/prebuilt \
+    && if command -v c++; then python -m sparse.build; fi
 
 
 FROM ${BASE_IMAGE}
@@ -81,7 +74,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 
 WORKDIR /workspace/rn50
 COPY . .
-COPY --from=kernels /opt/kernels/sparse/runtime/prebuilt sparse/runtime/prebuilt
+COPY --from=kernels /opt/kernels/sparse/prebuilt sparse/prebuilt
 
 # The checkout may come from a umask that lets its owner alone read; any user may write results.
 ARG GIT_COMMIT=unknown

@@ -33,7 +33,7 @@ import sparse
 from export import read_source
 from image_classification.models import create_model, default_image_size
 from sparse import runtime
-from sparse.runtime import native
+from sparse.compiled import LEVELS
 
 Run = Callable[[Tensor], Any]
 RIVALS = ("onnxruntime", "openvino", "compile", "torch")
@@ -280,7 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, nargs="*", default=[1])
     add("--rounds", type=int, default=15)
     add("--profile", action="store_true", help="time every layer instead of comparing")
-    add("--level", choices=tuple(native.LEVELS), help="instruction set (the processor's best)")
+    add("--level", choices=tuple(LEVELS), help="instruction set (the processor's best)")
     add("--cache", type=Path, help="directory of compiled kernels and measurements")
     add("--json", action="store_true", help="end with one JSON object: ratios to the fastest rival")
     return parser

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse import rng
-from sparse.gates import update_gate, zero_inactive
+from sparse.gates import Gate, zero_inactive
 from sparse.layers import named_parameters
 from sparse.methods import Method
 from sparse.optimizers import has_momentum, learning_rate, momentum_buffer, state_of
@@ -70,34 +70,34 @@ class NewConnections:
             _put(buffer, fresh, gradient * self.momentum_scale)
 
 
-def disconnect(optimizer: Optimizer, weight: nn.Parameter, gate: Tensor, mask: Tensor) -> None:
+def disconnect(optimizer: Optimizer, weight: nn.Parameter, gate: Gate, mask: Tensor) -> None:
     """Give a layer a new mask: gate it, zero weight and optimizer state of what is inactive.
 
     New connections then are 0, because they were inactive before.
     """
-    update_gate(gate, mask)
-    zero_inactive(weight, gate)
-    for state in state_of(optimizer, weight):
-        zero_inactive(state, gate)
+    gate.update(mask)
+    zero_inactive((tensor, gate) for tensor in (weight, *state_of(optimizer, weight)))
 
 
-def mask_module(module: nn.Module, gates: Mapping[str, Tensor]) -> None:
+def mask_module(module: nn.Module, gates: Mapping[str, Gate]) -> None:
     """Zero the weights of a module that gates mark as inactive, found by name.
 
     Raises:
         ValueError: The module lacks a gated weight, or it has another shape there.
     """
     parameters = named_parameters(module)
+    pairs = []
     for name, gate in gates.items():
         weight = parameters.get(name)
         if weight is None:
             raise ValueError(f"the module to mask has no parameter {name}")
-        if weight.shape != gate.shape:
+        if weight.shape != gate.inactive.shape:
             raise ValueError(
                 f"{name} has shape {tuple(weight.shape)} in the module to mask, "
-                f"its mask {tuple(gate.shape)}"
+                f"its mask {tuple(gate.inactive.shape)}"
             )
-        zero_inactive(weight, gate.to(weight.device))
+        pairs.append((weight, gate))
+    zero_inactive(pairs)
 
 
 def _put(target: Tensor, where: Tensor, values: Tensor) -> None:

@@ -1,94 +1,119 @@
-"""The form a mask has between updates: made to zero gradients of inactive weights fast.
+"""The form a mask has between updates: made to zero the gradients of inactive weights fast.
 
-On a CPU a gate holds 0 or -1 as an integer and is and-ed into the bit pattern of the gradient: one
-pass at memory speed, where a bool mask costs four times as much. It is as wide as the weight, at
-most 4 bytes. Elsewhere bytes are what counts and a gate is one bool per weight, True where
-inactive. Both give exactly 0 for an infinite or NaN gradient, which a product with a mask does not.
+A gate is one bool per weight, True where inactive. On a CPU a compiled loop reads it as one bit
+per weight, because memory sets the time of the pass; without a compiler the bytes are widened and
+and-ed into the bit patterns, which takes twice as long (filling by a bool mask takes five times as
+long). All of them give exactly 0 for an infinite or NaN gradient, which a product does not.
 """
 
-from collections.abc import Mapping
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparse.rng import is_fake
+from sparse.compiled import BuildError, Library, cpu_level, default_cache
 
 Tensors = Mapping[str, Tensor]
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int32}
+LIBRARY = Library("gates", Path(__file__).parent / "cpp")
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def make_gate(mask: Tensor, weight: Tensor) -> Tensor:
-    """Make the gate of a mask, laid out in memory as the weight is."""
-    return update_gate(_empty_gate(weight), mask)
+class Gate:
+    """The gate of one weight, laid out in memory as the weight is.
+
+    Attributes:
+        inactive: bool, of the weight's shape.
+    """
+
+    def __init__(self, mask: Tensor, weight: Tensor) -> None:
+        self.inactive = torch.empty_like(weight, dtype=torch.bool, requires_grad=False)
+        self._strides = self.inactive.stride()
+        # One bit per weight in the order of memory, set where active.
+        self._bits: Tensor | None = None
+        self.update(mask)
+
+    def update(self, mask: Tensor) -> None:
+        """Take another mask over."""
+        torch.logical_not(mask, out=self.inactive)
+        self._bits = None
+
+    def mask(self) -> Tensor:
+        """Give the mask: a new contiguous bool tensor, True = active."""
+        return torch.logical_not(self.inactive).contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return self.inactive.nbytes + (0 if self._bits is None else self._bits.nbytes)
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Say whether a tensor lies in memory as the gate does."""
+        if tensor.stride() == self._strides:
+            return True
+        strides = zip(tensor.shape, tensor.stride(), self._strides, strict=True)
+        return all(size == 1 or mine == other for size, mine, other in strides)
+
+    def layer(self, tensor: Tensor) -> "_Layer":
+        """Describe a tensor that fits to the compiled loop."""
+        if self._bits is None:
+            active = np.logical_not(_memory(self.inactive).numpy())
+            self._bits = torch.from_numpy(np.packbits(active, bitorder="little"))
+        bits = self._bits.data_ptr()
+        return _Layer(tensor.data_ptr(), bits, tensor.numel(), tensor.element_size())
 
 
-def update_gate(gate: Tensor, mask: Tensor) -> Tensor:
-    """Overwrite a gate with another mask."""
-    if gate.dtype is torch.bool:
-        return torch.logical_not(mask, out=gate) if gate.is_contiguous() else gate.copy_(~mask)
-    return gate.copy_(mask.view(torch.int8).neg())
+def zero_inactive(pairs: Iterable[tuple[Tensor, Gate]]) -> None:
+    """Set the inactive entries of tensors of the weights' shapes to exactly 0, in place."""
+    layers = []
+    for tensor, gate in pairs:
+        if _is_plain(tensor) and gate.fits(tensor) and _compiled_loop() is not None:
+            layers.append(gate.layer(tensor))
+            torch.autograd.graph.increment_version(tensor)
+        else:
+            _zero_by_torch(tensor.detach(), gate.inactive)
+    loop = _compiled_loop() if layers else None
+    if loop is not None:
+        loop((_Layer * len(layers))(*layers), len(layers), torch.get_num_threads())
 
 
-def gate_mask(gate: Tensor) -> Tensor:
-    """Give the mask of a gate: contiguous bool tensor, True = active."""
-    if gate.dtype is torch.bool:
-        return torch.logical_not(gate).contiguous()
-    if is_fake(gate):
-        return torch.ne(gate, 0).contiguous()
-    return torch.from_numpy(gate.numpy() != 0).contiguous()  # three times as fast as torch.ne
-
-
-def zero_inactive(tensor: Tensor, gate: Tensor) -> None:
-    """Set the inactive entries of a tensor of the weight's shape to exactly 0, in place."""
-    if gate.dtype is torch.bool:
-        tensor.masked_fill_(gate, 0)
-    elif tensor.element_size() == gate.element_size():
-        tensor.view(gate.dtype).bitwise_and_(gate)
-    elif tensor.element_size() == 8 and gate.dtype is torch.int32:
-        # A double is two integers, which see the same entry of the gate.
-        tensor.unsqueeze(-1).view(torch.int32).bitwise_and_(gate.unsqueeze(-1))
-    else:
-        tensor.masked_fill_(gate == 0, 0)
-
-
-def _empty_gate(weight: Tensor) -> Tensor:
-    on_cpu = weight.device.type == "cpu"
-    dtype = _INTEGERS[weight.element_size()] if on_cpu else torch.bool
-    return torch.empty_like(weight, dtype=dtype, requires_grad=False)
-
-
-def masks_of(gates: Tensors, weights: Tensors) -> dict[str, Tensor]:
+def masks_of(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, Tensor]:
     """Give the masks of weights, all True (and of no size in memory) where there is no gate."""
     return {
-        name: gate_mask(gates[name])
+        name: gates[name].mask()
         if name in gates
         else torch.ones((), dtype=torch.bool, device=weight.device).expand(weight.shape)
         for name, weight in weights.items()
     }
 
 
-def count_active(gates: Tensors, weights: Tensors) -> dict[str, int]:
+def count_active(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, int]:
     """Count the active weights, all of them where there is no gate. Waits for the device once."""
     counts = {name: weight.numel() for name, weight in weights.items()}
-    active = [gate.logical_not() if gate.dtype is torch.bool else gate for gate in gates.values()]
-    sums = gather([torch.count_nonzero(values) for values in active]).tolist()
-    return counts | dict(zip(gates, sums, strict=True))
+    inactive = gather([torch.count_nonzero(gate.inactive) for gate in gates.values()]).tolist()
+    return counts | {
+        name: counts[name] - number for name, number in zip(gates, inactive, strict=True)
+    }
 
 
-def active_positions(gate: Tensor, weight: Tensor) -> Tensor:
+def active_positions(gate: Gate, weight: Tensor) -> Tensor:
     """List the active entries as offsets into the weight's memory: int64, ascending.
 
     The memory of a weight with gaps is taken to be contiguous, as DistributedDataParallel lays out
     its gradient. Waits for the device.
     """
-    if gate.stride() != weight.stride():  # the weight has gaps, or changed its layout since
-        laid_out = _empty_gate(weight)
+    inactive = gate.inactive
+    if inactive.stride() != weight.stride():  # the weight has gaps, or changed its layout since
+        laid_out = torch.empty_like(weight, dtype=torch.bool)
         if laid_out.stride() != weight.stride():
             laid_out = laid_out.new_empty(weight.shape)
-        gate = laid_out.copy_(gate)
-    flat = gate.as_strided((gate.numel(),), (1,))
-    return (flat.logical_not() if gate.dtype is torch.bool else flat).nonzero().flatten()
+        inactive = laid_out.copy_(inactive)
+    return _memory(inactive).logical_not().nonzero().flatten()
 
 
 def gather(counts: list[Tensor]) -> Tensor:
@@ -96,3 +121,45 @@ def gather(counts: list[Tensor]) -> Tensor:
     if not counts:
         return torch.zeros(0, dtype=torch.int64)
     return torch.stack([count.to(counts[0].device) for count in counts])
+
+
+class _Layer(ctypes.Structure):
+    """Mirror of `Layer` in gates.cpp, which explains the members."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("bits", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("entry_size", ctypes.c_int64),
+    )
+
+
+@functools.cache
+def _compiled_loop() -> Callable[[ctypes.Array[_Layer], int, int], None] | None:
+    try:
+        library = ctypes.CDLL(str(LIBRARY.find(cpu_level(), default_cache())))
+    except BuildError as error:
+        warnings.warn(f"masking gradients takes twice as long on this CPU: {error}", stacklevel=3)
+        return None
+    assert library["sparse_gates_layer_size"]() == ctypes.sizeof(_Layer)
+    loop = library["sparse_gates_keep"]
+    loop.restype, loop.argtypes = None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    return loop
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Say whether a tensor has memory on the CPU to which compiled code may write behind torch."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
+    return plain and not torch.compiler.is_compiling()
+
+
+def _zero_by_torch(tensor: Tensor, inactive: Tensor) -> None:
+    if tensor.device.type == "cpu" == inactive.device.type:
+        integers = tensor.view(_INTEGERS[tensor.element_size()])
+        integers.bitwise_and_(inactive.view(torch.int8) - 1)
+    else:
+        tensor.masked_fill_(inactive.to(tensor.device), 0)
+
+
+def _memory(inactive: Tensor) -> Tensor:
+    return inactive.as_strided((inactive.numel(),), (1,))

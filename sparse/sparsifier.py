@@ -12,14 +12,7 @@ from sparse.averages import average_gradients
 from sparse.clock import Clock, found_inf, inverse_scale
 from sparse.connections import NewConnections, disconnect, mask_module
 from sparse.consistency import has_ranks, verify_across_ranks
-from sparse.gates import (
-    active_positions,
-    count_active,
-    gather,
-    make_gate,
-    masks_of,
-    zero_inactive,
-)
+from sparse.gates import Gate, active_positions, count_active, gather, masks_of, zero_inactive
 from sparse.layers import prunable
 from sparse.masks import check_masks, random_mask
 from sparse.methods import Method, Tensors
@@ -95,7 +88,7 @@ class Sparsifier:
         self._new_connections = new_connections or NewConnections()
         self._new_connections.check(method, optimizer)
         self._clock = Clock()
-        self._gates: dict[str, Tensor] = {}
+        self._gates: dict[str, Gate] = {}
         self._averages: dict[str, Tensor] = {}
         self._method_state: dict[str, Tensor] = {}
         self._last_update: dict[str, Tensor | float] = {}
@@ -193,10 +186,8 @@ class Sparsifier:
             self._update()
             self._withheld = withhold_gradients(self._optimizer)
             return
-        for name, gate in self._gates.items():
-            gradient = self._weights[name].grad
-            if gradient is not None:
-                zero_inactive(gradient, gate)
+        gradients = ((self._weights[name].grad, gate) for name, gate in self._gates.items())
+        zero_inactive((gradient, gate) for gradient, gate in gradients if gradient is not None)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -243,7 +234,7 @@ class Sparsifier:
             step=self.step,
             num_updates=self.num_updates,
             last_update={name: float(value) for name, value in self._last_update.items()},
-            masks=masks_of(self._gates, self._gates),
+            masks={name: gate.mask() for name, gate in self._gates.items()},
             averages=self._averages,
             method_state=self._method_state,
             explored=self._explored,
@@ -325,7 +316,7 @@ class Sparsifier:
             halves = self.method.keeps_counts
             grown.append(changed[-1] // 2 if halves else torch.count_nonzero(fresh))
             if name not in self._gates:
-                self._gates[name] = make_gate(new[name], weight)
+                self._gates[name] = Gate(new[name], weight)
             if survivors[name] is not old[name]:
                 disconnect(self._optimizer, weight, self._gates[name], survivors[name])
             disconnect(self._optimizer, weight, self._gates[name], new[name])
@@ -357,7 +348,7 @@ class Sparsifier:
         self._gates.clear()
         for name, mask in masks.items():
             weight = self._weights[name]
-            self._gates[name] = make_gate(mask, weight)
+            self._gates[name] = Gate(mask, weight)
             disconnect(self._optimizer, weight, self._gates[name], mask)
         self._counts = None
         self.masks_version += 1
@@ -369,5 +360,5 @@ class Sparsifier:
 
     def _verify(self) -> None:
         if has_ranks():
-            verify_across_ranks(masks_of(self._gates, self._gates))
+            verify_across_ranks({name: gate.mask() for name, gate in self._gates.items()})
         self._verified = True

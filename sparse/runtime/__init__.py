@@ -6,9 +6,9 @@
 A file is written by `save` (or `export.py`); `graph.trace` gives the graph it needs.
 """
 
+from sparse.compiled import BuildError
 from sparse.runtime.format import DTYPES, Compact, Header, read, save
 from sparse.runtime.graph import Node, trace
-from sparse.runtime.native import BuildError
 from sparse.runtime.network import Network, load
 
 __all__ = [

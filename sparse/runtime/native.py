@@ -1,37 +1,16 @@
-"""The compiled kernels: built with the host's compiler on first use, called through ctypes.
-
-A plain C interface instead of a torch extension: it compiles in seconds instead of half a minute,
-does not depend on torch's ABI, so that one library serves every version of torch, and starts
-without importing a compiler's tool chain.
-"""
+"""The compiled kernels of the runtime, called through ctypes."""
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from sparse.compiled import Library
 
-SOURCES = Path(__file__).parent / "cpp"
-PREBUILT = Path(__file__).parent / "prebuilt"
+LIBRARY = Library("runtime", Path(__file__).parent / "cpp")
 
-# Level -> (floats per vector, flags of GCC and Clang)
-LEVELS = {
-    "avx512": (16, ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")),
-    "avx2": (8, ("-mavx2", "-mfma")),
-    "portable": (4, ()),
-}
-COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fPIC -shared -pthread -Wno-psabi".split()
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-
 
 Function = Callable[..., Any]
 
@@ -57,76 +36,10 @@ INPUT, SPARSE_CONV, DENSE_CONV, MAX_POOL, MEAN_POOL, SPARSE_LINEAR, DENSE_LINEAR
 OUTPUT = 8
 
 
-class BuildError(RuntimeError):
-    """The kernels cannot be compiled on this machine."""
-
-
-def cpu_level() -> str:
-    """Return the best of `LEVELS` that this processor runs, as CPUID tells torch."""
-    level = torch.backends.cpu.get_cpu_capability().lower()
-    return level if level in LEVELS else "portable"
-
-
-def default_cache() -> Path:
-    """Return the directory of compiled kernels and tuning results, beside torch's own caches."""
-    return Path(torch.hub.get_dir()).parent / "sparse_runtime"
-
-
-def build(level: str, directory: Path, *, flags: tuple[str, ...] = ()) -> Path:
-    """Compile the kernels into `directory`, unless they are there; return the library.
-
-    The file name carries a digest of the sources and flags, so a stale library is never used.
-
-    Args:
-        level: One of `LEVELS`.
-        directory: Made when it is missing.
-        flags: Added to the compiler's.
-
-    Raises:
-        BuildError: No compiler, or it failed; one line.
-    """
-    lanes, machine = LEVELS[level]
-    arguments = [*_FLAGS, *machine, f"-DSPARSE_LANES={lanes}", *flags]
-    library = directory / f"{level}-{_digest(arguments)}.so"
-    if library.is_file():
-        return library
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise BuildError(f"there is no C++ compiler ({', '.join(COMPILERS)})")
-    sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            made = Path(scratch) / library.name
-            command = [compiler, *arguments, *sources, "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(made, library)
-    except OSError as error:
-        raise BuildError(f"the kernels cannot be written: {error}") from None
-    except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or ["?"]
-        raise BuildError(f"{compiler} failed: {lines[0]}") from None
-    return library
-
-
-def _digest(arguments: list[str]) -> str:
-    digest = hashlib.sha256("\0".join([platform.machine(), *arguments]).encode())
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 @functools.cache
 def load(level: str, cache: Path) -> "Kernels":
-    """Return the kernels of a level: prebuilt with the installation, cached, or compiled now.
-
-    Raises:
-        BuildError: They have to be compiled and cannot be.
-    """
-    lanes, machine = LEVELS[level]
-    name = f"{level}-{_digest([*_FLAGS, *machine, f'-DSPARSE_LANES={lanes}'])}.so"
-    prebuilt = PREBUILT / name
-    return Kernels(prebuilt if prebuilt.is_file() else build(level, cache))
+    """Return the kernels of a level; `Library.find` says where from, and what it raises."""
+    return Kernels(LIBRARY.find(level, cache))
 
 
 class Kernels:

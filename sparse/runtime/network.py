@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sparse.compiled import LEVELS, BuildError, cpu_level, default_cache
 from sparse.runtime import graph, native
 from sparse.runtime.format import Header, read
 from sparse.runtime.lower import Layer, lower
@@ -162,8 +163,8 @@ def load(
         threads: A single image is split between them, a batch is dealt out.
         backend: "native" (compiled kernels), "torch", or "auto": native, and torch with a warning
             on a machine that cannot compile the kernels.
-        level: Instruction set of the kernels, one of `native.LEVELS`; by default the processor's
-            best.
+        level: Instruction set of the kernels, one of `sparse.compiled.LEVELS`; by default the
+            processor's best.
         tune: Measure, once per machine and layer, how each layer is computed fastest. Without it
             a fixed rule decides.
         cache: Directory of compiled kernels and measurements; by default beside torch's caches.
@@ -176,14 +177,14 @@ def load(
         raise ValueError(f"threads must be at least 1, got {threads}")
     if backend not in ("auto", "native", "torch"):
         raise ValueError(f"backend must be auto, native or torch, got {backend!r}")
-    if level is not None and level not in native.LEVELS:
-        raise ValueError(f"level must be one of {', '.join(native.LEVELS)}, got {level!r}")
-    directory = native.default_cache() if cache is None else Path(cache)
+    if level is not None and level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    directory = default_cache() if cache is None else Path(cache)
     kernels = None
     if backend != "torch":
         try:
-            kernels = native.load(level or native.cpu_level(), directory)
-        except native.BuildError as error:
+            kernels = native.load(level or cpu_level(), directory)
+        except BuildError as error:
             if backend == "native":
                 raise
             warnings.warn(f"torch runs the network, dense: {error}", stacklevel=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse import runtime
+from sparse import compiled, runtime
 from sparse.runtime import native
 
 # Vectors of 16 on any processor: the layouts of AVX-512 without its instructions.
@@ -23,7 +23,7 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def kernels(kernel_cache: Path) -> native.Kernels:
     """Return the kernels of this processor."""
-    return native.load(native.cpu_level(), kernel_cache)
+    return native.load(compiled.cpu_level(), kernel_cache)
 
 
 @pytest.fixture(scope="session", params=["best", "portable", "sixteen"])
@@ -35,8 +35,9 @@ def each_kernels(
         return kernels
     if request.param == "portable":
         return native.load("portable", kernel_cache)
-    machine = native.LEVELS[native.cpu_level()][1]
-    return native.Kernels(native.build("portable", kernel_cache, flags=(*machine, *SIXTEEN_LANES)))
+    machine = compiled.LEVELS[compiled.cpu_level()][1]
+    flags = (*machine, *SIXTEEN_LANES)
+    return native.Kernels(native.LIBRARY.build("portable", kernel_cache, flags=flags))
 
 
 def prune_(model: nn.Module, density: float, seed: int = 0) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from image_classification.models import create_model
-from sparse import runtime
-from sparse.runtime import build, native
+from sparse import build, compiled, gates, runtime
+from sparse.runtime import native
 from sparse.runtime.network import Network
 from tests.sparse.runtime.test_kernels import assert_close
 
@@ -163,8 +163,8 @@ def test_a_failing_compiler_is_reported(
     broken.write_text("#!/bin/sh\necho 'file.cpp:1: error: no such thing' >&2; exit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(native.BuildError, match=r"failed: file\.cpp:1: error: no such thing"):
-        native.build("portable", tmp_path / "cache")
+    with pytest.raises(compiled.BuildError, match=r"failed: file\.cpp:1: error: no such thing"):
+        native.LIBRARY.build("portable", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -198,15 +198,15 @@ def test_unknown_operations_are_named(arch: str, message: str) -> None:
 def test_prebuilt_kernels_need_no_compiler(
     kernel_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "PREBUILT", tmp_path / "prebuilt")
-    built = native.build("portable", kernel_cache)
+    monkeypatch.setattr(compiled, "PREBUILT", tmp_path / "prebuilt")
     (tmp_path / "prebuilt").mkdir()
-    shutil.copy(built, tmp_path / "prebuilt")
+    for library in (native.LIBRARY, gates.LIBRARY):
+        shutil.copy(library.build("portable", kernel_cache), tmp_path / "prebuilt")
     native.load.cache_clear()
-    monkeypatch.setattr(native, "COMPILERS", ())
+    monkeypatch.setattr(compiled, "COMPILERS", ())
     assert build.main(["portable"]) == 0
     assert native.load("portable", tmp_path).path.parent == tmp_path / "prebuilt"
     native.load.cache_clear()
-    with pytest.raises(native.BuildError, match="no C\\+\\+ compiler"):
+    with pytest.raises(compiled.BuildError, match="no C\\+\\+ compiler"):
         native.load("avx2", tmp_path)
     assert build.main(["sse9"]) == 2

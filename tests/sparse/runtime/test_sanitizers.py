@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sparse import compiled
 from sparse.runtime import native
 
 SCRIPT = Path(__file__).with_name("sanitized.py")
@@ -27,7 +28,7 @@ def test_kernels_are_clean_under(name: str, tmp_path: Path) -> None:
     if not os.path.isabs(found):
         pytest.skip(f"{compiler} comes without {runtime}")
     flags = (f"-fsanitize={name}", "-O1", "-g", "-fno-omit-frame-pointer")
-    library = native.build(native.cpu_level(), tmp_path, flags=flags)
+    library = native.LIBRARY.build(compiled.cpu_level(), tmp_path, flags=flags)
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(library)],
         env={

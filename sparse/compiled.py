@@ -1,0 +1,110 @@
+"""C++ sources of this package, compiled with the host's compiler on first use, called by ctypes.
+
+A plain C interface instead of a torch extension: it compiles in seconds instead of half a minute,
+does not depend on torch's ABI, so that one library serves every version of torch, and starts
+without importing a compiler's tool chain.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+PREBUILT = Path(__file__).parent / "prebuilt"
+
+# Level -> (floats per vector, flags of GCC and Clang)
+LEVELS = {
+    "avx512": (16, ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")),
+    "avx2": (8, ("-mavx2", "-mfma")),
+    "portable": (4, ()),
+}
+COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fPIC -shared -pthread -Wno-psabi".split()
+
+
+class BuildError(RuntimeError):
+    """Sources cannot be compiled on this machine."""
+
+
+def cpu_level() -> str:
+    """Return the best of `LEVELS` that this processor runs, as CPUID tells torch."""
+    level = torch.backends.cpu.get_cpu_capability().lower()
+    return level if level in LEVELS else "portable"
+
+
+def default_cache() -> Path:
+    """Return the directory of compiled libraries and tuning results, beside torch's own caches."""
+    return Path(torch.hub.get_dir()).parent / "sparse_runtime"
+
+
+@dataclass(frozen=True)
+class Library:
+    """A directory of sources that become one shared library.
+
+    Attributes:
+        name: Begins the library's file name.
+        sources: Holds *.cpp and the headers that they include.
+    """
+
+    name: str
+    sources: Path
+
+    def find(self, level: str, cache: Path) -> Path:
+        """Return the library of a level: prebuilt with the installation, cached, or compiled now.
+
+        Raises:
+            BuildError: It has to be compiled and cannot be.
+        """
+        prebuilt = PREBUILT / self._file_name(level, self._arguments(level))
+        return prebuilt if prebuilt.is_file() else self.build(level, cache)
+
+    def build(self, level: str, directory: Path, *, flags: tuple[str, ...] = ()) -> Path:
+        """Compile the library into `directory`, unless it is there; return its path.
+
+        The file name carries a digest of sources and flags, so a stale library is never used.
+
+        Args:
+            level: One of `LEVELS`.
+            directory: Made when it is missing.
+            flags: Added to the compiler's.
+
+        Raises:
+            BuildError: No compiler, or it failed; one line.
+        """
+        arguments = [*self._arguments(level), *flags]
+        library = directory / self._file_name(level, arguments)
+        if library.is_file():
+            return library
+        compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+        if compiler is None:
+            raise BuildError(f"there is no C++ compiler ({', '.join(COMPILERS)})")
+        sources = sorted(str(path) for path in self.sources.glob("*.cpp"))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                made = Path(scratch) / library.name
+                command = [compiler, *arguments, *sources, "-o", str(made)]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                os.replace(made, library)
+        except OSError as error:
+            raise BuildError(f"the library cannot be written: {error}") from None
+        except subprocess.CalledProcessError as error:
+            lines = [line for line in error.stderr.splitlines() if "error" in line] or ["?"]
+            raise BuildError(f"{compiler} failed: {lines[0]}") from None
+        return library
+
+    def _arguments(self, level: str) -> list[str]:
+        lanes, machine = LEVELS[level]
+        return [*_FLAGS, *machine, f"-DSPARSE_LANES={lanes}"]
+
+    def _file_name(self, level: str, arguments: list[str]) -> str:
+        digest = hashlib.sha256("\0".join([platform.machine(), *arguments]).encode())
+        for path in sorted(self.sources.iterdir()):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        return f"{self.name}-{level}-{digest.hexdigest()[:16]}.so"
