@@ -118,18 +118,39 @@ class Plan:
         return wish if least <= wish <= MAX_GROWTH * least else least
 
     def _wished(self, layers: Sequence[Layer]) -> dict[str, int]:
-        """Return the vectors of a row that suit its strided readers, by the name of the value."""
+        """Return the vectors of a row that suit its strided readers, by the name of the value.
+
+        Layers that keep the size pass the wish on to the layer that sets it.
+        """
         widths = {INPUT: self._size[2]}
         wishes: dict[str, int] = {}
+        makers = {layer.name: layer for layer in layers}
         for layer in layers:
             if layer.kind not in ("conv", "max_pool"):
                 continue
             width = widths[layer.source]
             widths[layer.name] = _width(layer, width)
             if layer.stride[1] > 1 and layer.kernel != (1, 1):
+                name = self._setter(layer.source, makers, widths)
                 out = -(-widths[layer.name] // self._lanes)
-                wishes[layer.source] = max(wishes.get(layer.source, 0), layer.stride[1] * out)
+                wishes[name] = max(wishes.get(name, 0), layer.stride[1] * out)
         return wishes
+
+    def _setter(self, name: str, makers: Mapping[str, Layer], widths: Mapping[str, int]) -> str:
+        """Return the value that sets the vectors of a row of `name`.
+
+        `name` itself, if to compute some more vectors up to there costs more than to repack it.
+        """
+        first, connections = name, 0
+        while (maker := makers.get(first)) is not None and maker.residual is None:
+            if maker.kind != "conv" or widths[maker.source] != widths[first]:
+                return first
+            assert maker.weight is not None
+            connections += np.count_nonzero(maker.weight)
+            if (MAX_GROWTH - 1) * connections > self._lanes * makers[name].channels:
+                break
+            first = maker.source
+        return name
 
     def _add(self, layer: Layer) -> None:
         if layer.kind in ("conv", "max_pool"):

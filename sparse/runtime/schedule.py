@@ -5,8 +5,10 @@ layers fit the cache together, the layers form a group, and a few rows go throug
 before the next rows: what a layer writes is read while it is still near.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,9 +16,20 @@ import numpy as np
 from sparse.runtime.layout import Map, Value
 from sparse.runtime.lower import Layer
 
-MAX_GROUP_BYTES = 100 * 1024  # weights of a group
+GROUP_SHARE = 1 / 5  # of a core's cache: weights of a group
+CHUNK_SHARE = 1 / 2  # of it: activations of a group that are in use at a time
+MAX_CHUNK_BYTES = 512 * 1024
 MIN_CHUNK_VECTORS = 7  # per channel of the last member: less does not fill a tile
-MAX_CHUNK_BYTES = 256 * 1024  # activations of a group that are in use at a time
+
+
+@functools.cache
+def core_cache() -> int:
+    """Return the bytes of a core's second-level cache, 512 KiB where Linux does not say."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text()
+        return 1024 * int(size.strip().removesuffix("K"))
+    except (OSError, ValueError):
+        return 512 * 1024
 
 
 class Stage(Protocol):
@@ -46,14 +59,15 @@ def group(steps: Sequence[Stage]) -> list[range]:
     their weights are small together; one with larger weights is executed step by step.
     """
     groups: list[range] = []
-    full = MAX_GROUP_BYTES + 1
+    most = int(GROUP_SHARE * core_cache())
+    full = most + 1
     open_bytes = full  # of the last group; nothing can join at first
     for block in _blocks(steps):
         size = sum(_weight_bytes(steps[i]) for i in block)
-        if size > MAX_GROUP_BYTES or not all(_has_rows(steps[i]) for i in block):
+        if size > most or not all(_has_rows(steps[i]) for i in block):
             groups += [range(i, i + 1) for i in block]
             open_bytes = full
-        elif open_bytes + size <= MAX_GROUP_BYTES:
+        elif open_bytes + size <= most:
             groups[-1] = range(groups[-1].start, block.stop)
             open_bytes += size
         else:
@@ -85,7 +99,8 @@ def _chunk(steps: Sequence[Stage], members: range) -> int:
         if steps[i].residual is None:  # else it mostly takes the place of its residual
             row_bytes += 4 * target.row * target.rows / last.rows
     least = -(-MIN_CHUNK_VECTORS // last.vectors)
-    return max(least, int(MAX_CHUNK_BYTES / row_bytes))
+    most = min(CHUNK_SHARE * core_cache(), MAX_CHUNK_BYTES)
+    return max(least, int(most / row_bytes))
 
 
 def schedule(steps: Sequence[Stage], groups: Sequence[range]) -> list[Piece]:

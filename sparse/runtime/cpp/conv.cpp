@@ -173,8 +173,9 @@ void dense_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const DenseT
   float* partials = scratch + kDenseDepth * kDenseVectors * kLanes;
   const int64_t first = op.part_begin[p0], end = op.part_begin[p1];
   const float* res = op.res < 0 ? nullptr : arena + op.res;
-  for (int64_t k0 = 0; k0 < op.depth; k0 += kDenseDepth) {
-    const int64_t k1 = std::min(k0 + kDenseDepth, op.depth);
+  const int64_t blocks = (op.depth + kDenseDepth - 1) / kDenseDepth;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t k0 = cut(0, op.depth, block, blocks), k1 = cut(0, op.depth, block + 1, blocks);
     pack<NV>(op, arena + op.in, tile, k0, k1, packed);
     for (int64_t c = first; c < end; c += kDenseChannels) {
       multiply<NV>(op, tile, c, k0, k1, packed, partials + (c - first) * NV * kLanes,

@@ -23,8 +23,8 @@ constexpr int kLineFloats = 16;   // of a cache line
 constexpr int kDenseChannels = 4;
 // A dense tile is some vectors by 4 channels: accumulators, inputs and a weight fill the registers.
 constexpr int kDenseVectors = kRegisters == 32 ? 6 : 3;
-// Terms summed at a time: 24 KiB of packed input stay in the first-level cache.
-constexpr int kDenseDepth = 6144 / (kDenseVectors * kLanes);
+// Most terms summed at a time: up to 36 KiB of packed input, less where vectors are shorter.
+constexpr int kDenseDepth = 9216 / (kDenseVectors * kLanes);
 
 // Vectors of a tile of `group` channels: with its inputs and weights it fits the registers.
 constexpr int max_tile(int group) {
