@@ -146,7 +146,7 @@ class Plan:
             if maker.kind != "conv" or widths[maker.source] != widths[first]:
                 return first
             assert maker.weight is not None
-            connections += np.count_nonzero(maker.weight)
+            connections += int(np.count_nonzero(maker.weight))
             if (MAX_GROWTH - 1) * connections > self._lanes * makers[name].channels:
                 break
             first = maker.source

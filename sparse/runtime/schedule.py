@@ -64,16 +64,26 @@ def group(steps: Sequence[Stage]) -> list[range]:
     open_bytes = full  # of the last group; nothing can join at first
     for block in _blocks(steps):
         size = sum(_weight_bytes(steps[i]) for i in block)
-        if size > most or not all(_has_rows(steps[i]) for i in block):
+        if size > most or not all(_by_rows(steps[i]) for i in block):
             groups += [range(i, i + 1) for i in block]
             open_bytes = full
-        elif open_bytes + size <= most:
-            groups[-1] = range(groups[-1].start, block.stop)
+        elif open_bytes + size <= most and _is_shallow(steps, joined := _join(groups[-1], block)):
+            groups[-1] = joined
             open_bytes += size
         else:
             groups.append(block)
             open_bytes = size
     return groups
+
+
+def _join(first: range, then: range) -> range:
+    return range(first.start, then.stop)
+
+
+def _is_shallow(steps: Sequence[Stage], members: range) -> bool:
+    """Tell whether the least chunk of a group is small: one of many layers needs many rows."""
+    least, row_bytes = _chunk_size(steps, members)
+    return least * row_bytes <= _chunk_limit()
 
 
 def _blocks(steps: Sequence[Stage]) -> list[range]:
@@ -88,8 +98,12 @@ def _blocks(steps: Sequence[Stage]) -> list[range]:
     return blocks
 
 
-def _chunk(steps: Sequence[Stage], members: range) -> int:
-    """Return how many rows of the last member go through at a time."""
+def _chunk_limit() -> float:
+    return min(CHUNK_SHARE * core_cache(), MAX_CHUNK_BYTES)
+
+
+def _chunk_size(steps: Sequence[Stage], members: range) -> tuple[int, float]:
+    """Return the least rows of the last member of a chunk, and the bytes of one in all members."""
     last = steps[members[-1]].target
     assert isinstance(last, Map)
     row_bytes = 0.0  # that one row of the last member needs of all members
@@ -98,9 +112,7 @@ def _chunk(steps: Sequence[Stage], members: range) -> int:
         assert isinstance(target, Map)
         if steps[i].residual is None:  # else it mostly takes the place of its residual
             row_bytes += 4 * target.row * target.rows / last.rows
-    least = -(-MIN_CHUNK_VECTORS // last.vectors)
-    most = min(CHUNK_SHARE * core_cache(), MAX_CHUNK_BYTES)
-    return max(least, int(most / row_bytes))
+    return -(-MIN_CHUNK_VECTORS // last.vectors), row_bytes
 
 
 def schedule(steps: Sequence[Stage], groups: Sequence[range]) -> list[Piece]:
@@ -114,7 +126,8 @@ def schedule(steps: Sequence[Stage], groups: Sequence[range]) -> list[Piece]:
 def _pieces(steps: Sequence[Stage], members: range) -> list[Piece]:
     if len(members) == 1:
         return [Piece(members[0], 0, num_rows(steps[members[0]]))]
-    chunk = _chunk(steps, members)
+    least, row_bytes = _chunk_size(steps, members)
+    chunk = max(least, int(_chunk_limit() / row_bytes))
     rows = num_rows(steps[members[-1]])
     done = dict.fromkeys(members, 0)
     pieces = []
@@ -200,8 +213,8 @@ def _reads_all(step: Stage) -> bool:
     return window and any(value.grid.bands > 1 for value in values)
 
 
-def _has_rows(step: Stage) -> bool:
-    return isinstance(step.target, Map)
+def _by_rows(step: Stage) -> bool:
+    return isinstance(step.target, Map) and not _reads_all(step)
 
 
 def _weight_bytes(step: Stage) -> int:
