@@ -38,6 +38,21 @@ class Grid:
             bands=self.bands,
         )
 
+    def divided(self, stride: tuple[int, int]) -> "Grid | None":
+        """Return the grid of every stride-th row and column, None if bands are not whole then."""
+        if self.rows % stride[0] or self.vectors % stride[1]:
+            return None
+        return Grid(
+            vectors=self.vectors // stride[1],
+            rows=self.rows // stride[0],
+            lanes=self.lanes,
+            bands=self.bands,
+        )
+
+    def holds(self, height: int, width: int) -> bool:
+        """Tell whether an image has room."""
+        return self.bands * self.rows >= height and self.groups * self.vectors >= width
+
     def moves(self) -> Array:
         """Return from which lane each lane's neighbor comes, -1 for none: (4, lanes).
 
@@ -128,11 +143,19 @@ class Map:
         column = np.arange(self.lanes)[None, :] % self.grid.groups * self.vectors + vector
         return np.where((column >= 0) & (column < self.width), column, -1)
 
+    def row_numbers(self, first: int, count: int) -> Array:
+        """Return the image row of each lane of rows first .. first + count - 1.
+
+        Shape (count, lanes); -1 outside the image.
+        """
+        row = np.arange(self.lanes) // self.grid.groups * self.rows
+        row = row + np.arange(first, first + count)[:, None]
+        return np.where((row >= 0) & (row < self.height), row, -1)
+
     def pixels(self) -> tuple[Array, Array]:
         """Return the image row and column of each lane: (rows, vectors, lanes); -1 outside."""
-        row = np.arange(self.lanes) // self.grid.groups * self.rows + np.arange(self.rows)[:, None]
-        column = self.columns(0, self.vectors)
-        outside = (row[:, None, :] >= self.height) | (column < 0)
+        row, column = self.row_numbers(0, self.rows), self.columns(0, self.vectors)
+        outside = (row[:, None, :] < 0) | (column < 0)
         return np.where(outside, -1, row[:, None, :]), np.where(outside, -1, column)
 
     def places(self, row: Array, column: Array) -> Array:

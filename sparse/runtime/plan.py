@@ -1,23 +1,20 @@
 """From layers to operations of the kernels, for images of one size."""
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from sparse.runtime import native
-from sparse.runtime.graph import INPUT
-from sparse.runtime.layout import Arena, Grid, Map, Value, Vector, best_grid, out_size, reach
+from sparse.runtime.arrange import Step, arrange
+from sparse.runtime.layout import Map
 from sparse.runtime.lower import Array, Layer
-from sparse.runtime.schedule import group, may_overwrite, schedule
 from sparse.runtime.tables import dense_table, linear_table, sparse_table
 
 MAX_TILE = 14  # kMaxTile of conv.h
-MAX_GROWTH = 1.2  # of a row, to spare its readers a repacking
 MIN_TILE = 4  # vectors: fewer sums do not hide the latency of an addition
 DENSE_DENSITY = 0.5  # untuned choice: at and above this, the dense kernel
-LINEAR_DENSITY = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,28 +30,6 @@ class Choice:
     """Blocks of connections, between which partial sums are kept."""
     panel: int = 0
     """Output channels computed together, their partial sums being kept; 0 for all."""
-
-
-@dataclass(kw_only=True, eq=False)
-class Step:
-    """One operation with what it reads and writes."""
-
-    kind: int
-    source: Value | None
-    target: Value | None
-    residual: Map | None = None
-    layer: Layer | None = None
-    stride: tuple[int, int] = (1, 1)
-    op: native.Op = field(default_factory=native.Op)
-    tables: list[Array] = field(default_factory=list)
-    """What the pointers of `op` point to."""
-
-    def num_connections(self) -> int:
-        """Return the multiply-accumulates of one image that are not with a zero weight."""
-        if self.layer is None or self.layer.weight is None:
-            return 0
-        pixels = self.target.height * self.target.width if isinstance(self.target, Map) else 1
-        return int(np.count_nonzero(self.layer.weight)) * pixels
 
 
 class Plan:
@@ -73,18 +48,10 @@ class Plan:
     def __init__(
         self, layers: Sequence[Layer], size: tuple[int, int, int], *, lanes: int, num_parts: int = 1
     ) -> None:
-        self.steps: list[Step] = []
+        arrangement = arrange(layers, size, lanes=lanes)
+        self.steps, self.pieces = arrangement.steps, arrangement.pieces
+        self.arena_size, self.out_shape = arrangement.arena_size, arrangement.out_shape
         self._size, self._lanes, self._num_parts = size, lanes, num_parts
-        self._values: dict[str, Value] = {}
-        self._repacked: dict[tuple[object, ...], Map] = {}
-        self._wishes = self._wished(layers)
-        self._read_image(layers[0])
-        for layer in layers:
-            self._add(layer)
-        self._finish()
-        groups = group(self.steps)
-        self.pieces = schedule(self.steps, groups)
-        self.arena_size = self._place(groups)
         for step in self.steps:
             self._fill(step)
 
@@ -95,213 +62,6 @@ class Plan:
     def operations(self) -> ctypes.Array[native.Op]:
         """Return the operations as an array for the kernels; the tables stay this object's."""
         return (native.Op * len(self.steps))(*(step.op for step in self.steps))
-
-    # Layouts.
-
-    def _read_image(self, first: Layer) -> None:
-        channels, height, width = self._size
-        stride = first.stride[1]
-        vectors = stride * self._out_vectors(first, width)
-        grid = Grid(vectors=vectors, rows=height, lanes=self._lanes)
-        image = Map(channels=channels, height=height, width=width, grid=grid)
-        self._values[INPUT] = image
-        self.steps.append(Step(kind=native.INPUT, source=None, target=image))
-
-    def _out_vectors(self, layer: Layer, width: int) -> int:
-        """Return the vectors of an output row: whole in the input's and in the output's.
-
-        The least number, unless a reader would have to repack the row and a little more avoids it.
-        """
-        stride = layer.stride[1]
-        least = max(-(-_width(layer, width) // self._lanes), -(-width // (stride * self._lanes)))
-        wish = self._wishes.get(layer.name, 0)
-        return wish if least <= wish <= MAX_GROWTH * least else least
-
-    def _wished(self, layers: Sequence[Layer]) -> dict[str, int]:
-        """Return the vectors of a row that suit its strided readers, by the name of the value.
-
-        Layers that keep the size pass the wish on to the layer that sets it.
-        """
-        widths = {INPUT: self._size[2]}
-        wishes: dict[str, int] = {}
-        makers = {layer.name: layer for layer in layers}
-        for layer in layers:
-            if layer.kind not in ("conv", "max_pool"):
-                continue
-            width = widths[layer.source]
-            widths[layer.name] = _width(layer, width)
-            if layer.stride[1] > 1 and layer.kernel != (1, 1):
-                name = self._setter(layer.source, makers, widths)
-                out = -(-widths[layer.name] // self._lanes)
-                wishes[name] = max(wishes.get(name, 0), layer.stride[1] * out)
-        return wishes
-
-    def _setter(self, name: str, makers: Mapping[str, Layer], widths: Mapping[str, int]) -> str:
-        """Return the value that sets the vectors of a row of `name`.
-
-        `name` itself, if to compute some more vectors up to there costs more than to repack it.
-        """
-        first, connections = name, 0
-        while (maker := makers.get(first)) is not None and maker.residual is None:
-            if maker.kind != "conv" or widths[maker.source] != widths[first]:
-                return first
-            assert maker.weight is not None
-            connections += int(np.count_nonzero(maker.weight))
-            if (MAX_GROWTH - 1) * connections > self._lanes * makers[name].channels:
-                break
-            first = maker.source
-        return name
-
-    def _add(self, layer: Layer) -> None:
-        if layer.kind in ("conv", "max_pool"):
-            self._add_window(layer)
-            return
-        source = self._values[layer.source]
-        target = Vector(channels=layer.channels, lanes=self._lanes)
-        kind = native.MEAN_POOL
-        if layer.kind == "linear":
-            assert layer.weight is not None
-            sparse = np.count_nonzero(layer.weight) < LINEAR_DENSITY * layer.weight.size
-            kind = native.SPARSE_LINEAR if sparse else native.DENSE_LINEAR
-        self._values[layer.name] = target
-        self.steps.append(Step(kind=kind, source=source, target=target, layer=layer))
-
-    def _add_window(self, layer: Layer) -> None:
-        source = self._map_of(layer.source)
-        (kh, kw), (sy, sx), (py, px), (dy, dx) = (
-            layer.kernel,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-        )
-        height = out_size(source.height, kh, sy, py, dy)
-        width = _width(layer, source.width)
-        if min(height, width) < 1:
-            raise ValueError(
-                f"images of {self._size[1]}x{self._size[2]} are too small for this network: "
-                f"nothing is left after layer {layer.name}"
-            )
-        grid = self._grid(layer, source, height, width)
-        if (sy, sx) != (1, 1) and (kh, kw, py, px) == (1, 1, 0, 0):
-            # Only what is read is taken along: the convolution then finds it side by side.
-            source = self._repack(source, grid, (sy, sx))
-            sy = sx = 1
-        elif not _fits(source.grid, grid.scaled((sy, sx))):
-            source = self._repack(source, grid.scaled((sy, sx)), (1, 1))
-        target = Map(channels=layer.channels, height=height, width=width, grid=grid)
-        source.require(
-            halo=max(px, reach(source.vectors, grid.vectors, kw, sx, px, dx)),
-            top=py,
-            bottom=reach(source.rows, grid.rows, kh, sy, py, dy),
-        )
-        residual = None
-        if layer.residual is not None:
-            residual = self._map_of(layer.residual)
-            if not _fits(residual.grid, grid):
-                residual = self._repack(residual, grid, (1, 1))
-        self._values[layer.name] = target
-        kind = native.SPARSE_CONV if layer.kind == "conv" else native.MAX_POOL
-        step = Step(
-            kind=kind,
-            source=source,
-            target=target,
-            residual=residual,
-            layer=layer,
-            stride=(sy, sx),
-        )
-        self.steps.append(step)
-
-    def _grid(self, layer: Layer, source: Map, height: int, width: int) -> Grid:
-        """Return the grid of a layer's output: that of its input if the size stays."""
-        vectors = self._out_vectors(layer, source.width)
-        if source.vectors % layer.stride[1] == 0 and source.grid.bands == 1:
-            vectors = max(vectors, source.vectors // layer.stride[1])
-        plain = Grid(vectors=vectors, rows=height, lanes=self._lanes)
-        if layer.kind == "max_pool":
-            return plain
-        grid = best_grid(
-            max(height, -(-source.height // layer.stride[0])),
-            max(width, -(-source.width // layer.stride[1])),
-            lanes=self._lanes,
-            vectors=vectors,
-        )
-        if (height, width) == (source.height, source.width) and layer.stride == (1, 1):
-            grid = source.grid
-        # Rows beyond a band are copied from its neighbor only.
-        rows = grid.rows * layer.stride[0]
-        beyond = reach(
-            rows, grid.rows, layer.kernel[0], layer.stride[0], layer.padding[0], layer.dilation[0]
-        )
-        return plain if grid.bands > 1 and max(layer.padding[0], beyond) > rows else grid
-
-    def _map_of(self, name: str) -> Map:
-        value = self._values[name]
-        assert isinstance(value, Map)
-        return value
-
-    def _repack(self, source: Map, grid: Grid, stride: tuple[int, int]) -> Map:
-        height, width = (out_size(s, 1, stride[i], 0, 1) for i, s in enumerate(_size(source)))
-        if grid.bands == 1:
-            grid = Grid(vectors=grid.vectors, rows=height, lanes=grid.lanes)
-        key = (id(source), grid, stride)
-        if key not in self._repacked:
-            target = Map(channels=source.channels, height=height, width=width, grid=grid)
-            self._repacked[key] = target
-            self.steps.append(Step(kind=native.REPACK, source=source, target=target, stride=stride))
-        return self._repacked[key]
-
-    def _finish(self) -> None:
-        """Let the last value be written where the caller wants it."""
-        last = self.steps[-1].target
-        assert last is not None
-        if isinstance(last, Map):
-            self.out_shape: tuple[int, ...] = (last.channels, last.height, last.width)
-            self.steps.append(Step(kind=native.OUTPUT, source=last, target=None))
-        else:
-            self.out_shape = (last.channels,)
-            self.steps[-1].target = None
-
-    # Memory.
-
-    def _place(self, groups: Sequence[range]) -> int:
-        """Give every value its place; inside a group nothing but a residual is overwritten."""
-        last_use: dict[int, int] = {}
-        for i, step in enumerate(self.steps):
-            for value in (step.source, step.residual):
-                if value is not None:
-                    last_use[id(value)] = i
-        arena = Arena()
-        for members in groups:
-            dead: dict[int, Value] = {}
-            for i in members:
-                step = self.steps[i]
-                for value in (step.source, step.residual):
-                    if value is not None and last_use[id(value)] == i:
-                        dead[id(value)] = value
-                if step.target is None:
-                    continue
-                if self._sums_in_place(i, dead):
-                    assert step.residual is not None
-                    step.target.position = step.residual.position
-                    del dead[id(step.residual)]
-                else:
-                    arena.place(step.target)
-            for value in dead.values():
-                arena.release(value)
-        return arena.size
-
-    def _sums_in_place(self, i: int, dead: Mapping[int, Value]) -> bool:
-        """Tell whether a sum can take the place of what is added: a tile reads before it writes."""
-        step = self.steps[i]
-        residual, target = step.residual, step.target
-        return (
-            residual is not None
-            and target is not None
-            and residual is not step.source
-            and id(residual) in dead
-            and residual.key == target.key
-            and may_overwrite(self.steps, self.pieces, i)
-        )
 
     def order(self) -> Array:
         """Return the pieces (step, begin, end) in the order of execution, int64."""
@@ -319,8 +79,6 @@ class Plan:
             threads,
         )
         return handle
-
-    # Operations.
 
     def _fill(self, step: Step) -> None:
         op, layer, source, target = step.op, step.layer, step.source, step.target
@@ -358,8 +116,11 @@ class Plan:
     def _fill_input(self, step: Step) -> None:
         assert isinstance(step.target, Map)
         _, step.op.height, step.op.width = self._size
-        columns = step.target.columns(0, step.target.vectors)
-        step.op.offsets = self._keep(step, columns.astype(np.int32))
+        target = step.target
+        columns = target.columns(0, target.vectors)
+        first_row = np.arange(target.lanes) // target.grid.groups * target.rows
+        place = np.where(columns < 0, -1, first_row * target.width + columns)
+        step.op.offsets = self._keep(step, place.astype(np.int32))
 
     def _fill_output(self, step: Step) -> None:
         source = step.source
@@ -378,7 +139,7 @@ class Plan:
         row, column = target.pixels()
         place = source.places(row * step.stride[0], column * step.stride[1])
         place = np.where(row < 0, -1, place)
-        whole = _fits(source.grid, target.grid.scaled(step.stride))
+        whole = step.moves_whole()
         if whole:  # lane by lane; those outside the image are zero in the source too
             y = np.arange(target.rows)[:, None, None] * step.stride[0] * source.row
             vector = np.arange(target.vectors)[:, None] * step.stride[1]
@@ -393,8 +154,11 @@ class Plan:
         window, pad = step.layer.kernel[0], step.layer.padding[0]
         step.op.depth, step.op.pad = window, pad
         count = (step.target.vectors - 1) * step.stride[1] + window
-        valid = step.source.columns(-pad, count) >= 0
+        columns = step.source.columns(-pad, count) >= 0
+        rows = step.source.row_numbers(-pad, (step.target.rows - 1) * step.stride[0] + window) >= 0
+        valid = np.concatenate([columns, rows])
         step.op.offsets = self._keep(step, np.where(valid, -1, 0).astype(np.int32))
+        step.op.width = count
 
     def _fill_mean_pool(self, step: Step) -> None:
         assert isinstance(step.source, Map)
@@ -463,20 +227,6 @@ _FILL: dict[int, Callable[[Plan, Step], None]] = {
     native.REPACK: Plan._fill_repack,
     native.OUTPUT: Plan._fill_output,
 }
-
-
-def _width(layer: Layer, width: int) -> int:
-    """Return the width of the output of a convolution or pool."""
-    return out_size(width, layer.kernel[1], layer.stride[1], layer.padding[1], layer.dilation[1])
-
-
-def _fits(found: Grid, wanted: Grid) -> bool:
-    """Tell whether a value of a grid can be used as one of another; plain rows may be missing."""
-    return found == wanted or (found.bands == wanted.bands == 1 and found.vectors == wanted.vectors)
-
-
-def _size(value: Map) -> tuple[int, int]:
-    return value.height, value.width
 
 
 def _num_fixed(op: native.Op) -> int:

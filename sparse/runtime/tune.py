@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from sparse.runtime import native
+from sparse.runtime.arrange import Step
 from sparse.runtime.layout import Map
-from sparse.runtime.plan import Choice, Plan, Step, can_be_sparse, density, tiles
+from sparse.runtime.plan import Choice, Plan, can_be_sparse, density, tiles
 
 L1_BYTES = 32 * 1024  # a guess is enough: it only narrows what is measured
 BLOCK_BYTES = (L1_BYTES // 2, L1_BYTES, 2 * L1_BYTES)  # of the input's part of a tile

@@ -8,13 +8,15 @@
 namespace sparse_runtime {
 
 void read_input(const Op& op, const float* image, float* arena, int64_t y0, int64_t y1) {
+  const int64_t pixels = op.height * op.width;
   for (int64_t y = y0; y < y1; ++y) {
+    const int64_t left = pixels - y * op.width;  // pixels from row y on
     for (int64_t c = 0; c < op.channels; ++c) {
-      const float* in = image + (c * op.height + y) * op.width;
+      const float* in = image + c * pixels + y * op.width;
       float* out = arena + op.out + y * op.out_row + c * op.out_plane;
       for (int64_t i = 0; i < op.vectors * kLanes; ++i) {
-        const int32_t column = op.offsets[i];
-        out[i] = column < 0 ? 0.0f : in[column];
+        const int32_t place = op.offsets[i];
+        out[i] = place < 0 || place >= left ? 0.0f : in[place];
       }
     }
   }
@@ -54,6 +56,7 @@ void write_output(const Op& op, const float* arena, float* image, int64_t y0, in
 
 void max_pool(const Op& op, float* arena, int64_t y0, int64_t y1) {
   const Vec lowest = broadcast(-std::numeric_limits<float>::infinity());
+  const int32_t* valid_rows = op.offsets + op.width * kLanes;
   for (int64_t y = y0; y < y1; ++y) {
     for (int64_t c = 0; c < op.channels; ++c) {
       const float* in = arena + op.in + c * op.in_plane;
@@ -61,17 +64,18 @@ void max_pool(const Op& op, float* arena, int64_t y0, int64_t y1) {
       for (int64_t i = 0; i < op.vectors; ++i) {
         Vec best = lowest;
         for (int64_t dy = 0; dy < op.depth; ++dy) {
-          const int64_t row = y * op.stride_y + dy - op.pad;
-          if (row < 0 || row >= op.height) continue;
+          const int64_t row = y * op.stride_y + dy;
           const int64_t first = i * op.stride_x;
-          const float* p = in + row * op.in_row + (first - op.pad) * kLanes;
+          const Mask valid_row = load_mask(valid_rows + row * kLanes);
+          const float* p = in + (row - op.pad) * op.in_row + (first - op.pad) * kLanes;
           const int32_t* valid = op.offsets + first * kLanes;
           for (int64_t dx = 0; dx < op.depth; ++dx) {
             const Vec v = load(p + dx * kLanes);
-            best = maximum(load_mask(valid + dx * kLanes) ? v : lowest, best);
+            best = maximum((load_mask(valid + dx * kLanes) & valid_row) ? v : lowest, best);
           }
         }
-        store(out + i * kLanes, op.mask ? keep(best, load_mask(op.mask + i * kLanes)) : best);
+        if (op.mask) best = keep(best, load_mask(op.mask + y * op.mask_row + i * kLanes));
+        store(out + i * kLanes, best);
       }
     }
   }

@@ -42,7 +42,7 @@ struct Op {
   int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections
   int64_t depth;                    // terms per output: dense convolution, linear; pool: window;
                                     // repack: 1 if vectors move whole
-  int64_t width, height, in_channels;  // of the input
+  int64_t width, height, in_channels;  // of the input; pool: columns from -pad to the last read
   int64_t pad;                      // of a pool
   int64_t pad_top, pad_bottom;      // rows of the output that repeat others: with bands only
   int64_t mask_row;                 // distance between rows of the mask, 0 if one serves all
@@ -56,9 +56,10 @@ struct Op {
   const float* connections;         // in the order of use: offset from the tile's first input
                                     // vector, in floats, and one weight per channel of the pattern
   const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth]
-  const int32_t* offsets;           // dense: [depth]; input: [vectors][lanes] column, or -1; output,
-                                    // repack: [rows][vectors][lanes] where in the channel, or -1;
-                                    // pool: valid input columns from -pad on
+  const int32_t* offsets;           // dense: [depth]; input: [vectors][lanes] pixel of row 0, or
+                                    // -1; output, repack: [rows][vectors][lanes] where in the
+                                    // channel, or -1; pool: [width][lanes] valid input columns,
+                                    // then valid rows, from -pad on
   const float* bias;                // [channels]
 };
 

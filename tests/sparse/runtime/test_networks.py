@@ -1,5 +1,6 @@
 """Whole networks: loaded from a file, run by the kernels, compared with the model itself."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from image_classification.models import create_model
 from sparse import build, compiled, gates, runtime
-from sparse.runtime import native
+from sparse.runtime import arrange, native, plan
+from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.network import Network
 from tests.sparse.runtime.test_kernels import assert_close
 
@@ -65,6 +67,31 @@ def test_sixteen_lanes_and_portable_kernels_run_networks(
     images = torch.randn(1, 3, 112, 112)
     network = Network(path, threads=1, kernels=each_kernels, tuner=None)
     assert_close(network(images), logits_of(model, images))
+
+
+@pytest.mark.parametrize("size", [(96, 96), (94, 128)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bands_go_through_whole_networks(
+    size: tuple[int, int],
+    threads: int,
+    save: Save,
+    each_kernels: native.Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ResNet(Bottleneck, BLOCKS, num_classes=7)
+    model.bn1.bias.data -= 2  # the pool's border is below all of its values
+    model.relu = nn.Identity()
+    path = save(model)
+    images = torch.randn(2, 3, *size)
+    wanted = logits_of(model, images)
+    monkeypatch.setattr(arrange, "MAX_WASTE", 1.5)  # the last band may have rows to spare
+    grids = banded_grids(*size, lanes=each_kernels.num_lanes)
+    assert grids
+    for grid in grids:
+        monkeypatch.setattr(plan, "arrange", functools.partial(Arrangement, grid=grid))
+        network = Network(path, threads=threads, kernels=each_kernels, tuner=None)
+        assert_close(network(images[:1]), wanted[:1])
+        assert_close(network(images), wanted)
 
 
 def test_images_may_be_of_any_kind(save: Save, kernel_cache: Path) -> None:

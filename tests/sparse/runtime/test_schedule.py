@@ -9,9 +9,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from image_classification.models import create_model
 from sparse.runtime import graph, native, schedule
-from sparse.runtime.layout import Map
-from sparse.runtime.lower import lower
-from sparse.runtime.plan import Plan, Step
+from sparse.runtime.arrange import Arrangement, Step, arrange, banded_grids
+from sparse.runtime.layout import Grid, Map
+from sparse.runtime.lower import Layer, lower
 from tests.sparse.runtime.conftest import prune_
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -22,11 +22,14 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def plan_of(name: str, size: int, lanes: int = 8) -> Plan:
+def layers_of(name: str, density: float = 0.05) -> list[Layer]:
     model = NETWORKS[name]().eval()
-    prune_(model, 0.05)
-    layers = lower(graph.trace(model), model.state_dict(), in_channels=3)
-    return Plan(layers, (3, size, size), lanes=lanes)
+    prune_(model, density)
+    return lower(graph.trace(model), model.state_dict(), in_channels=3)
+
+
+def plan_of(name: str, size: int, lanes: int = 8, grid: Grid | None = None) -> Arrangement:
+    return Arrangement(layers_of(name), (3, size, size), lanes=lanes, grid=grid)
 
 
 def row_at(value: Map, y: int) -> slice:
@@ -58,17 +61,24 @@ def rows_of(step: Step, value: Map, begin: int, end: int) -> range:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("size", "lanes"), [(32, 8), (97, 8), (224, 8), (224, 16)])
 @pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("banded", [False, True])
 def test_every_row_read_is_the_one_that_was_written(
-    name: str, size: int, lanes: int, layerwise: bool
+    name: str, size: int, lanes: int, layerwise: bool, banded: bool
 ) -> None:
     """Follow the plan row by row, with the memory of each row labeled by the value it holds."""
-    plan = plan_of(name, size, lanes)
+    grids = banded_grids(size, size, lanes=lanes) if banded else [None]
+    for grid in grids:
+        follow(plan_of(name, size, lanes, grid), layerwise, grouped=size == 224 and not banded)
+    assert grids or size == 97  # which fills no bands
+
+
+def follow(plan: Arrangement, layerwise: bool, grouped: bool) -> None:
     pieces = plan.pieces
     if layerwise:  # as several threads execute the same plan
         pieces = [
             schedule.Piece(i, 0, schedule.num_rows(step)) for i, step in enumerate(plan.steps)
         ]
-    elif size == 224:
+    elif grouped:
         assert len(pieces) > len(plan.steps)
     memory = np.full(plan.arena_size, -1)
     done = [0] * len(plan.steps)
@@ -110,3 +120,14 @@ def test_groups_hold_small_weights_and_end_in_a_single_value() -> None:
         inside = {id(plan.steps[i].target) for i in members[:-1]}
         later = plan.steps[members.stop :]
         assert not inside & {id(v) for step in later for v in (step.source, step.residual)}
+
+
+def test_bands_are_taken_where_they_fill_vectors_that_rows_do_not() -> None:
+    layers = layers_of("bottleneck", density=0.3)
+    found = arrange(layers, (3, 224, 224), lanes=16)
+    assert isinstance(found.steps[0].target, Map)
+    assert found.steps[0].target.grid.bands > 1  # rows of 56 fill 7 of 8 lanes
+    assert found.cost() < Arrangement(layers, (3, 224, 224), lanes=16).cost()
+    whole = arrange(layers, (3, 512, 512), lanes=16).steps[0].target  # rows of 128, 64, 32, 16
+    assert isinstance(whole, Map)
+    assert whole.grid.bands == 1
