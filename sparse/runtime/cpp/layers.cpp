@@ -10,13 +10,13 @@ namespace sparse_runtime {
 void read_input(const Op& op, const float* image, float* arena, int64_t y0, int64_t y1) {
   const int64_t pixels = op.height * op.width;
   for (int64_t y = y0; y < y1; ++y) {
-    const int64_t left = pixels - y * op.width;  // pixels from row y on
+    const int32_t left = int32_t(pixels - y * op.width);  // pixels from row y on
     for (int64_t c = 0; c < op.channels; ++c) {
       const float* in = image + c * pixels + y * op.width;
       float* out = arena + op.out + y * op.out_row + c * op.out_plane;
-      for (int64_t i = 0; i < op.vectors * kLanes; ++i) {
-        const int32_t place = op.offsets[i];
-        out[i] = place < 0 || place >= left ? 0.0f : in[place];
+      for (int64_t i = 0; i < op.vectors * kLanes; i += kLanes) {
+        const Mask place = load_mask(op.offsets + i);
+        store(out + i, gather(in, place | (place >= left)));  // -1 below the image
       }
     }
   }
@@ -33,7 +33,7 @@ void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
       if (op.depth) {
         for (int64_t i = 0; i < size; i += kLanes) store(out + i, load(in + place[i]));
       } else {
-        for (int64_t i = 0; i < size; ++i) out[i] = place[i] < 0 ? 0.0f : in[place[i]];
+        for (int64_t i = 0; i < size; i += kLanes) store(out + i, gather(in, load_mask(place + i)));
       }
     }
   }

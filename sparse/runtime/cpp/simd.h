@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <utility>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #ifndef SPARSE_LANES
 #error "SPARSE_LANES must be 4, 8 or 16"
@@ -36,6 +39,25 @@ inline void hold(Vec& v) {
 
 // Zero the lanes where the mask is 0; the others of the mask are all ones.
 inline Vec keep(Vec v, Mask m) { return reinterpret_cast<Vec>(reinterpret_cast<Mask>(v) & m); }
+
+// Lane l of the result is base[index[l]], or zero if that is negative.
+inline Vec gather(const float* base, Mask index) {
+#if defined(__AVX512F__) && SPARSE_LANES == 16
+  const __m512i lanes = reinterpret_cast<__m512i>(index);
+  const __mmask16 valid = _mm512_cmpge_epi32_mask(lanes, _mm512_setzero_si512());
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, lanes, base, 4);
+#elif defined(__AVX2__) && SPARSE_LANES == 8
+  const __m256 valid = reinterpret_cast<__m256>(index >= 0);
+  return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), base, reinterpret_cast<__m256i>(index),
+                                  valid, 4);
+#else
+  Vec found;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    found[lane] = index[lane] < 0 ? 0.0f : base[index[lane]];
+  }
+  return found;
+#endif
+}
 
 // Lane l of the result is lane from[l] of `v`, or zero if that is negative.
 inline Vec permute(Vec v, const int32_t* from) {
