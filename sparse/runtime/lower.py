@@ -5,7 +5,7 @@ lone sum or ReLU (with weight 1), and average-pooling is a depthwise one with eq
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,16 @@ class Layer:
     relu: bool = False
 
 
-def lower(nodes: Sequence[Node], state: Mapping[str, Tensor], *, in_channels: int) -> list[Layer]:
+def lower(nodes: Sequence[Node], state: dict[str, Tensor], *, in_channels: int) -> list[Layer]:
     """Return the layers of a graph, with folded weights.
 
     Folding is done in float64: y = (x - mean) * scale + shift, scale = weight / sqrt(var + eps).
+
+    Args:
+        nodes: The graph.
+        state: Its parameters and statistics. Weights are taken out of it one by one, so that they
+            are not in memory twice.
+        in_channels: Of the images.
 
     Raises:
         ValueError: The graph does something to vectors that is neither a linear layer nor its ReLU.
@@ -55,11 +61,10 @@ def lower(nodes: Sequence[Node], state: Mapping[str, Tensor], *, in_channels: in
 
 
 class _Lowering:
-    def __init__(
-        self, nodes: Sequence[Node], state: Mapping[str, Tensor], in_channels: int
-    ) -> None:
+    def __init__(self, nodes: Sequence[Node], state: dict[str, Tensor], in_channels: int) -> None:
         self.layers: list[Layer] = []
         self._state = state
+        self._readers = Counter(node.parameters for node in nodes)
         self._uses = Counter(name for node in nodes for name in node.inputs)
         self._uses[nodes[-1].name] += 1
         # node -> the value that stands for it
@@ -89,8 +94,14 @@ class _Lowering:
     def _array(self, name: str) -> Array:
         return self._state[name].double().numpy()
 
+    def _weight(self, node: Node) -> Array:
+        name = node.parameters + "weight"
+        shared = self._readers[node.parameters] > 1
+        weight = self._state[name] if shared else self._state.pop(name)
+        return weight.float().numpy()
+
     def _conv(self, node: Node) -> None:
-        weight = self._state[node.parameters + "weight"].float().numpy()
+        weight = self._weight(node)
         self._append(node, self._convolution(node, weight, self._bias(node, len(weight))))
 
     def _bias(self, node: Node, channels: int) -> Array:
@@ -181,7 +192,7 @@ class _Lowering:
         value = self._source(node)
         if value == INPUT or self.layers[self._index[value]].kind not in ("mean_pool", "linear"):
             raise ValueError(f"the runtime has no linear layer of images (node {node.name!r})")
-        weight = self._state[node.parameters + "weight"].float().numpy()
+        weight = self._weight(node)
         layer = self._convolution(node, weight, self._bias(node, len(weight)))
         layer.kind = "linear"
         self._append(node, layer)
