@@ -179,7 +179,7 @@ class Network {
     // Large images are split by rows, one step a thread: what a thread writes it reads again in the
     // coming layer, out of its own cache. In small ones the weights are most of the traffic, so
     // channels are split.
-    const bool by_rows = size >= 4 * threads || !is_conv(op);
+    const bool by_rows = size >= 2 * threads || !is_conv(op);
     const int64_t parts = by_rows ? 1 : std::min<int64_t>(op.num_parts, threads);
     const int64_t steps = by_rows ? std::min(size, threads) : 1;
     pool_.run(steps * parts, [&](int64_t i, int thread) {
