@@ -7,11 +7,15 @@ and images come from NumPy, and torch computes nothing: its threads are not unde
 import ctypes
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 from sparse.runtime import native
+from sparse.runtime import plan as plans
+from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Layer
 from sparse.runtime.plan import Choice, Plan, can_be_sparse
@@ -69,11 +73,16 @@ def main(library: str) -> None:
     """Compare one thread with several, for many sizes, kernels and batches."""
     kernels = native.Kernels(Path(library))
     generator = np.random.default_rng(0)
-    for size, stride, groups in itertools.product((17, 40, 61), (1, 2), (1, 2, 12)):
+    sizes = {(17, 26): None, (40, 49): None, (61, 70): None}
+    sizes |= {(48, 64): banded_grids(48, 64, lanes=kernels.num_lanes)[0]}
+    for ((height, width), grid), stride, groups in itertools.product(
+        sizes.items(), (1, 2), (1, 2, 12)
+    ):
         layers = layers_of(generator, stride, groups)
-        images = generator.standard_normal((5, 3, size, size + 9)).astype(np.float32)
+        images = generator.standard_normal((5, 3, height, width)).astype(np.float32)
         for dense, threads in itertools.product((False, True), (1, 3)):
-            plan = Plan(layers, (3, size, size + 9), lanes=kernels.num_lanes, num_parts=threads)
+            with mock.patch.object(plans, "arrange", partial(Arrangement, grid=grid)):
+                plan = Plan(layers, (3, height, width), lanes=kernels.num_lanes, num_parts=threads)
             for step in plan.convolutions():
                 assert isinstance(step.target, Map)
                 if dense:
