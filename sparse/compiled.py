@@ -5,6 +5,7 @@ does not depend on torch's ABI, so that one library serves every version of torc
 without importing a compiler's tool chain.
 """
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -36,6 +37,18 @@ def cpu_level() -> str:
     """Return the best of `LEVELS` that this processor runs, as CPUID tells torch."""
     level = torch.backends.cpu.get_cpu_capability().lower()
     return level if level in LEVELS else "portable"
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a library that `Library.find` or `Library.build` returned.
+
+    Raises:
+        BuildError: The system does not load it, as from a directory mounted noexec.
+    """
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the library cannot be loaded: {error}") from None
 
 
 def default_cache() -> Path:

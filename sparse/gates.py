@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse.compiled import BuildError, Library, cpu_level, default_cache
+from sparse.compiled import BuildError, Library, cpu_level, default_cache, open_library
 
 Tensors = Mapping[str, Tensor]
 
@@ -53,7 +53,9 @@ class Gate:
         return self.inactive.nbytes + (0 if self._bits is None else self._bits.nbytes)
 
     def fits(self, tensor: Tensor) -> bool:
-        """Say whether a tensor lies in memory as the gate does."""
+        """Say whether a tensor on the CPU lies in memory as the gate does."""
+        if not self.inactive.is_cpu:
+            return False
         if tensor.stride() == self._strides:
             return True
         strides = zip(tensor.shape, tensor.stride(), self._strides, strict=True)
@@ -137,7 +139,7 @@ class _Layer(ctypes.Structure):
 @functools.cache
 def _compiled_loop() -> Callable[[ctypes.Array[_Layer], int, int], None] | None:
     try:
-        library = ctypes.CDLL(str(LIBRARY.find(cpu_level(), default_cache())))
+        library = open_library(LIBRARY.find(cpu_level(), default_cache()))
     except BuildError as error:
         warnings.warn(f"masking gradients takes twice as long on this CPU: {error}", stacklevel=3)
         return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparse.compiled import Library
+from sparse.compiled import Library, open_library
 
 LIBRARY = Library("runtime", Path(__file__).parent / "cpp")
 
@@ -47,7 +47,7 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        library = ctypes.CDLL(str(path))
+        library = open_library(path)
 
         def function(name: str, result: type[Any] | None, *arguments: type[Any]) -> Function:
             found = library[f"sparse_runtime_{name}"]

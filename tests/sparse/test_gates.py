@@ -88,6 +88,21 @@ def test_without_a_compiler_a_warning_says_what_it_costs(
     gates._compiled_loop.cache_clear()
 
 
+def test_a_library_that_does_not_load_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = gates.LIBRARY.build("portable", tmp_path)
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(gates, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(gates, "cpu_level", lambda: "portable")
+    gates._compiled_loop.cache_clear()
+    weight = torch.ones(3, 4)
+    with pytest.warns(UserWarning, match="the library cannot be loaded: .*portable-"):
+        zero_inactive([(weight, Gate(torch.eye(3, 4) > 0, weight))])
+    assert torch.equal(weight, torch.eye(3, 4))
+    gates._compiled_loop.cache_clear()
+
+
 def test_on_a_device_a_gate_takes_one_byte() -> None:
     weight = torch.empty(4, 4, device="meta")
     gate = Gate(torch.ones(4, 4, dtype=torch.bool, device="meta"), weight)
