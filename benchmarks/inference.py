@@ -181,6 +181,19 @@ def compare(
     }
 
 
+def compare_threads(own: Mapping[int, runtime.Network], rounds: int) -> dict[str, Any]:
+    """Return what more threads gain for one image: wall time, against the least number."""
+    size = next(iter(own.values())).header.image_size
+    images = torch.randn(1, 3, size, size)
+    runs: dict[str, Run] = {str(threads): network for threads, network in own.items()}
+    times = interleave(runs, images, rounds=rounds, clock=time.perf_counter)
+    one = times[str(min(own))]
+    return {
+        name: round(statistics.median(np.divide(one, found).tolist()), 3)
+        for name, found in times.items()
+    }
+
+
 def profile(network: runtime.Network, rounds: int) -> list[dict[str, Any]]:
     """Return, per step of the plan, the median processor milliseconds and useful GFLOP/s."""
     size = network.header.image_size
@@ -317,10 +330,13 @@ def main(argv: Sequence[str]) -> None:
             path = Path(directory) / "network.safetensors"
             save(model, masks, arch, path)
             dense = create_model(arch).eval() if args.checkpoint is None else model
-            for threads in args.threads:
-                network = runtime.load(
+            own = {
+                threads: runtime.load(
                     path, threads=threads, backend="native", level=args.level, cache=args.cache
                 )
+                for threads in args.threads
+            }
+            for threads, network in own.items():
                 if args.profile:
                     for row in profile(network, args.rounds):
                         print(json.dumps(row))
@@ -337,6 +353,9 @@ def main(argv: Sequence[str]) -> None:
                         directory=Path(directory),
                     )
                     print(key, json.dumps(results[key]), file=sys.stderr, flush=True)
+            if len(own) > 1 and not args.profile:
+                gains = compare_threads(own, args.rounds)
+                print(f"{name}/threads", json.dumps(gains), file=sys.stderr, flush=True)
             if args.memory:
                 rival("onnxruntime", dense, torch.zeros(1, 3, 224, 224), 1, Path(directory))
                 peaks = compare_memory(path, Path(directory) / "dense-1.onnx")
