@@ -17,9 +17,7 @@ def main(levels: Sequence[str]) -> int:
     family = compiled.LEVELS if platform.machine() in ("x86_64", "AMD64") else ("portable",)
     try:
         for level in levels or family:
-            if level not in compiled.LEVELS:
-                known = ", ".join(compiled.LEVELS)
-                raise ValueError(f"level must be one of {known}, got {level!r}")
+            compiled.check_level(level)
             for library in (gates.LIBRARY, native.LIBRARY):
                 print(library.build(level, compiled.PREBUILT))
     except (ValueError, compiled.BuildError) as error:

@@ -39,6 +39,12 @@ def cpu_level() -> str:
     return level if level in LEVELS else "portable"
 
 
+def check_level(level: str) -> None:
+    """Raise a ValueError, of one line, for what is not one of `LEVELS`."""
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+
+
 def open_library(path: Path) -> ctypes.CDLL:
     """Load a library that `Library.find` or `Library.build` returned.
 

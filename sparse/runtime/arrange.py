@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from sparse.runtime import native
 from sparse.runtime.graph import INPUT
 from sparse.runtime.layout import Arena, Grid, Map, Value, Vector, best_grid, out_size, reach
@@ -35,10 +33,8 @@ class Step:
 
     def num_connections(self) -> int:
         """Return the multiply-accumulates of one image that are not with a zero weight."""
-        if self.layer is None or self.layer.weight is None:
-            return 0
         pixels = self.target.height * self.target.width if isinstance(self.target, Map) else 1
-        return int(np.count_nonzero(self.layer.weight)) * pixels
+        return self.layer.num_active * pixels if self.layer is not None else 0
 
     def moves_whole(self) -> bool:
         """Tell whether a repacking moves vectors as they are; the image is read pixel by pixel."""
@@ -100,12 +96,12 @@ class Arrangement:
             maps = [v for v in (step.source, step.residual, step.target) if isinstance(v, Map)]
             moved = sum(4 * value.size for value in maps) / BYTES_PER_VECTOR if i in alone else 0
             work = 0
-            if step.layer is not None and step.layer.weight is not None:
-                target = step.target
-                vectors = target.rows * target.vectors if isinstance(target, Map) else 1
-                work = int(np.count_nonzero(step.layer.weight)) * vectors
-            if isinstance(step.target, Map) and not (step.layer or step.moves_whole()):
-                work = REPACK_COST * step.target.channels * step.target.rows * step.target.vectors
+            target = step.target
+            vectors = target.rows * target.vectors if isinstance(target, Map) else 1
+            if step.layer is not None:
+                work = step.layer.num_active * vectors
+            elif isinstance(target, Map) and not step.moves_whole():
+                work = REPACK_COST * target.channels * vectors
             total += max(work, moved)
         return total
 
@@ -156,8 +152,7 @@ class Arrangement:
         while (maker := makers.get(first)) is not None and maker.residual is None:
             if maker.kind != "conv" or widths[maker.source] != widths[first]:
                 return first
-            assert maker.weight is not None
-            connections += int(np.count_nonzero(maker.weight))
+            connections += maker.num_active
             if (MAX_GROWTH - 1) * connections > self._lanes * makers[name].channels:
                 break
             first = maker.source
@@ -172,7 +167,7 @@ class Arrangement:
         kind = native.MEAN_POOL
         if layer.kind == "linear":
             assert layer.weight is not None
-            sparse = np.count_nonzero(layer.weight) < LINEAR_DENSITY * layer.weight.size
+            sparse = layer.num_active < LINEAR_DENSITY * layer.weight.size
             kind = native.SPARSE_LINEAR if sparse else native.DENSE_LINEAR
         self._values[layer.name] = target
         self.steps.append(Step(kind=kind, source=source, target=target, layer=layer))

@@ -7,6 +7,7 @@ lone sum or ReLU (with weight 1), and average-pooling is a depthwise one with eq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,11 @@ class Layer:
     residual: str | None = None
     """Name of a layer whose value is added before the ReLU."""
     relu: bool = False
+
+    @cached_property
+    def num_active(self) -> int:
+        """Weights that are not zero; counted once, when the layer is complete."""
+        return 0 if self.weight is None else int(np.count_nonzero(self.weight))
 
 
 def lower(nodes: Sequence[Node], state: dict[str, Tensor], *, in_channels: int) -> list[Layer]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparse.compiled import LEVELS, BuildError, cpu_level, default_cache
+from sparse.compiled import BuildError, check_level, cpu_level, default_cache
 from sparse.runtime import graph, native
 from sparse.runtime.format import Header, read
 from sparse.runtime.lower import Layer, lower
@@ -177,8 +177,8 @@ def load(
         raise ValueError(f"threads must be at least 1, got {threads}")
     if backend not in ("auto", "native", "torch"):
         raise ValueError(f"backend must be auto, native or torch, got {backend!r}")
-    if level is not None and level not in LEVELS:
-        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    if level is not None:
+        check_level(level)
     directory = default_cache() if cache is None else Path(cache)
     kernels = None
     if backend != "torch":

@@ -116,21 +116,15 @@ class Plan:
     def _fill_input(self, step: Step) -> None:
         assert isinstance(step.target, Map)
         _, step.op.height, step.op.width = self._size
-        target = step.target
-        columns = target.columns(0, target.vectors)
-        first_row = np.arange(target.lanes) // target.grid.groups * target.rows
-        place = np.where(columns < 0, -1, first_row * target.width + columns)
-        step.op.offsets = self._keep(step, place.astype(np.int32))
+        step.op.offsets = self._keep(step, _image_places(step.target)[0])
 
     def _fill_output(self, step: Step) -> None:
         source = step.source
         assert isinstance(source, Map)
         step.op.rows, step.op.vectors = source.rows, source.vectors
         step.op.channels = source.channels
-        row, column = source.pixels()
-        place = np.where(row < 0, -1, row * source.width + column)
         step.op.width, step.op.height = source.width, source.height
-        step.op.offsets = self._keep(step, place.astype(np.int32))
+        step.op.offsets = self._keep(step, _image_places(source))
 
     def _fill_repack(self, step: Step) -> None:
         source, target = step.source, step.target
@@ -229,6 +223,12 @@ _FILL: dict[int, Callable[[Plan, Step], None]] = {
 }
 
 
+def _image_places(value: Map) -> Array:
+    """Return where in a plane of the image each lane's pixel lies, -1 outside; int32."""
+    row, column = value.pixels()
+    return np.where(row < 0, -1, row * value.width + column).astype(np.int32)
+
+
 def _num_fixed(op: native.Op) -> int:
     """Return the tables of a convolution that do not depend on the choice."""
     return (1 if op.mask else 0) + (1 if op.moves else 0) + (1 if op.bias else 0)
@@ -246,7 +246,7 @@ def aligned(array: Array) -> Array:
 def density(layer: Layer) -> float:
     """Return the share of weights that are not zero."""
     assert layer.weight is not None
-    return float(np.count_nonzero(layer.weight)) / layer.weight.size
+    return layer.num_active / layer.weight.size
 
 
 def can_be_sparse(step: Step, group: int = 1) -> bool:

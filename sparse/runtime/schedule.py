@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from sparse.runtime.layout import Map, Value
 from sparse.runtime.lower import Layer
 
@@ -67,8 +65,8 @@ def group(steps: Sequence[Stage]) -> list[range]:
         if size > most or not all(_by_rows(steps[i]) for i in block):
             groups += [range(i, i + 1) for i in block]
             open_bytes = full
-        elif open_bytes + size <= most and _is_shallow(steps, joined := _join(groups[-1], block)):
-            groups[-1] = joined
+        elif open_bytes + size <= most and _is_shallow(steps, groups[-1].start, block.stop):
+            groups[-1] = range(groups[-1].start, block.stop)
             open_bytes += size
         else:
             groups.append(block)
@@ -76,13 +74,9 @@ def group(steps: Sequence[Stage]) -> list[range]:
     return groups
 
 
-def _join(first: range, then: range) -> range:
-    return range(first.start, then.stop)
-
-
-def _is_shallow(steps: Sequence[Stage], members: range) -> bool:
+def _is_shallow(steps: Sequence[Stage], begin: int, end: int) -> bool:
     """Tell whether the least chunk of a group is small: one of many layers needs many rows."""
-    least, row_bytes = _chunk_size(steps, members)
+    least, row_bytes = _chunk_size(steps, range(begin, end))
     return least * row_bytes <= _chunk_limit()
 
 
@@ -220,5 +214,4 @@ def _by_rows(step: Stage) -> bool:
 def _weight_bytes(step: Stage) -> int:
     if step.layer is None or step.layer.weight is None:
         return 0
-    active = int(np.count_nonzero(step.layer.weight))
-    return min(8 * active, 4 * step.layer.weight.size)
+    return min(8 * step.layer.num_active, 4 * step.layer.weight.size)

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sparse.runtime import native
 from sparse.runtime.arrange import Step
 from sparse.runtime.layout import Map
@@ -133,7 +131,7 @@ def _num_blocks(step: Step, tile: Choice, group: int) -> list[int]:
     rows = (tile.tile_rows - 1) * step.stride[0] + layer.kernel[0]
     vectors = min(tile.tile_vectors * step.stride[1], step.source.vectors) + layer.kernel[1] - 1
     size = 4 * rows * vectors * step.source.lanes * step.source.channels
-    most = group * np.count_nonzero(layer.weight) / len(layer.weight) / MIN_CONNECTIONS
+    most = group * layer.num_active / len(layer.weight) / MIN_CONNECTIONS
     counts = {-(-size // block) for block in BLOCK_BYTES}
     return sorted({1} | {count for count in counts if count <= most})
 
