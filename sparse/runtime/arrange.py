@@ -1,13 +1,14 @@
-"""Where the values of a network lie, and in which order its layers are computed."""
+"""The layout of every value of a network, and the order in which its layers are computed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparse.runtime import native
 from sparse.runtime.graph import INPUT
-from sparse.runtime.layout import Arena, Grid, Map, Value, Vector, best_grid, out_size, reach
+from sparse.runtime.layout import Grid, Map, Value, Vector, best_grid, out_size, reach
 from sparse.runtime.lower import Array, Layer
-from sparse.runtime.schedule import group, may_overwrite, schedule
+from sparse.runtime.memory import place
+from sparse.runtime.schedule import group, schedule
 
 MAX_GROWTH = 1.2  # of a row, to spare its readers a repacking
 LINEAR_DENSITY = 0.3
@@ -57,7 +58,7 @@ class Arrangement:
         steps: In the order of the layers.
         groups: Of steps whose rows are computed in turn.
         pieces: The order of execution.
-        arena_size: Floats that all values take.
+        arena_size: Floats that all values take (memory.py).
         out_shape: Of the result, of one image.
 
     Raises:
@@ -83,7 +84,7 @@ class Arrangement:
         self._finish()
         self.groups = group(self.steps)
         self.pieces = schedule(self.steps, self.groups)
-        self.arena_size = self._place(self.groups)
+        self.arena_size = place(self.steps, self.groups, self.pieces)
 
     def cost(self) -> float:
         """Estimate the time, in multiplications and additions of vectors.
@@ -268,48 +269,6 @@ class Arrangement:
         else:
             self.out_shape = (last.channels,)
             self.steps[-1].target = None
-
-    # Memory.
-
-    def _place(self, groups: Sequence[range]) -> int:
-        """Give every value its place; inside a group nothing but a residual is overwritten."""
-        last_use: dict[int, int] = {}
-        for i, step in enumerate(self.steps):
-            for value in (step.source, step.residual):
-                if value is not None:
-                    last_use[id(value)] = i
-        arena = Arena()
-        for members in groups:
-            dead: dict[int, Value] = {}
-            for i in members:
-                step = self.steps[i]
-                for value in (step.source, step.residual):
-                    if value is not None and last_use[id(value)] == i:
-                        dead[id(value)] = value
-                if step.target is None:
-                    continue
-                if self._sums_in_place(i, dead):
-                    assert step.residual is not None
-                    step.target.position = step.residual.position
-                    del dead[id(step.residual)]
-                else:
-                    arena.place(step.target)
-            for value in dead.values():
-                arena.release(value)
-        return arena.size
-
-    def _sums_in_place(self, i: int, dead: Mapping[int, Value]) -> bool:
-        """Tell whether a sum can take the place of what is added: a tile reads before it writes."""
-        step = self.steps[i]
-        residual, target = step.residual, step.target
-        return (
-            residual is not None
-            and target is not None
-            and residual is not step.source
-            and id(residual) in dead
-            and residual.key == target.key
-            and may_overwrite(self.steps, self.pieces, i)
-        )
 
 
 def arrange(layers: Sequence[Layer], size: tuple[int, int, int], *, lanes: int) -> Arrangement:

@@ -207,27 +207,6 @@ class Vector:
 Value = Map | Vector
 
 
-class Arena:
-    """Gives values a place; a place is reused by values of the same key only."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._free: dict[tuple[object, ...], list[int]] = {}
-
-    def place(self, value: Value) -> None:
-        """Set the position of a value."""
-        free = self._free.get(value.key)
-        if free:
-            value.position = free.pop()
-        else:
-            value.position = self.size + value.start
-            self.size += value.size
-
-    def release(self, value: Value) -> None:
-        """Let others have the place of a value."""
-        self._free.setdefault(value.key, []).append(value.position)
-
-
 def reach(size: int, out_size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Return how many rows (or vectors) beyond the last of `size` a window reads."""
     return max(0, (out_size - 1) * stride + (kernel - 1) * dilation - padding - (size - 1))
