@@ -10,7 +10,7 @@ from sparse.runtime import native
 from sparse.runtime.arrange import Step, arrange
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Array, Layer
-from sparse.runtime.tables import dense_table, linear_table, sparse_table
+from sparse.runtime.tables import can_pair, dense_table, linear_table, paired_table, sparse_table
 
 MAX_TILE = 14  # kMaxTile of conv.h
 MIN_TILE = 4  # vectors: fewer sums do not hide the latency of an addition
@@ -24,6 +24,7 @@ class Choice:
     dense: bool = False
     tile_vectors: int = 1
     tile_rows: int = 1
+    """Dense: 1, or 2 where `can_pair` of tables.py."""
     group: int = 1
     """Output channels that share the loads of their inputs: 1, 2 or 4."""
     num_blocks: int = 1
@@ -191,9 +192,13 @@ class Plan:
             parts = max(parts, -(-layer.channels // choice.panel))
         op.num_parts = parts
         if choice.dense:
-            dense = dense_table(layer, step.source, num_parts=parts)
+            table_of = paired_table if choice.tile_rows == 2 else dense_table
+            dense = table_of(layer, step.source, num_parts=parts)
             op.kind = native.DENSE_CONV
+            op.tile_rows = choice.tile_rows
             op.depth = len(dense.offsets)
+            if dense.counts is not None:
+                op.counts = self._keep(step, dense.counts)
             op.weights = self._keep(step, dense.weights)
             op.offsets = self._keep(step, dense.offsets)
             op.part_begin = self._keep(step, dense.part_begin)
@@ -259,8 +264,16 @@ def default_choice(step: Step) -> Choice:
     assert isinstance(step.target, Map)
     assert step.layer is not None
     if not can_be_sparse(step) or (step.layer.groups == 1 and density(step.layer) >= DENSE_DENSITY):
-        return Choice(dense=True)
+        return dense_choices(step)[-1]
     return tiles(step.target, MAX_TILE)[-1]
+
+
+def dense_choices(step: Step) -> list[Choice]:
+    """Return the ways to compute a convolution with all its weights: by rows or pairs of rows."""
+    assert isinstance(step.target, Map)
+    assert step.layer is not None
+    rows = (1, 2) if can_pair(step.layer, step.target.rows) else (1,)
+    return [Choice(dense=True, tile_rows=count) for count in rows]
 
 
 def tiles(target: Map, most: int) -> list[Choice]:

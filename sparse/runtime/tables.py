@@ -23,11 +23,15 @@ class SparseTable:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseTable:
-    """All weights in groups of 4 output channels, and the offset of every term."""
+    """All weights in groups of 4 output channels, and the offset of every term.
+
+    Of pairs of rows: two offsets and the sign of the second, and the terms of each product.
+    """
 
     weights: Array
     offsets: Array
     part_begin: Array
+    counts: Array | None = None
 
 
 def offsets(layer: Layer, source: Map) -> Array:
@@ -129,18 +133,64 @@ def sparse_table(
 
 def dense_table(layer: Layer, source: Map, *, num_parts: int) -> DenseTable:
     """Return all weights of an ungrouped convolution, zeros included, in the order of memory."""
-    assert layer.weight is not None
     taps = offsets(layer, source).ravel()
     order = np.argsort(taps, kind="stable")
     flat = expand_groups(layer).reshape(layer.channels, -1)[:, order]
-    padded = np.zeros((-(-layer.channels // DENSE_CHANNELS) * DENSE_CHANNELS, len(taps)))
-    padded[: layer.channels] = flat
-    packed = padded.reshape(-1, DENSE_CHANNELS, len(taps)).transpose(0, 2, 1)
     return DenseTable(
-        weights=np.ascontiguousarray(packed, np.float32),
+        weights=_by_channels(flat),
         offsets=taps[order].astype(np.int32),
         part_begin=split(layer.channels, num_parts),
     )
+
+
+def can_pair(layer: Layer, rows: int) -> bool:
+    """Tell whether pairs of rows of an output need fewer multiplications: see `paired_table`."""
+    return rows >= 2 and layer.dilation[0] == 1 and layer.kernel[0] > 2 * layer.stride[0]
+
+
+def paired_table(layer: Layer, source: Map, *, num_parts: int) -> DenseTable:
+    """Return the weights of a dense convolution that computes rows in pairs, by F(2, 3).
+
+    Three taps of a kernel's column, as far apart as two rows of the output, take 4 products for the
+    pair instead of 6 (Lavin and Gray, CVPR 2016); a tap that is left over takes 2. The kernel adds
+    the products in the order m1, m2, m0, m3; every term of theirs is of one or two rows of input.
+    """
+    taps = offsets(layer, source)
+    weight = expand_groups(layer).astype(np.float64)
+    stride, down = layer.stride[0], layer.stride[0] * source.row
+    products: list[list[tuple[Array, Array, int, Array]]] = [[], [], [], []]
+    for phase in range(stride):
+        rows = range(phase, layer.kernel[0], stride)
+        tripled = len(rows) // 3 * 3
+        for i in rows[:tripled:3]:
+            at = taps[:, i]
+            upper, middle, lower = (weight[:, :, i + j * stride] for j in range(3))
+            even, odd = (upper + lower) / 2, middle / 2
+            products[0].append((at + down, at + 2 * down, 1, even + odd))
+            products[1].append((at + 2 * down, at + down, -1, even - odd))
+            products[2].append((at, at + 2 * down, -1, upper))
+            products[3].append((at + 3 * down, at + down, -1, lower))
+        for i in rows[tripled:]:
+            at = taps[:, i]
+            products[2].append((at, at, 0, weight[:, :, i]))
+            products[3].append((at + down, at + down, 0, weight[:, :, i]))
+    terms = [term for product in products for term in product]
+    table = [np.stack([a, b, np.full_like(a, sign)], -1) for a, b, sign, _ in terms]
+    flat = [values.reshape(layer.channels, -1) for *_, values in terms]
+    return DenseTable(
+        weights=_by_channels(np.concatenate(flat, 1)),
+        offsets=np.concatenate([entry.reshape(-1, 3) for entry in table]).astype(np.int32),
+        counts=np.array([sum(a.size for a, *_ in product) for product in products], np.int32),
+        part_begin=split(layer.channels, num_parts),
+    )
+
+
+def _by_channels(flat: Array) -> Array:
+    """Return weights (out, terms) as (out / 4, terms, 4), with zeros for channels that lack."""
+    padded = np.zeros((-(-len(flat) // DENSE_CHANNELS) * DENSE_CHANNELS, flat.shape[1]))
+    padded[: len(flat)] = flat
+    packed = padded.reshape(-1, DENSE_CHANNELS, flat.shape[1]).transpose(0, 2, 1)
+    return np.ascontiguousarray(packed, np.float32)
 
 
 def expand_groups(layer: Layer) -> Array:

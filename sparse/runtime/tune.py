@@ -15,7 +15,7 @@ from typing import Any
 from sparse.runtime import native
 from sparse.runtime.arrange import Step
 from sparse.runtime.layout import Map
-from sparse.runtime.plan import Choice, Plan, can_be_sparse, density, tiles
+from sparse.runtime.plan import Choice, Plan, can_be_sparse, dense_choices, density, tiles
 
 L1_BYTES = 32 * 1024  # a guess is enough: it only narrows what is measured
 BLOCK_BYTES = (L1_BYTES // 2, L1_BYTES, 2 * L1_BYTES)  # of the input's part of a tile
@@ -98,7 +98,9 @@ def _fastest(plan: Plan, step: Step, bench: _Bench) -> Choice:
 
 
 def _tables_of(choice: Choice) -> tuple[int, ...]:
-    return (choice.dense, choice.group, choice.num_blocks, choice.panel)
+    if choice.dense:
+        return (choice.tile_rows,)
+    return (0, choice.group, choice.num_blocks, choice.panel)
 
 
 def _candidates(step: Step, max_tiles: Mapping[int, int]) -> list[Choice]:
@@ -116,7 +118,7 @@ def _candidates(step: Step, max_tiles: Mapping[int, int]) -> list[Choice]:
             for panel in ((0, PANEL) if count > 1 and step.target.channels > 2 * PANEL else (0,))
         ]
     if not found or (step.layer.groups == 1 and density(step.layer) >= DENSE_FROM):
-        found.append(Choice(dense=True))
+        found += dense_choices(step)
     return found
 
 

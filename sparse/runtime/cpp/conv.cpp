@@ -115,32 +115,59 @@ void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0,
 
 namespace {
 
+// Vectors of one row, or of two successive rows, of which only rows begin <= r < end are stored.
 struct DenseTile {
   int64_t in[kDenseVectors], out[kDenseVectors], res[kDenseVectors], mask[kDenseVectors];
+  int64_t begin, end;
 };
 
+template <int NV>
+using DenseSums = Vec[kDenseChannels][NV];
+
+// Terms k0 <= k < k1 of the vectors of a tile. Those of pairs are of two vectors each.
 template <int NV>
 void pack(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int64_t k1,
           float* packed) {
   for (int64_t k = k0; k < k1; ++k, packed += NV * kLanes) {
-    const float* source = in + op.offsets[k];
-    for_each<NV>([&](auto i) SPARSE_INLINE { store(packed + i * kLanes, load(source + tile.in[i])); });
+    if (op.tile_rows == 1) {
+      const float* source = in + op.offsets[k];
+      for_each<NV>([&](auto i) SPARSE_INLINE { store(packed + i * kLanes, load(source + tile.in[i])); });
+    } else {
+      const float *source = in + op.offsets[3 * k], *other = in + op.offsets[3 * k + 1];
+      const Vec sign = broadcast(float(op.offsets[3 * k + 2]));
+      for_each<NV>([&](auto i) SPARSE_INLINE {
+        store(packed + i * kLanes, load(source + tile.in[i]) + sign * load(other + tile.in[i]));
+      });
+    }
   }
 }
 
-// Four output channels by NV vectors, terms k0 <= k < k1.
 template <int NV>
-void multiply(const Op& op, const DenseTile& tile, int64_t c, int64_t k0, int64_t k1,
-              const float* packed, float* partial, float* out, const float* res) {
-  Vec sum[kDenseChannels][NV];
+inline SPARSE_INLINE void start(const Op& op, int64_t c, DenseSums<NV>& sum) {
   for_each<kDenseChannels>([&](auto j) SPARSE_INLINE {
-    if (k0 == 0) {
-      const Vec bias = broadcast(op.bias[std::min<int64_t>(c + j, op.channels - 1)]);
-      for_each<NV>([&](auto i) SPARSE_INLINE { sum[j][i] = bias; });
-    } else {
-      for_each<NV>([&](auto i) SPARSE_INLINE { sum[j][i] = load(partial + (j * NV + i) * kLanes); });
-    }
+    const Vec bias = broadcast(op.bias[std::min<int64_t>(c + j, op.channels - 1)]);
+    for_each<NV>([&](auto i) SPARSE_INLINE { sum[j][i] = bias; });
   });
+}
+
+template <int NV>
+inline SPARSE_INLINE void load_sums(const float* partial, DenseSums<NV>& sum) {
+  for_each<kDenseChannels>([&](auto j) SPARSE_INLINE {
+    for_each<NV>([&](auto i) SPARSE_INLINE { sum[j][i] = load(partial + (j * NV + i) * kLanes); });
+  });
+}
+
+template <int NV>
+inline SPARSE_INLINE void store_sums(const DenseSums<NV>& sum, float* partial) {
+  for_each<kDenseChannels>([&](auto j) SPARSE_INLINE {
+    for_each<NV>([&](auto i) SPARSE_INLINE { store(partial + (j * NV + i) * kLanes, sum[j][i]); });
+  });
+}
+
+// Add terms k0 <= k < k1 of channels c .. c + 3.
+template <int NV>
+inline SPARSE_INLINE void multiply(const Op& op, int64_t c, int64_t k0, int64_t k1,
+                                   const float* packed, DenseSums<NV>& sum) {
   const float* w = op.weights + (c / kDenseChannels * op.depth + k0) * kDenseChannels;
   for (int64_t k = k0; k < k1; ++k, w += kDenseChannels, packed += NV * kLanes) {
     // All inputs are loaded before the weights: sums, inputs and one weight fill the registers.
@@ -151,36 +178,124 @@ void multiply(const Op& op, const DenseTile& tile, int64_t c, int64_t k0, int64_
       for_each<NV>([&](auto i) SPARSE_INLINE { sum[j][i] += weight * x[i]; });
     });
   }
+}
+
+// Write the sums of row r of a tile.
+template <int NV>
+inline SPARSE_INLINE void finish(const Op& op, float* arena, const DenseTile& tile, int64_t r,
+                                 int64_t c, const DenseSums<NV>& sum) {
+  float* out = arena + op.out + r * op.out_row;
+  const float* res = op.res < 0 ? nullptr : arena + op.res + r * op.res_row;
+  const int32_t* mask = op.mask ? op.mask + r * op.mask_row : nullptr;
   for_each<kDenseChannels>([&](auto j) SPARSE_INLINE {
-    if (k1 < op.depth) {
-      for_each<NV>([&](auto i) SPARSE_INLINE { store(partial + (j * NV + i) * kLanes, sum[j][i]); });
-    } else if (c + j < op.channels) {
-      for_each<NV>([&](auto i) SPARSE_INLINE {
-        Vec v = sum[j][i];
-        if (res) v += load(res + (c + j) * op.res_plane + tile.res[i]);
-        if (op.relu) v = maximum(v, Vec{});
-        if (op.mask) v = keep(v, load_mask(op.mask + tile.mask[i]));
-        store(out + (c + j) * op.out_plane + tile.out[i], v);
-      });
+    if (c + j >= op.channels) return;
+    for_each<NV>([&](auto i) SPARSE_INLINE {
+      Vec v = sum[j][i];
+      if (res) v += load(res + (c + j) * op.res_plane + tile.res[i]);
+      if (op.relu) v = maximum(v, Vec{});
+      if (mask) v = keep(v, load_mask(mask + tile.mask[i]));
+      store(out + (c + j) * op.out_plane + tile.out[i], v);
+    });
+  });
+}
+
+// Replace `upper` by upper + sum, and write upper - sum to `lower`.
+template <int NV>
+inline SPARSE_INLINE void add_and_subtract(const DenseSums<NV>& sum, float* upper, float* lower) {
+  for_each<kDenseChannels>([&](auto j) SPARSE_INLINE {
+    for_each<NV>([&](auto i) SPARSE_INLINE {
+      const int64_t at = (j * NV + i) * kLanes;
+      const Vec v = load(upper + at);
+      store(upper + at, v + sum[j][i]);
+      store(lower + at, v - sum[j][i]);
+    });
+  });
+}
+
+// Call f(k0, k1, is_first, is_last) for equal blocks of terms begin <= k < end that fit `packed`.
+template <typename F>
+void for_blocks(int64_t begin, int64_t end, F f) {
+  const int64_t blocks = (end - begin + kDenseDepth - 1) / kDenseDepth;
+  for (int64_t b = 0; b < blocks; ++b) {
+    f(cut(begin, end, b, blocks), cut(begin, end, b + 1, blocks), b == 0, b + 1 == blocks);
+  }
+}
+
+template <int NV>
+void single_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const DenseTile& tile,
+                 float* scratch) {
+  float *packed = scratch, *partials = packed + kDenseDepth * kDenseVectors * kLanes;
+  for_blocks(0, op.depth, [&](int64_t k0, int64_t k1, bool is_first, bool is_last) {
+    pack<NV>(op, arena + op.in, tile, k0, k1, packed);
+    float* partial = partials;
+    for (int64_t c = op.part_begin[p0]; c < op.part_begin[p1]; c += kDenseChannels) {
+      DenseSums<NV> sum;
+      if (is_first) start<NV>(op, c, sum);
+      else load_sums<NV>(partial, sum);
+      multiply<NV>(op, c, k0, k1, packed, sum);
+      if (is_last) finish<NV>(op, arena, tile, 0, c, sum);
+      else store_sums<NV>(sum, partial);
+      partial += kDenseChannels * NV * kLanes;
     }
   });
 }
 
+// Two rows of outputs y from four products m, Winograd's F(2, 3) down the rows (Lavin and Gray,
+// "Fast Algorithms for Convolutional Neural Networks", CVPR 2016): y0 = m1 + m2 + m0 and
+// y1 = m1 - m2 + m3. The products come in this order.
 template <int NV>
-void dense_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const DenseTile& tile,
-                float* scratch) {
-  float* packed = scratch;
-  float* partials = scratch + kDenseDepth * kDenseVectors * kLanes;
+void paired_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const DenseTile& tile,
+                 float* scratch) {
+  constexpr int64_t step = kDenseChannels * NV * kLanes;
   const int64_t first = op.part_begin[p0], end = op.part_begin[p1];
-  const float* res = op.res < 0 ? nullptr : arena + op.res;
-  const int64_t blocks = (op.depth + kDenseDepth - 1) / kDenseDepth;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t k0 = cut(0, op.depth, block, blocks), k1 = cut(0, op.depth, block + 1, blocks);
-    pack<NV>(op, arena + op.in, tile, k0, k1, packed);
-    for (int64_t c = first; c < end; c += kDenseChannels) {
-      multiply<NV>(op, tile, c, k0, k1, packed, partials + (c - first) * NV * kLanes,
-                   arena + op.out, res);
+  float *packed = scratch, *upper = packed + kDenseDepth * kDenseVectors * kLanes;
+  float* lower = upper + (end - first + kDenseChannels) * kDenseVectors * kLanes;
+  int64_t begin = 0;
+  for (int product = 0; product < 4; begin += op.counts[product++]) {
+    const int64_t row = product - 2;  // that the product completes
+    if (row >= 0 && (row < tile.begin || row >= tile.end)) continue;
+    float* const partials = product % 2 == 0 ? upper : lower;
+    for_blocks(begin, begin + op.counts[product],
+               [&](int64_t k0, int64_t k1, bool is_first, bool is_last) {
+      pack<NV>(op, arena + op.in, tile, k0, k1, packed);
+      for (int64_t c = first, at = 0; c < end; c += kDenseChannels, at += step) {
+        DenseSums<NV> sum{};
+        if (is_first && product == 0) start<NV>(op, c, sum);
+        if (!is_first || product >= 2) load_sums<NV>(partials + at, sum);
+        multiply<NV>(op, c, k0, k1, packed, sum);
+        if (is_last && row >= 0) {
+          finish<NV>(op, arena, tile, row, c, sum);
+        } else if (is_last && product == 1) {
+          add_and_subtract<NV>(sum, upper + at, lower + at);
+        } else {
+          store_sums<NV>(sum, partials + at);
+        }
+      }
+    });
+  }
+}
+
+// Tiles of `count` rows or pairs of rows from y on, of which rows begin <= r < end are stored.
+void dense_rows(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y, int64_t count,
+                int64_t begin, int64_t end, float* scratch) {
+  const int64_t total = count * op.vectors;
+  const int64_t tiles = (total + kDenseVectors - 1) / kDenseVectors;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = cut(0, total, t, tiles), size = cut(0, total, t + 1, tiles) - first;
+    DenseTile tile{};
+    tile.begin = begin, tile.end = end;
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t row = y + (first + i) / op.vectors * op.tile_rows, x = (first + i) % op.vectors;
+      tile.in[i] = row * op.stride_y * op.in_row + x * op.stride_x * kLanes;
+      tile.out[i] = row * op.out_row + x * kLanes;
+      tile.res[i] = row * op.res_row + x * kLanes;
+      tile.mask[i] = row * op.mask_row + x * kLanes;
     }
+    for_each<kDenseVectors>([&](auto i) SPARSE_INLINE {
+      if (size != i + 1) return;
+      (op.tile_rows == 1 ? single_tile<i + 1> : paired_tile<i + 1>)(op, arena, p0, p1, tile,
+                                                                    scratch);
+    });
   }
 }
 
@@ -188,21 +303,11 @@ void dense_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const DenseT
 
 void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, int64_t y1,
                 float* scratch) {
-  const int64_t total = (y1 - y0) * op.vectors;
-  const int64_t tiles = (total + kDenseVectors - 1) / kDenseVectors;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = cut(0, total, t, tiles), size = cut(0, total, t + 1, tiles) - begin;
-    DenseTile tile{};
-    for (int64_t i = 0; i < size; ++i) {
-      const int64_t y = y0 + (begin + i) / op.vectors, x = (begin + i) % op.vectors;
-      tile.in[i] = y * op.stride_y * op.in_row + x * op.stride_x * kLanes;
-      tile.out[i] = y * op.out_row + x * kLanes;
-      tile.res[i] = y * op.res_row + x * kLanes;
-      tile.mask[i] = y * op.mask_row + x * kLanes;
-    }
-    for_each<kDenseVectors>([&](auto i) SPARSE_INLINE {
-      if (size == i + 1) dense_tile<i + 1>(op, arena, p0, p1, tile, scratch);
-    });
+  const int64_t count = (y1 - y0) / op.tile_rows;
+  dense_rows(op, arena, p0, p1, y0, count, 0, op.tile_rows, scratch);
+  if (count * op.tile_rows < y1 - y0) {  // one row of the last pair is not to be written
+    const int64_t above = y1 < op.rows ? 0 : 1;  // rows of that pair above the last
+    dense_rows(op, arena, p0, p1, y1 - 1 - above, 1, above, above + 1, scratch);
   }
   fill_halo(op, arena + op.out, y0, y1, op.part_begin[p0], op.part_begin[p1]);
 }
@@ -210,7 +315,7 @@ void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, 
 int64_t scratch_floats(const Op& op) {
   const int64_t channels = op.channels + kDenseChannels;  // whole groups
   if (op.kind == kSparseConv) return channels * kMaxTile * kLanes;
-  if (op.kind == kDenseConv) return (kDenseDepth + channels) * kDenseVectors * kLanes;
+  if (op.kind == kDenseConv) return (kDenseDepth + 2 * channels) * kDenseVectors * kLanes;
   return 0;
 }
 

@@ -37,7 +37,7 @@ struct Op {
   int64_t halo;                     // of the output, vectors on each side
   int64_t stride_y, stride_x;       // input rows per output row, input vectors per output vector
   int64_t relu;
-  int64_t tile_rows, tile_vectors;  // of a sparse convolution
+  int64_t tile_rows, tile_vectors;  // of a convolution; dense: 1 row, or 2 by F(2, 3)
   int64_t group;                    // output channels computed together: 1, 2 or 4
   int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections
   int64_t depth;                    // terms per output: dense convolution, linear; pool: window;
@@ -50,13 +50,15 @@ struct Op {
   const int32_t* moves;             // [4][lanes] Grid.moves of the output, null with one band
   const int32_t* row_begin;         // sparse linear: [channels + 1] into connections
   const int32_t* row_channel;       // [channels] in the order of computation, part by part
-  const int32_t* counts;            // [parts][blocks][groups][2^group - 1] connections by pattern
+  const int32_t* counts;            // [parts][blocks][groups][2^group - 1] connections by pattern;
+                                    // dense, of 2 rows: [4] terms of each product
   const int64_t* part_begin;        // [parts + 1] first channel of each part, a multiple of 4
   const int64_t* part_stream;       // [parts] where the connections of a part begin
   const float* connections;         // in the order of use: offset from the tile's first input
                                     // vector, in floats, and one weight per channel of the pattern
   const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth]
-  const int32_t* offsets;           // dense: [depth]; input: [vectors][lanes] pixel of row 0, or
+  const int32_t* offsets;           // dense: [depth], of 2 rows: [depth][3] two and the sign of
+                                    // the second; input: [vectors][lanes] pixel of row 0, or
                                     // -1; output, repack: [rows][vectors][lanes] where in the
                                     // channel, or -1; pool: [width][lanes] valid input columns,
                                     // then valid rows, from -pad on

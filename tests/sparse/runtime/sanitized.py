@@ -18,7 +18,7 @@ from sparse.runtime import plan as plans
 from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Layer
-from sparse.runtime.plan import Choice, Plan, can_be_sparse
+from sparse.runtime.plan import Choice, Plan, can_be_sparse, dense_choices
 
 
 def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[Layer]:
@@ -86,7 +86,7 @@ def main(library: str) -> None:
             for step in plan.convolutions():
                 assert isinstance(step.target, Map)
                 if dense:
-                    plan.choose(step, Choice(dense=True))
+                    plan.choose(step, dense_choices(step)[-1])
                 elif can_be_sparse(step):
                     group = 1 if step.stride[1] > 1 else max(kernels.max_tiles)
                     rows = min(3, kernels.max_tiles[group])

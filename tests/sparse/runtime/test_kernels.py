@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparse.runtime import graph, native
 from sparse.runtime.lower import lower
 from sparse.runtime.network import Program
-from sparse.runtime.plan import Choice, Plan, can_be_sparse
+from sparse.runtime.plan import Choice, Plan, can_be_sparse, dense_choices
 from sparse.runtime.tables import DENSE_CHANNELS
 
 TOLERANCE = 1e-4
@@ -42,7 +42,9 @@ def run(
     size = tuple(images.shape[1:])
     plan = Plan(layers, size, lanes=kernels.num_lanes, num_parts=threads)
     for step in plan.convolutions():
-        if choice is not None and (choice.dense or can_be_sparse(step)):
+        if choice is not None and choice.dense:
+            plan.choose(step, choice if choice in dense_choices(step) else Choice(dense=True))
+        elif choice is not None and can_be_sparse(step):
             plan.choose(step, choice)
     return Program(plan, kernels, threads).run(images)
 
@@ -109,13 +111,14 @@ def test_convolutions_equal_torch(
     group = 1 if strided else data.draw(st.sampled_from(sorted(each_kernels.max_tiles)))
     most = each_kernels.max_tiles[group]
     rows = data.draw(st.integers(1, min(7, most)))
-    choice = Choice(
-        dense=data.draw(st.booleans()),
+    sparse = Choice(
         group=group,
         tile_rows=rows,
         tile_vectors=data.draw(st.integers(1, min(8, most // rows))),
         num_blocks=data.draw(st.sampled_from([1, 2, 3, 9])),
     )
+    dense = Choice(dense=True, tile_rows=data.draw(st.sampled_from([1, 2])))
+    choice = data.draw(st.sampled_from([sparse, dense]))
     with torch.no_grad():
         wanted = model(image[None])
     assert_close(run(model, image[None], each_kernels, threads=threads, choice=choice), wanted)
@@ -191,6 +194,29 @@ def test_channels_beyond_a_group_of_the_dense_kernel_stay_untouched(
         with torch.no_grad():
             wanted = model(images)
         assert_close(run(model, images, kernels, choice=Choice(dense=True)), wanted)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 1), (6, 1), (5, 2), (7, 2), (9, 2)])
+def test_rows_computed_in_pairs_equal_torch(
+    each_kernels: native.Kernels, kernel: int, stride: int
+) -> None:
+    model = Convolution(
+        relu=True,
+        add=True,
+        in_channels=3,
+        out_channels=6,
+        kernel_size=kernel,
+        stride=stride,
+        padding=kernel // 2,
+    )
+    for height in range(2 * stride, 9 * stride):
+        images = torch.randn(1, 3, height, 20)
+        with torch.no_grad():
+            wanted = model(images)
+        for threads in (1, 2):
+            choice = Choice(dense=True, tile_rows=2)
+            found = run(model, images, each_kernels, threads=threads, choice=choice)
+            assert_close(found, wanted)
 
 
 def test_an_image_without_output_is_refused(kernels: native.Kernels) -> None:
