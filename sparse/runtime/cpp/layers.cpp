@@ -110,6 +110,7 @@ namespace {
 float sparse_dot(const float* p, int64_t n, const float* x) {
   float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
   for (; n >= 4; n -= 4, p += 8) {
+    __builtin_prefetch(p + kStreamAhead);
     s0 += p[1] * x[offset_at(p)];
     s1 += p[3] * x[offset_at(p + 2)];
     s2 += p[5] * x[offset_at(p + 4)];
