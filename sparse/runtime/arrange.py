@@ -14,6 +14,7 @@ MAX_GROWTH = 1.2  # of a row, to spare its readers a repacking
 LINEAR_DENSITY = 0.3
 BYTES_PER_VECTOR = 20  # that the caches move while a vector is multiplied and added
 LEVELS = (4, 8)  # by which bands of the image are a multiple: the layers' strides divide them
+MAX_COST = 0.99  # of bands against none: the estimate is no better than that
 MAX_WASTE = 1.02  # lanes of an image of several bands, per pixel
 REPACK_COST = 16  # of a vector that is put together lane by lane
 
@@ -272,13 +273,15 @@ class Arrangement:
 
 
 def arrange(layers: Sequence[Layer], size: tuple[int, int, int], *, lanes: int) -> Arrangement:
-    """Return the arrangement of the least estimated cost: of one band, or of several.
+    """Return the arrangement of the least estimated cost: of several bands if they gain enough.
 
     Args and errors are those of `Arrangement`.
     """
-    grids = [None, *banded_grids(size[1], size[2], lanes=lanes)]
-    found = [Arrangement(layers, size, lanes=lanes, grid=grid) for grid in grids]
-    return min(found, key=Arrangement.cost)
+    plain = Arrangement(layers, size, lanes=lanes)
+    grids = banded_grids(size[1], size[2], lanes=lanes)
+    banded = [Arrangement(layers, size, lanes=lanes, grid=grid) for grid in grids]
+    best = min(banded, key=Arrangement.cost, default=plain)
+    return best if best.cost() <= MAX_COST * plain.cost() else plain
 
 
 def banded_grids(height: int, width: int, *, lanes: int) -> list[Grid]:

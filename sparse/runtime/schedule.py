@@ -1,12 +1,14 @@
 """The order of execution: layers one after the other, or a few rows of several layers in turn.
 
 Activations of high resolution are larger than a core's cache. Where the weights of successive
-layers fit the cache together, the layers form a group, and a few rows go through the whole group
-before the next rows: what a layer writes is read while it is still near.
+layers fit the cache together, and are few enough to wait for activations, the layers form a group,
+and a few rows go through the whole group before the next rows: what a layer writes is read while it
+is still near. With bands, whose first rows border on the last of others, a layer begins with its
+last rows.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +18,8 @@ from sparse.runtime.lower import Layer
 
 GROUP_SHARE = 1 / 5  # of a core's cache: weights of a group
 CHUNK_SHARE = 1 / 2  # of it: activations of a group that are in use at a time
-MAX_CHUNK_BYTES = 512 * 1024
+MAX_CHUNK_BYTES = 256 * 1024
+MAX_WORK = 0.3  # multiply-adds of vectors per byte of activations, beyond which they do not wait
 MIN_CHUNK_VECTORS = 7  # per channel of the last member: less does not fill a tile
 
 
@@ -62,7 +65,7 @@ def group(steps: Sequence[Stage]) -> list[range]:
     open_bytes = full  # of the last group; nothing can join at first
     for block in _blocks(steps):
         size = sum(_weight_bytes(steps[i]) for i in block)
-        if size > most or not all(_by_rows(steps[i]) for i in block):
+        if size > most or not _gains(steps, block):
             groups += [range(i, i + 1) for i in block]
             open_bytes = full
         elif open_bytes + size <= most and _is_shallow(steps, groups[-1].start, block.stop):
@@ -72,6 +75,20 @@ def group(steps: Sequence[Stage]) -> list[range]:
             groups.append(block)
             open_bytes = size
     return groups
+
+
+def _gains(steps: Sequence[Stage], block: range) -> bool:
+    """Tell whether a block can be executed row by row, and waits for activations if it is not."""
+    if not all(_by_rows(steps[i]) for i in block):
+        return False
+    largest = work = moved = 0
+    for i in block:
+        step = steps[i]
+        sizes = [4 * v.size for v in (step.source, step.residual, step.target) if v is not None]
+        largest, moved = max(largest, *sizes), moved + sum(sizes)
+        if step.layer is not None and isinstance(step.target, Map):
+            work += step.layer.num_active * step.target.rows * step.target.vectors
+    return largest > core_cache() and work <= MAX_WORK * moved
 
 
 def _is_shallow(steps: Sequence[Stage], begin: int, end: int) -> bool:
@@ -123,48 +140,73 @@ def _pieces(steps: Sequence[Stage], members: range) -> list[Piece]:
     least, row_bytes = _chunk_size(steps, members)
     chunk = max(least, int(_chunk_limit() / row_bytes))
     rows = num_rows(steps[members[-1]])
-    done = dict.fromkeys(members, 0)
+    first = _first_rows(steps, members)
+    done = dict(first)
     pieces = []
     for goal in range(chunk, rows + chunk, chunk):
-        need = _needs(steps, members, min(goal, rows))
+        need = _needs(steps, members, first, min(goal, rows))
         for i in members:
-            if need[i] > done[i]:
-                pieces.append(Piece(i, done[i], need[i]))
-                done[i] = need[i]
+            pieces += _cyclic(i, done[i], need[i], num_rows(steps[i]))
+            done[i] = need[i]
     return pieces
 
 
-def _needs(steps: Sequence[Stage], members: range, goal: int) -> dict[int, int]:
-    """Return how many first rows of each member are read, directly or not, for those of the last.
+def _cyclic(step: int, begin: int, end: int, rows: int) -> list[Piece]:
+    """Return the pieces of rows begin .. end - 1, of which -1 is the last."""
+    cut = [Piece(step, begin + rows, min(end, 0) + rows), Piece(step, max(begin, 0), end)]
+    return [piece for piece in cut if piece.begin < piece.end <= rows]
+
+
+def _first_rows(steps: Sequence[Stage], members: range) -> dict[int, int]:
+    """Return the row with which each member begins: a band's first rows need another's last."""
+    first = dict.fromkeys(members, 0)
+    for j in reversed(members):
+        for i in members:
+            if i < j and (read := rows_read(steps[j], steps[i].target, first[j], first[j] + 1)):
+                first[i] = max(min(first[i], read.start), -num_rows(steps[i]))
+    return first
+
+
+def _needs(
+    steps: Sequence[Stage], members: range, first: Mapping[int, int], goal: int
+) -> dict[int, int]:
+    """Return the end of the rows of each member that are read, directly or not, for the last's.
 
     The last chunk asks for all rows, so that nothing is left for readers outside the group.
     """
+    most = {i: first[i] + num_rows(steps[i]) for i in members}
     if goal == num_rows(steps[members[-1]]):
-        return {i: num_rows(steps[i]) for i in members}
-    need = dict.fromkeys(members, 0)
+        return most
+    need = dict(first)
     need[members[-1]] = goal
     for j in reversed(members):
         for i in members:
-            if i < j and need[j] > 0 and (read := rows_read(steps[j], steps[i].target, need[j])):
-                need[i] = max(need[i], min(read, num_rows(steps[i])))
+            if i < j and (read := rows_read(steps[j], steps[i].target, first[j], need[j])):
+                need[i] = max(need[i], min(read.stop, most[i]))
     return need
 
 
-def rows_read(step: Stage, value: Value | None, end: int) -> int:
-    """Return the end of the rows of `value` that a step reads for its rows below `end`."""
-    read = 0
+def rows_read(step: Stage, value: Value | None, begin: int, end: int) -> range:
+    """Return the rows of `value` that a step reads for its rows begin .. end - 1.
+
+    With bands, rows before the first are the last of a band, and those after the last the first.
+    """
+    if begin >= end or not isinstance(value, Map):
+        return range(0)
+    if value is step.source and _reads_all(step):
+        return range(value.rows)
+    read = range(begin, end) if value is step.residual else range(0)
     if value is step.source:
         layer = step.layer
         kernel, padding, dilation = (1, 0, 1)
         if layer is not None:
             kernel, padding, dilation = layer.kernel[0], layer.padding[0], layer.dilation[0]
-        read = (end - 1) * step.stride[0] + (kernel - 1) * dilation - padding + 1
-        if _reads_all(step):
-            assert isinstance(step.source, Map)
-            read = step.source.rows
-    if value is step.residual:
-        read = max(read, end)
-    return read
+        start = begin * step.stride[0] - padding
+        stop = (end - 1) * step.stride[0] - padding + (kernel - 1) * dilation + 1
+        read = range(min(read.start, start), max(read.stop, stop)) if read else range(start, stop)
+    if value.grid.bands > 1:
+        return read
+    return range(max(read.start, 0), min(read.stop, value.rows))
 
 
 def may_overwrite(steps: Sequence[Stage], pieces: Sequence[Piece], writer: int) -> bool:
@@ -173,16 +215,14 @@ def may_overwrite(steps: Sequence[Stage], pieces: Sequence[Piece], writer: int) 
     It may if no other step reads a row of the residual after it was overwritten.
     """
     value = steps[writer].residual
-    written = 0
+    assert value is not None
+    written: set[int] = set()
     for piece in pieces:
-        step = steps[piece.step]
         if piece.step == writer:
-            written = piece.end
-        elif value is step.source or value is step.residual:
-            padding = step.layer.padding[0] if step.layer is not None else 0
-            if value is step.source and _reads_all(step) and written > 0:
-                return False
-            if piece.begin * step.stride[0] - padding < written:
+            written.update(range(piece.begin, piece.end))
+        else:
+            read = rows_read(steps[piece.step], value, piece.begin, piece.end)
+            if any(y % value.rows in written for y in read):
                 return False
     return True
 
@@ -198,17 +238,15 @@ def num_rows(step: Stage) -> int:
 
 
 def _reads_all(step: Stage) -> bool:
-    """Tell whether the first rows of a step's output may need the last rows of its input.
-
-    They do where a band borders on another, and where a repacking changes the bands.
-    """
-    values = [value for value in (step.source, step.target) if isinstance(value, Map)]
-    window = step.layer is None or step.layer.kernel[0] > 1
-    return window and any(value.grid.bands > 1 for value in values)
+    """Tell whether any rows of a step's output need all of its input, as where bands change."""
+    source, target = step.source, step.target
+    if not (isinstance(source, Map) and isinstance(target, Map)):
+        return True
+    return source.grid.bands != target.grid.bands
 
 
 def _by_rows(step: Stage) -> bool:
-    return isinstance(step.target, Map) and not _reads_all(step)
+    return isinstance(step.target, Map) and (step.source is None or not _reads_all(step))
 
 
 def _weight_bytes(step: Stage) -> int:

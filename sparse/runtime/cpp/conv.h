@@ -17,7 +17,7 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 constexpr int kMaxTile = 14;      // vectors of a sparse tile of one channel
-constexpr int kAhead = 2;         // groups of channels between the fetch of a tile and its use
+constexpr int kAhead = 2;         // channels or groups of them between a fetch and its use
 constexpr int kStreamAhead = 256;  // words between the fetch of a connection and its use
 constexpr int kLineFloats = 16;   // of a cache line
 constexpr int kDenseChannels = 4;

@@ -69,6 +69,9 @@ void max_pool(const Op& op, float* arena, int64_t y0, int64_t y1) {
           const Mask valid_row = load_mask(valid_rows + row * kLanes);
           const float* p = in + (row - op.pad) * op.in_row + (first - op.pad) * kLanes;
           const int32_t* valid = op.offsets + first * kLanes;
+          for (int64_t dx = 0; dx < op.stride_x; ++dx) {
+            __builtin_prefetch(p + kAhead * op.in_plane + dx * kLanes);
+          }
           for (int64_t dx = 0; dx < op.depth; ++dx) {
             const Vec v = load(p + dx * kLanes);
             best = maximum((load_mask(valid + dx * kLanes) & valid_row) ? v : lowest, best);
