@@ -36,8 +36,9 @@ class Pool {
 
   int size() const { return int(workers_.size()) + 1; }
 
-  // Call task(index, thread) once for each index below `count` and return when all are done. One
-  // caller at a time.
+  // Call task(index, thread) once for each index below `count` and return when all are done. The
+  // first indices are those of the threads: in the coming layer a thread finds in its cache what it
+  // writes now. One caller at a time.
   void run(int64_t count, const std::function<void(int64_t, int)>& task) {
     if (workers_.empty() || count < 2) {
       for (int64_t i = 0; i < count; ++i) task(i, 0);
@@ -45,7 +46,7 @@ class Pool {
     }
     task_ = &task;
     count_ = count;
-    next_.store(0, std::memory_order_relaxed);
+    next_.store(size(), std::memory_order_relaxed);
     busy_.store(int(workers_.size()), std::memory_order_relaxed);
     caller_processor_.store(processor(), std::memory_order_relaxed);
     {
@@ -103,7 +104,7 @@ class Pool {
 #endif
 
   void work(const std::function<void(int64_t, int)>& task, int64_t count, int thread) {
-    for (int64_t i = next_.fetch_add(1); i < count; i = next_.fetch_add(1)) task(i, thread);
+    for (int64_t i = thread; i < count; i = next_.fetch_add(1)) task(i, thread);
   }
 
   void serve(int thread) {
