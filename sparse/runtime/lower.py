@@ -104,7 +104,7 @@ class _Lowering:
         name = node.parameters + "weight"
         shared = self._readers[node.parameters] > 1
         weight = self._state[name] if shared else self._state.pop(name)
-        return weight.float().numpy()
+        return np.array(weight.float().numpy())  # its own: folding changes it
 
     def _conv(self, node: Node) -> None:
         weight = self._weight(node)
@@ -158,7 +158,7 @@ class _Lowering:
             return
         assert conv.weight is not None
         assert conv.bias is not None
-        conv.weight = (conv.weight * scale[:, None, None, None]).astype(np.float32)
+        np.multiply(conv.weight, scale[:, None, None, None], out=conv.weight, casting="same_kind")
         conv.bias = (conv.bias * scale + shift).astype(np.float32)
         self._values[node.name] = conv.name
 

@@ -72,27 +72,31 @@ def sparse_table(
     """
     assert layer.weight is not None
     weight = layer.weight
-    out, tap_in, i, j = np.nonzero(weight)
-    taps = offsets(layer, source)
-    nearness = np.empty(taps.size, np.int64)  # rank of a tap in the order of memory
-    nearness[np.argsort(taps.ravel(), kind="stable")] = np.arange(taps.size)
-    tap = tap_in + out // (len(weight) // layer.groups) * weight.shape[1]
-    tap = nearness.reshape(taps.shape)[tap, i, j]
+    active = np.flatnonzero(weight)
+    values = weight.ravel()[active]
+    out, tap = (part.astype(np.int32) for part in np.divmod(active, weight[0].size))
+    tap += out // (len(weight) // layer.groups) * weight[0].size
+    taps = offsets(layer, source).ravel()
+    by_place = np.argsort(taps, kind="stable")
+    nearness = np.empty(taps.size, np.int32)  # rank of a tap in the order of memory
+    nearness[by_place] = np.arange(taps.size)
 
     bounds = split(layer.channels, num_parts)
     part_of = np.repeat(np.arange(num_parts), np.diff(bounds))
     order = np.lexsort((-np.bincount(out, minlength=layer.channels), part_of))
-    place = np.empty_like(order)
+    place = np.empty(layer.channels, np.int32)
     place[order] = np.arange(layer.channels)
 
     # Connections to the channels of a group from one tap become one entry of the stream.
     num_groups = -(-layer.channels // group)
-    by_tap = np.argsort((place[out] // group * taps.size + tap) * group + place[out] % group)
-    entry = (place[out] // group * taps.size + tap)[by_tap]
+    row = place[out]
+    entry = (row // group).astype(np.int64) * taps.size + nearness[tap]
+    by_tap = np.argsort(entry * group + row % group)
+    entry, member, values = entry[by_tap], row[by_tap] % group, values[by_tap]
+    del active, out, tap, row, by_tap  # each of them as large as the weights
     begin = np.flatnonzero(np.diff(entry, prepend=-1))  # of each entry among the connections
-    member = place[out][by_tap] % group
     pattern = np.add.reduceat(1 << member, begin) if len(begin) else begin
-    owner, tap = np.divmod(entry[begin], taps.size)
+    owner, tap = (part.astype(np.int32) for part in np.divmod(entry[begin], taps.size))
 
     # Every list (group, pattern) is cut into blocks of equal size.
     patterns = (1 << group) - 1
@@ -105,14 +109,14 @@ def sparse_table(
     part = part_of[order[::group]][listed // patterns]
     stream = np.lexsort((listed, block, part))
     chosen = by_list[stream]
+    del entry, member, owner, pattern, by_list, index
 
-    sizes = np.diff(begin, append=len(out))[chosen]
+    sizes = np.diff(begin, append=len(values))[chosen]
     position = np.cumsum(1 + sizes) - (1 + sizes)
-    connections = np.empty(len(chosen) + len(out), np.float32)
-    connections.view(np.int32)[position] = np.sort(taps.ravel(), kind="stable")[tap[chosen]]
-    within = np.arange(len(out)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    flat = weight[out, tap_in, i, j][by_tap]
-    connections[np.repeat(position + 1, sizes) + within] = flat[
+    connections = np.empty(len(chosen) + len(values), np.float32)
+    connections.view(np.int32)[position] = taps[by_place][tap[chosen]]
+    within = np.arange(len(values)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    connections[np.repeat(position + 1, sizes) + within] = values[
         np.repeat(begin[chosen], sizes) + within
     ]
     first = bounds // group  # group of each part
