@@ -174,11 +174,13 @@ def compare(
     return {
         "clock": "processor" if threads == 1 else "wall",
         "milliseconds": {name: round(statistics.median(t), 3) for name, t in times.items()},
-        "ratio": {
-            name: round(statistics.median(np.divide(times[name], times["sparse"]).tolist()), 3)
-            for name in rivals
-        },
+        "ratio": {name: median_ratio(times[name], times["sparse"]) for name in rivals},
     }
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Return the median over pairs."""
+    return round(statistics.median(np.divide(times, others).tolist()), 3)
 
 
 def compare_threads(own: Mapping[int, runtime.Network], rounds: int) -> dict[str, Any]:
@@ -188,10 +190,7 @@ def compare_threads(own: Mapping[int, runtime.Network], rounds: int) -> dict[str
     runs: dict[str, Run] = {str(threads): network for threads, network in own.items()}
     times = interleave(runs, images, rounds=rounds, clock=time.perf_counter)
     one = times[str(min(own))]
-    return {
-        name: round(statistics.median(np.divide(one, found).tolist()), 3)
-        for name, found in times.items()
-    }
+    return {name: median_ratio(one, found) for name, found in times.items()}
 
 
 def profile(network: runtime.Network, rounds: int) -> list[dict[str, Any]]:

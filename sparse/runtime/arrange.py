@@ -8,7 +8,7 @@ from sparse.runtime.graph import INPUT
 from sparse.runtime.layout import Grid, Map, Value, Vector, best_grid, out_size, reach
 from sparse.runtime.lower import Array, Layer
 from sparse.runtime.memory import place
-from sparse.runtime.schedule import group, schedule
+from sparse.runtime.schedule import group, maps_of, schedule, work_of
 
 MAX_GROWTH = 1.2  # of a row, to spare its readers a repacking
 LINEAR_DENSITY = 0.3
@@ -95,15 +95,11 @@ class Arrangement:
         alone = {members.start for members in self.groups if len(members) == 1}
         total = 0.0
         for i, step in enumerate(self.steps):
-            maps = [v for v in (step.source, step.residual, step.target) if isinstance(v, Map)]
-            moved = sum(4 * value.size for value in maps) / BYTES_PER_VECTOR if i in alone else 0
-            work = 0
-            target = step.target
-            vectors = target.rows * target.vectors if isinstance(target, Map) else 1
-            if step.layer is not None:
-                work = step.layer.num_active * vectors
-            elif isinstance(target, Map) and not step.moves_whole():
-                work = REPACK_COST * target.channels * vectors
+            sizes = [4 * value.size for value in maps_of(step)]
+            moved = sum(sizes) / BYTES_PER_VECTOR if i in alone else 0
+            work, target = work_of(step), step.target
+            if step.layer is None and isinstance(target, Map) and not step.moves_whole():
+                work = REPACK_COST * target.channels * target.rows * target.vectors
             total += max(work, moved)
         return total
 

@@ -81,14 +81,22 @@ def _gains(steps: Sequence[Stage], block: range) -> bool:
     """Tell whether a block can be executed row by row, and waits for activations if it is not."""
     if not all(_by_rows(steps[i]) for i in block):
         return False
-    largest = work = moved = 0
-    for i in block:
-        step = steps[i]
-        sizes = [4 * v.size for v in (step.source, step.residual, step.target) if v is not None]
-        largest, moved = max(largest, *sizes), moved + sum(sizes)
-        if step.layer is not None and isinstance(step.target, Map):
-            work += step.layer.num_active * step.target.rows * step.target.vectors
-    return largest > core_cache() and work <= MAX_WORK * moved
+    sizes = [4 * value.size for i in block for value in maps_of(steps[i])]
+    work = sum(work_of(steps[i]) for i in block)
+    return max(sizes) > core_cache() and work <= MAX_WORK * sum(sizes)
+
+
+def maps_of(step: Stage) -> list[Map]:
+    """Return the maps that a step reads and writes."""
+    values = (step.source, step.residual, step.target)
+    return [value for value in values if isinstance(value, Map)]
+
+
+def work_of(step: Stage) -> int:
+    """Return the multiply-adds of vectors of a step."""
+    target = step.target
+    vectors = target.rows * target.vectors if isinstance(target, Map) else 1
+    return step.layer.num_active * vectors if step.layer is not None else 0
 
 
 def _is_shallow(steps: Sequence[Stage], begin: int, end: int) -> bool:
@@ -161,8 +169,8 @@ def _first_rows(steps: Sequence[Stage], members: range) -> dict[int, int]:
     """Return the row with which each member begins: a band's first rows need another's last."""
     first = dict.fromkeys(members, 0)
     for j in reversed(members):
-        for i in members:
-            if i < j and (read := rows_read(steps[j], steps[i].target, first[j], first[j] + 1)):
+        for i in range(members.start, j):
+            if read := rows_read(steps[j], steps[i].target, first[j], first[j] + 1):
                 first[i] = max(min(first[i], read.start), -num_rows(steps[i]))
     return first
 
@@ -180,8 +188,8 @@ def _needs(
     need = dict(first)
     need[members[-1]] = goal
     for j in reversed(members):
-        for i in members:
-            if i < j and (read := rows_read(steps[j], steps[i].target, first[j], need[j])):
+        for i in range(members.start, j):
+            if read := rows_read(steps[j], steps[i].target, first[j], need[j]):
                 need[i] = max(need[i], min(read.stop, most[i]))
     return need
 

@@ -191,10 +191,11 @@ def paired_table(layer: Layer, source: Map, *, num_parts: int) -> DenseTable:
 
 def _by_channels(flat: Array) -> Array:
     """Return weights (out, terms) as (out / 4, terms, 4), with zeros for channels that lack."""
-    padded = np.zeros((-(-len(flat) // DENSE_CHANNELS) * DENSE_CHANNELS, flat.shape[1]))
+    channels = -(-len(flat) // DENSE_CHANNELS) * DENSE_CHANNELS
+    padded = np.zeros((channels, flat.shape[1]), np.float32)
     padded[: len(flat)] = flat
     packed = padded.reshape(-1, DENSE_CHANNELS, flat.shape[1]).transpose(0, 2, 1)
-    return np.ascontiguousarray(packed, np.float32)
+    return np.ascontiguousarray(packed)
 
 
 def expand_groups(layer: Layer) -> Array:

@@ -124,21 +124,26 @@ struct DenseTile {
 template <int NV>
 using DenseSums = Vec[kDenseChannels][NV];
 
-// Terms k0 <= k < k1 of the vectors of a tile. Those of pairs are of two vectors each.
+// Terms k0 <= k < k1 of the vectors of a tile.
 template <int NV>
 void pack(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int64_t k1,
           float* packed) {
   for (int64_t k = k0; k < k1; ++k, packed += NV * kLanes) {
-    if (op.tile_rows == 1) {
-      const float* source = in + op.offsets[k];
-      for_each<NV>([&](auto i) SPARSE_INLINE { store(packed + i * kLanes, load(source + tile.in[i])); });
-    } else {
-      const float *source = in + op.offsets[3 * k], *other = in + op.offsets[3 * k + 1];
-      const Vec sign = broadcast(float(op.offsets[3 * k + 2]));
-      for_each<NV>([&](auto i) SPARSE_INLINE {
-        store(packed + i * kLanes, load(source + tile.in[i]) + sign * load(other + tile.in[i]));
-      });
-    }
+    const float* source = in + op.offsets[k];
+    for_each<NV>([&](auto i) SPARSE_INLINE { store(packed + i * kLanes, load(source + tile.in[i])); });
+  }
+}
+
+// The same where rows are computed in pairs: a term is of two vectors.
+template <int NV>
+void pack_pairs(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int64_t k1,
+                float* packed) {
+  for (int64_t k = k0; k < k1; ++k, packed += NV * kLanes) {
+    const float *source = in + op.offsets[3 * k], *other = in + op.offsets[3 * k + 1];
+    const Vec sign = broadcast(float(op.offsets[3 * k + 2]));
+    for_each<NV>([&](auto i) SPARSE_INLINE {
+      store(packed + i * kLanes, load(source + tile.in[i]) + sign * load(other + tile.in[i]));
+    });
   }
 }
 
@@ -257,7 +262,7 @@ void paired_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const Dense
     float* const partials = product % 2 == 0 ? upper : lower;
     for_blocks(begin, begin + op.counts[product],
                [&](int64_t k0, int64_t k1, bool is_first, bool is_last) {
-      pack<NV>(op, arena + op.in, tile, k0, k1, packed);
+      pack_pairs<NV>(op, arena + op.in, tile, k0, k1, packed);
       for (int64_t c = first, at = 0; c < end; c += kDenseChannels, at += step) {
         DenseSums<NV> sum{};
         if (is_first && product == 0) start<NV>(op, c, sum);

@@ -36,6 +36,13 @@ def test_a_bottleneck_network_becomes_convolutions_pools_and_one_classifier() ->
 TAIL = ("mean_pool", "linear")
 
 
+def test_folding_leaves_the_tensors_of_the_model_as_they_are() -> None:
+    model = create_model("resnet18", num_classes=7).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lower(graph.trace(model), model.state_dict(), in_channels=3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 class Odd(nn.Module):
     """Things that cannot be folded: a value read twice, a sum with itself, an early ReLU."""
 
