@@ -1,6 +1,6 @@
 """Keep an average of every dense gradient, for the methods that grow by it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from sparse.clock import found_inf, inverse_scale
 def average_gradients(
     averages: dict[str, Tensor],
     weights: Mapping[str, nn.Parameter],
-    names: Iterable[str],
     decay: float,
     optimizer: torch.optim.Optimizer,
 ) -> None:
@@ -21,13 +20,13 @@ def average_gradients(
     that to a fused optimizer, and leave no trace if it found an overflow.
     """
     unscale, overflow = inverse_scale(optimizer), found_inf(optimizer)
-    for name in names:
-        gradient = weights[name].grad
+    for name, weight in weights.items():
+        gradient = weight.grad
         if gradient is None:
             continue
         if name not in averages:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
-            averages[name] = torch.zeros_like(weights[name], dtype=dtype)
+            averages[name] = torch.zeros_like(weight, dtype=dtype)
         average = averages[name]
         gradient = gradient.to(average.dtype)
         if unscale is not None:

@@ -19,14 +19,19 @@ class Clock:
 
     @property
     def bound(self) -> int:
-        """An upper bound of the count, known without asking the device."""
+        """An upper bound of the count, known without asking the device.
+
+        Only `tick` and `settle` change it, which all ranks call together: it is the same on all.
+        """
         return self._bound
 
     def read(self) -> int:
         """Give the exact count; waits for the device if steps may have been skipped."""
-        if self._skipped is not None:
-            self._bound -= int(self._skipped.item())
-            self._skipped = None
+        return self._bound - (0 if self._skipped is None else int(self._skipped.item()))
+
+    def settle(self) -> int:
+        """Make the bound exact and give it; waits as `read` does."""
+        self._bound, self._skipped = self.read(), None
         return self._bound
 
     def tick(self, overflow: Tensor | None) -> None:

@@ -12,7 +12,13 @@ from sparse import rng
 from sparse.gates import Gate, zero_inactive
 from sparse.layers import named_parameters
 from sparse.methods import Method
-from sparse.optimizers import has_momentum, learning_rate, momentum_buffer, state_of
+from sparse.optimizers import (
+    has_momentum,
+    holds_state,
+    learning_rate,
+    momentum_buffer,
+    state_of,
+)
 
 GrowInit = Literal["zeros", "gradient", "random"]
 
@@ -65,7 +71,7 @@ class NewConnections:
             _put(weight, fresh, rng.normal(weight.shape, key, weight.device) * deviation)
         elif self.init == "gradient" and gradient is not None:
             _put(weight, fresh, gradient * -learning_rate(optimizer, weight))
-        if self.momentum_scale and gradient is not None:
+        if self.momentum_scale and gradient is not None and holds_state(optimizer, weight):
             buffer = momentum_buffer(optimizer, weight)
             _put(buffer, fresh, gradient * self.momentum_scale)
 
@@ -76,7 +82,7 @@ def disconnect(optimizer: Optimizer, weight: nn.Parameter, gate: Gate, mask: Ten
     New connections then are 0, because they were inactive before.
     """
     gate.update(mask)
-    zero_inactive((tensor, gate) for tensor in (weight, *state_of(optimizer, weight)))
+    zero_inactive((tensor, gate) for tensor in (weight, *state_of(optimizer, weight).values()))
 
 
 def mask_module(module: nn.Module, gates: Mapping[str, Gate]) -> None:

@@ -17,6 +17,11 @@ def has_ranks() -> bool:
     )
 
 
+def is_first_rank() -> bool:
+    """Say whether this process is the one that speaks for all."""
+    return not has_ranks() or distributed.get_rank() == 0
+
+
 def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
     """Compare a digest of every mask across ranks.
 

@@ -210,8 +210,17 @@ def snfs(
             raise ValueError(f"growth {growth!r} has no effect with redistribution 'none'; use set")
         method = GradientMomentum(plan.num_active, window, drop, seed=seed)
     else:
-        baseline = sum(plan.num_active[name] for name in plan.maskable)
-        method = Snfs(baseline, window, drop, tuple(plan.num_active), redistribution, growth, seed)
+        counts = {name: plan.num_active[name] for name in plan.maskable}
+        method = Snfs(
+            sum(counts.values()),
+            window,
+            drop,
+            tuple(plan.num_active),
+            redistribution,
+            growth,
+            seed,
+            num_active=counts,
+        )
     return Sparsifier(
         model,
         optimizer,

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,14 +75,35 @@ def zero_inactive(pairs: Iterable[tuple[Tensor, Gate]]) -> None:
     """Set the inactive entries of tensors of the weights' shapes to exactly 0, in place."""
     layers = []
     for tensor, gate in pairs:
-        if _is_plain(tensor) and gate.fits(tensor) and _compiled_loop() is not None:
+        if _is_compiled(tensor, gate):
             layers.append(gate.layer(tensor))
             torch.autograd.graph.increment_version(tensor)
         else:
             _zero_by_torch(tensor.detach(), gate.inactive)
-    loop = _compiled_loop() if layers else None
-    if loop is not None:
-        loop((_Layer * len(layers))(*layers), len(layers), torch.get_num_threads())
+    loops = _compiled_loop() if layers else None
+    if loops is not None:
+        loops.keep((_Layer * len(layers))(*layers), len(layers), torch.get_num_threads())
+
+
+def count_violations(pairs: Iterable[tuple[Tensor, Gate]]) -> Tensor:
+    """Count the inactive entries of tensors of the weights' shapes that are not exactly 0.
+
+    Returns:
+        int64, one number per pair, on the device of the first tensor. Waits for no device.
+    """
+    pairs = list(pairs)
+    loops = _compiled_loop() if all(_is_compiled(tensor, gate) for tensor, gate in pairs) else None
+    if loops is not None:
+        counts = torch.zeros(len(pairs), dtype=torch.int64)
+        layers = (_Layer * len(pairs))(*(gate.layer(tensor) for tensor, gate in pairs))
+        loops.count(layers, len(pairs), torch.get_num_threads(), counts.data_ptr())
+        return counts
+    return gather(
+        [
+            torch.count_nonzero(tensor.detach().ne(0) & gate.inactive.to(tensor.device))
+            for tensor, gate in pairs
+        ]
+    )
 
 
 def masks_of(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, Tensor]:
@@ -136,23 +158,32 @@ class _Layer(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class _Loops:
+    """The functions of gates.cpp."""
+
+    keep: Callable[[ctypes.Array[_Layer], int, int], None]
+    count: Callable[[ctypes.Array[_Layer], int, int, int], None]
+
+
 @functools.cache
-def _compiled_loop() -> Callable[[ctypes.Array[_Layer], int, int], None] | None:
+def _compiled_loop() -> _Loops | None:
     try:
         library = open_library(LIBRARY.find(cpu_level(), default_cache()))
     except BuildError as error:
         warnings.warn(f"masking gradients takes twice as long on this CPU: {error}", stacklevel=3)
         return None
     assert library["sparse_gates_layer_size"]() == ctypes.sizeof(_Layer)
-    loop = library["sparse_gates_keep"]
-    loop.restype, loop.argtypes = None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-    return loop
+    keep, count = library["sparse_gates_keep"], library["sparse_gates_count"]
+    keep.restype, keep.argtypes = None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    count.restype, count.argtypes = None, (*keep.argtypes, ctypes.c_void_p)
+    return _Loops(keep, count)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Say whether a tensor has memory on the CPU to which compiled code may write behind torch."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
-    return plain and not torch.compiler.is_compiling()
+def _is_compiled(tensor: Tensor, gate: Gate) -> bool:
+    """Say whether compiled code serves a tensor: it is plain memory, laid out as its gate."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return plain and gate.fits(tensor) and _compiled_loop() is not None
 
 
 def _zero_by_torch(tensor: Tensor, inactive: Tensor) -> None:

@@ -1,12 +1,17 @@
 """Find the prunable weights of a model, under the names the bare model gives them."""
 
+import warnings
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGE = 0.05  # share of the parameters
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
 
@@ -27,22 +32,113 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
         ValueError: The model has no such weight, or one that is sharded, not yet created, computed
             from other parameters, or no floating-point tensor of 16, 32 or 64 bits.
     """
+    modules = prunable_modules(model)
+    return parameters_only({name: weight_of(name, module) for name, module in modules.items()})
+
+
+def prunable_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """List the modules that own the weights of `prunable`, under the names of the weights.
+
+    Modules whose weight is computed from other parameters are among them.
+
+    Raises:
+        ValueError: The model has none, or is sharded.
+    """
     model = unwrap(model)
     owners = _owners(model)
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         _refuse_fsdp(name, module)
         if not _is_prunable(module):
             continue
-        weight_name = clean_name(f"{name}.weight" if name else "weight")
-        weight = _own_weight(weight_name, module)
-        if id(weight) not in seen and all(map(_is_prunable, owners[id(weight)])):
-            seen.add(id(weight))
-            found[weight_name] = weight
+        weight = module._parameters.get("weight")
+        if id(weight) not in seen and all(map(_is_prunable, owners.get(id(weight), ()))):
+            found[clean_name(f"{name}.weight" if name else "weight")] = module
+            if weight is not None:
+                seen.add(id(weight))
     if not found:
         raise ValueError("the model has no convolution or linear layer to make sparse")
     return found
+
+
+def weight_of(name: str, module: nn.Module) -> Tensor:
+    """Give the weight of a module: a parameter, or a stand-in where it is computed from others.
+
+    The stand-in has the shape of the weight and no memory: to compute the weight may change what
+    computes it, as spectral normalization does.
+
+    Raises:
+        ValueError: The weight is sharded, not yet created, or no floating-point tensor of 16, 32 or
+            64 bits.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        like = next(module.parameters())
+        return torch.zeros((), dtype=like.dtype, device=like.device).expand(_weight_shape(module))
+    if isinstance(weight, nn.UninitializedParameter):
+        raise ValueError(
+            f"{name} has no shape yet; run the lazy model once before making it sparse"
+        )
+    if weight.dtype not in _DTYPES:
+        raise ValueError(f"{name} has dtype {weight.dtype}; masks need 16, 32 or 64-bit floats")
+    if _is_dtensor(weight):
+        raise ValueError(f"{name} is a DTensor; sharded parameters are not supported, use DDP")
+    return weight
+
+
+def parameters_only(weights: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Refuse weights that are computed from other parameters.
+
+    Raises:
+        ValueError: Names the first one.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    for name, weight in weights.items():
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"{name} is computed from other parameters; remove its parametrization, or keep "
+                "the layer dense with dense_layers"
+            )
+        parameters[name] = weight
+    return parameters
+
+
+def check_owned(modules: Mapping[str, nn.Module], weights: Mapping[str, nn.Parameter]) -> None:
+    """Refuse modules that no longer have the weights they had.
+
+    Raises:
+        RuntimeError: Names the first one.
+    """
+    for name, module in modules.items():
+        if module._parameters.get("weight") is not weights[name]:
+            raise RuntimeError(
+                f"{name} was replaced by another tensor since it was made sparse; make optimizer "
+                "and sparsifier when the model is complete"
+            )
+
+
+def warn_of_dense_weights(model: nn.Module) -> None:
+    """Warn if a large share of the parameters stays dense though nobody asked for it.
+
+    Embeddings and depthwise convolutions do not count: they are dense in all published work.
+    """
+    model, left = unwrap(model), {}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, _ConvNd, nn.Embedding, ParametrizationList)):
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if parameter.dim() > 1:
+                    left[clean_name(name)] = parameter.numel()
+    share = sum(left.values()) / sum(parameter.numel() for parameter in model.parameters())
+    if share < _LARGE:
+        return
+    largest = sorted(left, key=lambda name: -left[name])[:3]
+    others = f" and {len(left) - 3} others" if len(left) > 3 else ""
+    warnings.warn(
+        f"{share:.0%} of the parameters stay dense: {', '.join(largest)}{others} belong neither to "
+        "a convolution nor to a linear layer, and only these become sparse",
+        stacklevel=4,
+    )
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -82,19 +178,14 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
     return owners
 
 
-def _own_weight(name: str, module: nn.Module) -> nn.Parameter:
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise ValueError(f"{name} is computed from other parameters; remove its parametrization")
-    if isinstance(weight, nn.UninitializedParameter):
-        raise ValueError(
-            f"{name} has no shape yet; run the lazy model once before making it sparse"
-        )
-    if weight.dtype not in _DTYPES:
-        raise ValueError(f"{name} has dtype {weight.dtype}; masks need 16, 32 or 64-bit floats")
-    if _is_dtensor(weight):
-        raise ValueError(f"{name} is a DTensor; sharded parameters are not supported, use DDP")
-    return weight
+def _weight_shape(module: nn.Module) -> tuple[int, ...]:
+    if isinstance(module, _ConvNd):
+        channels = module.out_channels, module.in_channels // module.groups
+        if module.transposed:
+            channels = module.in_channels, module.out_channels // module.groups
+        return *channels, *module.kernel_size
+    assert isinstance(module, nn.Linear)
+    return module.out_features, module.in_features
 
 
 def _is_dtensor(weight: Tensor) -> bool:

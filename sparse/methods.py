@@ -248,7 +248,10 @@ class Snip(Method):
     ) -> Tensors:
         missing = masks.keys() - grads.keys()
         if missing:
-            raise RuntimeError(f"SNIP needs the gradient of {min(missing)}, which has none")
+            raise RuntimeError(
+                f"SNIP needs the gradient of {min(missing)}, which has none: if the layer is "
+                "frozen or takes no part in the step, keep it dense with dense_layers"
+            )
         scores = {name: weights[name] * grads[name] for name in masks}
         return prune(scores, masks, self.sparsities, self.scope, count_active)
 

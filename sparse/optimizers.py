@@ -10,12 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparse.rng import is_fake
+
 # Optimizers that move a weight which is zero, with a gradient and a state that are zero too.
 _REFUSED = {
     "LBFGS": "it evaluates the loss itself and mixes all gradients",
     "Muon": "its orthogonalized update moves every entry of a matrix",
     "SparseAdam": "it takes sparse gradients, and a growth signal is dense",
 }
+
+
+# State that every optimizer keeps at 0 where weight and gradient are 0. Other state rests elsewhere
+# (Adamax's exp_inf at its eps, Rprop's step_size at the learning rate) and moves no weight.
+_MOMENTS = frozenset(
+    "momentum_buffer exp_avg exp_avg_sq max_exp_avg_sq square_avg grad_avg acc_delta sum".split()
+)
 
 
 def check_optimizer(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
@@ -28,26 +37,87 @@ def check_optimizer(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -
     kind = type(optimizer).__name__
     if kind in _REFUSED:
         raise ValueError(f"{kind} cannot train sparse weights: {_REFUSED[kind]}; use SGD or AdamW")
-    held = set()
     for group in optimizer.param_groups:
-        held |= {id(parameter) for parameter in group["params"]}
         if group.get("eps") == 0:
             raise ValueError(
                 f"{kind} with eps=0 turns inactive weights into NaN; use a positive eps"
             )
+    check_held(optimizer, weights)
+
+
+def check_held(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
+    """Refuse weights that are trained, but not by the optimizer.
+
+    Raises:
+        ValueError: Names the first one.
+    """
+    held = {id(parameter) for parameter in parameters_of(optimizer)}
     for name, weight in weights.items():
-        if id(weight) not in held:
+        if weight.requires_grad and id(weight) not in held:
             raise ValueError(
                 f"{name} is not among the optimizer's parameters; add it, or keep the layer dense "
                 "with dense_layers"
             )
 
 
-def state_of(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:
-    """Yield the optimizer's state tensors that have one entry per connection."""
-    for value in optimizer.state.get(weight, {}).values():
-        if isinstance(value, Tensor) and value.shape == weight.shape:
-            yield value
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """Yield all parameters of an optimizer."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def state_holder(optimizer: Optimizer) -> Optimizer:
+    """Give the optimizer that holds the state: another one inside of ZeroRedundancyOptimizer."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
+
+
+def holds_state(optimizer: Optimizer, weight: nn.Parameter) -> bool:
+    """Say whether this process holds the optimizer's state of a weight."""
+    return any(parameter is weight for parameter in parameters_of(state_holder(optimizer)))
+
+
+def state_of(optimizer: Optimizer, weight: Tensor) -> dict[str, Tensor]:
+    """Give the optimizer's state tensors that have one entry per connection, by their keys."""
+    state = state_holder(optimizer).state.get(weight, {})
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == weight.shape
+    }
+
+
+def moments_of(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
+    """Give those state tensors that are 0 where a weight and its gradient always were."""
+    state = state_of(optimizer, weight).items()
+    return {key: value for key, value in state if key in _MOMENTS}
+
+
+def lay_out_state(optimizer: Optimizer) -> None:
+    """Lay out state tensors in memory as their parameters are.
+
+    State that was loaded keeps the layout in which it was saved. Fused optimizers go through memory
+    and would pair entries of different connections.
+    """
+    for parameter in parameters_of(optimizer):
+        for key, value in state_of(optimizer, parameter).items():
+            if value.stride() != parameter.stride() and parameter.layout == torch.strided:
+                laid_out = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+                state_holder(optimizer).state[parameter][key] = laid_out.copy_(value)
+
+
+def only_sets_up_state(optimizer: Optimizer) -> bool:
+    """Say whether the coming step is one with which a loop makes the optimizer create its state.
+
+    torch.distributed.checkpoint takes such steps. They can move nothing: the learning rates and all
+    gradients are 0, and there is no state yet. Waits for the device only if the rates are 0.
+    """
+    if any(state_holder(optimizer).state.values()):
+        return False
+    if any(group.get("lr", 1.0) != 0 for group in optimizer.param_groups):
+        return False
+    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+    return not any(is_fake(gradient) or bool(gradient.any()) for gradient in gradients)
 
 
 def learning_rate(optimizer: Optimizer, weight: nn.Parameter) -> float | Tensor:
@@ -59,9 +129,9 @@ def learning_rate(optimizer: Optimizer, weight: nn.Parameter) -> float | Tensor:
     raise AssertionError("the weight was checked to be in the optimizer")
 
 
-def momentum_buffer(optimizer: Optimizer, weight: nn.Parameter) -> Tensor:
+def momentum_buffer(optimizer: Optimizer, weight: Tensor) -> Tensor:
     """Give SGD's momentum buffer of a weight, made of zeros if the first step is yet to come."""
-    state = optimizer.state[weight]
+    state = state_holder(optimizer).state[weight]
     if state.get("momentum_buffer") is None:
         state["momentum_buffer"] = torch.zeros_like(weight)
     buffer: Tensor = state["momentum_buffer"]
@@ -74,35 +144,34 @@ def create_momentum_buffers(optimizer: Optimizer) -> None:
     Its fused kernel allocates them without a value, and leaves them so if a GradScaler makes it
     skip the first step: training would go on from whatever the memory held.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                momentum_buffer(optimizer, parameter)
+    for parameter in parameters_of(state_holder(optimizer)):
+        if parameter.grad is not None:
+            momentum_buffer(optimizer, parameter)
 
 
 def has_momentum(optimizer: Optimizer) -> bool:
     """Say whether this is SGD with momentum, whose buffers `momentum_buffer` gives."""
-    return all(group.get("momentum", 0.0) > 0.0 for group in optimizer.param_groups) and (
-        "SGD" in type(optimizer).__name__
+    holder = state_holder(optimizer)
+    return all(group.get("momentum", 0.0) > 0.0 for group in holder.param_groups) and (
+        "SGD" in type(holder).__name__
     )
 
 
-def withhold_gradients(optimizer: Optimizer) -> list[tuple[nn.Parameter, Tensor]]:
+def withhold_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
     """Take all gradients away, so that the optimizer's step moves nothing.
 
     Returns:
         What `restore_gradients` needs to bring them back.
     """
     withheld = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                withheld.append((parameter, parameter.grad))
-                parameter.grad = None
+    for parameter in parameters_of(optimizer):
+        if parameter.grad is not None:
+            withheld.append((parameter, parameter.grad))
+            parameter.grad = None
     return withheld
 
 
-def restore_gradients(withheld: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+def restore_gradients(withheld: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Bring withheld gradients back."""
     for parameter, gradient in withheld:
         parameter.grad = gradient

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sparse.distributions import count_active, fixed_sparsities, layer_sparsities
-from sparse.layers import prunable
+from sparse.layers import parameters_only, prunable_modules, weight_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def plan_layers(
     Raises:
         ValueError: An argument is out of range or has no effect.
     """
-    shapes = {name: tuple(weight.shape) for name, weight in prunable(model).items()}
+    weights = {name: weight_of(name, m) for name, m in prunable_modules(model).items()}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     if scope not in ("layer", "global"):
         raise ValueError(f"scope must be layer or global, got {scope!r}")
     if scope == "global":
@@ -72,6 +73,7 @@ def plan_layers(
         sparsity_map=sparsity_map,
     )
     fixed = fixed_sparsities(shapes, distribution, dense_layers, sparsity_map)
+    parameters_only({name: w for name, w in weights.items() if fixed.get(name) != 0.0})
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     return Plan(
         sizes=sizes,

@@ -5,8 +5,8 @@ All counts are 0-dim or per-layer tensors on the weights' device, because they f
 there; nothing is read back.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -41,6 +41,8 @@ class Snfs(Method):
         seed: Seed of all random numbers.
         draw: Where random growth takes its numbers, uniform on [0, 1), from: a function of shape,
             key and device.
+        num_active: Layer name -> number of active weights to begin with. An update that does not
+            see a layer, because it is frozen, leaves that many out of the baseline.
     """
 
     name: ClassVar[str] = "snfs"
@@ -54,6 +56,7 @@ class Snfs(Method):
     growth: str = "momentum"
     seed: int = 0
     draw: Callable[[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = rng.uniform
+    num_active: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.redistribution not in get_args(Redistribution):
@@ -84,7 +87,8 @@ class Snfs(Method):
             kept = remove_smallest(mask, weights[name], removed[index])
             new[name] = self._grow(name, kept, regrown[index], grads, step)
         total = torch.stack([mask.sum() for mask in new.values()]).sum()
-        _adjust(state, self.baseline - total.double())
+        unseen = sum(count for name, count in self.num_active.items() if name not in masks)
+        _adjust(state, self.baseline - unseen - total.double())
         return new
 
     def _grow(self, name: str, kept: Tensor, count: Tensor, grads: Tensors, step: int) -> Tensor:

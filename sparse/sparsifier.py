@@ -11,16 +11,36 @@ from sparse import checkpoints, exploration, rng
 from sparse.averages import average_gradients
 from sparse.clock import Clock, found_inf, inverse_scale
 from sparse.connections import NewConnections, disconnect, mask_module
-from sparse.consistency import has_ranks, verify_across_ranks
-from sparse.gates import Gate, active_positions, count_active, gather, masks_of, zero_inactive
-from sparse.layers import prunable
+from sparse.consistency import has_ranks, is_first_rank, verify_across_ranks
+from sparse.gates import (
+    Gate,
+    active_positions,
+    count_active,
+    gather,
+    masks_of,
+    zero_inactive,
+)
+from sparse.hooks import Hooks, check_unhooked, unwrap_optimizer
+from sparse.invariant import Invariant, check_gradients, held
+from sparse.layers import (
+    check_owned,
+    parameters_only,
+    prunable_modules,
+    warn_of_dense_weights,
+    weight_of,
+)
 from sparse.masks import check_masks, random_mask
 from sparse.methods import Method, Tensors
 from sparse.optimizers import (
+    check_held,
     check_optimizer,
     create_momentum_buffers,
     has_momentum,
+    lay_out_state,
+    moments_of,
+    only_sets_up_state,
     restore_gradients,
+    state_of,
     withhold_gradients,
 )
 
@@ -57,7 +77,8 @@ class Sparsifier:
 
         Args:
             model: The model; DDP and torch.compile wrappers do no harm.
-            optimizer: Its optimizer. What it holds at inactive connections is zeroed.
+            optimizer: Its optimizer, or a wrapper of it. What it holds at inactive connections is
+                zeroed.
             method: The method.
             num_active: Name -> number of active weights to begin with, for each weight that
                 `prunable` lists, in that order (see `allocate`).
@@ -67,23 +88,30 @@ class Sparsifier:
                 default.
             new_connections: How new connections begin; at zero by default.
             seed: Seed of the random masks.
-            hooks: Whether to hook the optimizer; if not, call `before_step` and `after_step`
-                around each step that is really taken (with a GradScaler, use the hooks).
+            hooks: Whether to hook the optimizer's steps; if not, call `before_step` and
+                `after_step` around each step that is really taken (with a GradScaler, use hooks).
             track_exploration: Whether to record which weights were ever active (1 bit per weight).
 
         Raises:
             ValueError: An argument does not fit the model or the optimizer.
         """
+        optimizer = unwrap_optimizer(optimizer)
+        check_unhooked(optimizer)
         self.method = method
         self.num_updates = 0
         self.masks_version = 0
-        self._weights = prunable(model)
+        modules = prunable_modules(model)
+        # A weight that is computed from parameters stays dense; a stand-in tells its size.
+        self._weights = {name: weight_of(name, module) for name, module in modules.items()}
         if list(num_active) != list(self._weights):
             raise ValueError("num_active must have the names that prunable(model) lists, in order")
         if maskable is None:
             maskable = {name for name, w in self._weights.items() if num_active[name] < w.numel()}
-        self._maskable = [name for name in self._weights if name in maskable]
-        check_optimizer(optimizer, {name: self._weights[name] for name in self._maskable})
+        self._maskable = parameters_only(
+            {name: weight for name, weight in self._weights.items() if name in maskable}
+        )
+        self._modules = {name: modules[name] for name in self._maskable}
+        check_optimizer(optimizer, self._maskable)
         self._optimizer = optimizer
         self._new_connections = new_connections or NewConnections()
         self._new_connections.check(method, optimizer)
@@ -96,7 +124,11 @@ class Sparsifier:
         self._update_follows = False  # an update is to happen after the step under way
         self._counts_step = True  # the step under way is one to count
         self._verified = False
-        self._withheld: list[tuple[nn.Parameter, Tensor]] = []
+        self._sets_up_state = False  # the step under way is none of training's
+        self._withheld: list[tuple[Tensor, Tensor]] = []
+        # What was loaded and masked since the last step: tensor, gate, values as they were loaded.
+        self._loaded: list[tuple[Tensor, Gate, Tensor]] = []
+        self._invariant = Invariant()
         if masks is None:
             masks = self._random_masks(num_active, seed)
         else:
@@ -107,10 +139,20 @@ class Sparsifier:
         self._install(masks)
         self._explored: dict[str, Tensor] | None = {} if track_exploration else None
         self._explore()
-        self._handles = []
-        if hooks:
-            self._handles.append(optimizer.register_step_pre_hook(self._pre_hook))
-            self._handles.append(optimizer.register_step_post_hook(self._post_hook))
+        self._hooks: Hooks | None = self._hook(steps=hooks)
+        if not next(iter(self._weights.values())).is_meta and is_first_rank():
+            warn_of_dense_weights(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of modules and optimizers lose torch's hooks.
+        state = dict(self.__dict__)
+        state["_hooks"] = None if self._hooks is None else self._hooks.on_steps
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._hooks is not None:
+            self._hooks = self._hook(steps=state["_hooks"])
 
     @property
     def step(self) -> int:
@@ -136,7 +178,7 @@ class Sparsifier:
     @property
     def maskable(self) -> dict[str, nn.Parameter]:
         """Name -> weight, of all weights that have a mask or may get one."""
-        return {name: self._weights[name] for name in self._maskable}
+        return dict(self._maskable)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -159,14 +201,53 @@ class Sparsifier:
         return None if gate is None else active_positions(gate, self._weights[name])
 
     def remove(self) -> None:
-        """Unhook the optimizer; weights stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Unhook the optimizer and the model; weights stay as they are."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+
+    def before_step(self) -> None:
+        """Do what precedes an optimizer step: mask the gradients, or update in the step's place.
+
+        Raises:
+            RuntimeError: The hooks do it already.
+        """
+        self._check_no_hooks()
+        self._before_step()
+
+    def after_step(self) -> None:
+        """Do what follows an optimizer step: count it, and update if the method says so.
+
+        Raises:
+            RuntimeError: The hooks do it already.
+        """
+        self._check_no_hooks()
+        self._after_step()
 
     @torch.no_grad()
-    def before_step(self) -> None:
-        """Do what precedes an optimizer step: mask the gradients, or update in the step's place."""
+    def enforce(self) -> None:
+        """Zero weights and optimizer state of inactive connections, if something else wrote there.
+
+        Needed after weights were written by hand, an average was swapped in, or the like;
+        `load_state_dict` of model and optimizer does it by itself.
+        """
+        self._invariant.forget()
+        tensors = held(self._optimizer, self._maskable, self._gates, state_of)
+        zero_inactive((tensor, gate) for _, tensor, gate in tensors)
+
+    def _check_no_hooks(self) -> None:
+        if self._hooks is not None and self._hooks.on_steps:
+            raise RuntimeError(
+                "the hooks of the optimizer call this at every step; to call it by hand, make the "
+                "sparsifier with hooks=False"
+            )
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        self._sets_up_state = only_sets_up_state(self._optimizer)
+        if self._sets_up_state:
+            return
+        self._loaded.clear()
         if not self._verified:
             self._verify()
         overflow = found_inf(self._optimizer)
@@ -174,10 +255,10 @@ class Sparsifier:
             create_momentum_buffers(self._optimizer)
         decay = self.method.gradient_decay
         if decay is not None:
-            average_gradients(self._averages, self._weights, self._maskable, decay, self._optimizer)
+            average_gradients(self._averages, self._maskable, decay, self._optimizer)
         # The device is asked only when an update may be due and steps may have been skipped. The
         # clock's bound cannot run past a due step, because it is exact after every question.
-        due = self._is_due(self._clock.bound) and self._is_due(self._clock.read())
+        due = self._is_due(self._clock.bound) and self._is_due(self._clock.settle())
         skipped = due and overflow is not None and bool(overflow.item())
         due = due and not skipped
         self._update_follows = due and self.method.timing == "after"
@@ -190,8 +271,9 @@ class Sparsifier:
         zero_inactive((gradient, gate) for gradient, gate in gradients if gradient is not None)
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Do what follows an optimizer step: count it, and update if the method says so."""
+    def _after_step(self) -> None:
+        if self._sets_up_state:
+            return
         restore_gradients(self._withheld)
         self._withheld = []
         if self._update_follows:
@@ -218,7 +300,11 @@ class Sparsifier:
             "dropped" and "grown", the connections that went and came with it, and "drop_fraction"
             if the method has one; with track_exploration "exploration_rate", the share of maskable
             weights that were ever active.
+
+        Raises:
+            RuntimeError: An inactive weight or its optimizer state is not 0; see `enforce`.
         """
+        self._check_inactive()
         sizes = {name: weight.numel() for name, weight in self._weights.items()}
         metrics = exploration.summarize(self.num_active, sizes)
         metrics.update({name: float(value) for name, value in self._last_update.items()})
@@ -228,7 +314,12 @@ class Sparsifier:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Give all that a resumed run needs: numbers, strings and tensors on the CPU."""
+        """Give all that a resumed run needs: numbers, strings and tensors on the CPU.
+
+        Raises:
+            RuntimeError: An inactive weight or its optimizer state is not 0; see `enforce`.
+        """
+        self._check_inactive()
         return checkpoints.save(
             method=self.method.name,
             step=self.step,
@@ -244,11 +335,13 @@ class Sparsifier:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` left off; also masks the weights and the optimizer's state.
 
+        The states of model and optimizer may be loaded before it or after it.
+
         Raises:
             ValueError: A key is missing, or method, names, shapes or counts do not fit this run.
         """
         checkpoints.check(state, self.method.name)
-        maskable = {name: self._weights[name] for name in self._maskable}
+        maskable = self._maskable
         still_dense = self._begins_dense and state["num_updates"] == 0
         masks = checkpoints.load_masks(state, {} if still_dense else maskable)
         if self.method.keeps_counts:
@@ -262,18 +355,50 @@ class Sparsifier:
         self._last_update = dict(state["last_update"])
         self.num_updates = state["num_updates"]
         self._clock = Clock(state["step"])
+        for tensor, gate, values in self._loaded:  # the masks before were not theirs
+            tensor.copy_(torch.where(gate.inactive & (tensor == 0), values, tensor))
+        self._loaded.clear()
+        self._invariant.forget()
         self._install(masks)
 
-    def _pre_hook(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) > 1 or kwargs.get("closure") is not None:  # args[0] is the optimizer
-            raise ValueError(
-                "a sparse model cannot train with a closure, which computes gradients inside the "
-                "step; call loss.backward() before optimizer.step()"
-            )
-        self.before_step()
+    def _hook(self, *, steps: bool) -> Hooks:
+        return Hooks(
+            self._optimizer,
+            self._modules,
+            steps=steps,
+            before=self._before_step,
+            after=self._after_step,
+            weight_loaded=self._weight_loaded,
+            optimizer_loaded=self._optimizer_loaded,
+        )
 
-    def _post_hook(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.after_step()
+    @torch.no_grad()
+    def _weight_loaded(self, name: str) -> None:
+        if name in self._gates:
+            self._mask_loaded([(self._maskable[name], self._gates[name])])
+
+    @torch.no_grad()
+    def _optimizer_loaded(self) -> None:
+        lay_out_state(self._optimizer)
+        for name, gate in self._gates.items():
+            state = state_of(self._optimizer, self._maskable[name])
+            self._mask_loaded([(tensor, gate) for tensor in state.values()])
+
+    def _mask_loaded(self, pairs: list[tuple[Tensor, Gate]]) -> None:
+        """Mask what was loaded, but keep it until the next step.
+
+        Masks that belong to it may be about to be loaded, too.
+        """
+        self._loaded += [(tensor, gate, tensor.detach().clone()) for tensor, gate in pairs]
+        zero_inactive(pairs)
+
+    def _count_inactive(self) -> None:
+        check_owned(self._modules, self._maskable)
+        self._invariant.count(held(self._optimizer, self._maskable, self._gates, moments_of))
+
+    def _check_inactive(self) -> None:
+        self._count_inactive()
+        self._invariant.read(self._optimizer)
 
     def _is_due(self, step: int) -> bool:
         if not self._maskable or (self.method.timing == "once" and self.num_updates > 0):
@@ -286,7 +411,7 @@ class Sparsifier:
             return dict(self._averages)
         if self.method.timing == "after":
             return {}
-        gradients = {name: self._weights[name].grad for name in self._maskable}
+        gradients = {name: weight.grad for name, weight in self._maskable.items()}
         unscale = inverse_scale(self._optimizer)
         return {
             name: gradient if unscale is None else gradient * unscale
@@ -294,11 +419,29 @@ class Sparsifier:
             if gradient is not None
         }
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """List the weights that an update may change: not those that are frozen.
+
+        A method that decides once, by the gradients, must see all of them, or say what is missing.
+        """
+        return {
+            name: weight
+            for name, weight in self._maskable.items()
+            if weight.requires_grad or self.method.timing == "once"
+        }
+
     def _update(self) -> None:
         step = self._clock.read()
-        weights = {name: self._weights[name].detach() for name in self._maskable}
+        self._count_inactive()
+        trained = self._trained()
+        check_held(self._optimizer, trained)
+        weights = {name: weight.detach() for name, weight in trained.items()}
         old = masks_of(self._gates, weights)
-        gradients = self._gradients()
+        gradients = {name: g for name, g in self._gradients().items() if name in trained}
+        if self.method.timing == "once":
+            check_gradients(gradients, self.method.name)
+        if has_ranks() or self._invariant.is_known:
+            self._invariant.read(self._optimizer)
         survivors = self.method.survivors(old, weights, step)
         new = self.method.update(old, weights, gradients, step, self._method_state)
         check_masks(new, weights, f"method {self.method.name}")
@@ -308,7 +451,7 @@ class Sparsifier:
         for index, name in enumerate(self._weights):
             if name not in old:
                 continue
-            weight = self._weights[name]
+            weight = trained[name]
             change = old[name] ^ new[name]
             fresh = change & new[name]
             changed.append(torch.count_nonzero(change))
@@ -347,7 +490,7 @@ class Sparsifier:
         """Take masks over, in place of any others, and zero what they leave inactive."""
         self._gates.clear()
         for name, mask in masks.items():
-            weight = self._weights[name]
+            weight = self._maskable[name]
             self._gates[name] = Gate(mask, weight)
             disconnect(self._optimizer, weight, self._gates[name], mask)
         self._counts = None
@@ -355,8 +498,7 @@ class Sparsifier:
 
     def _explore(self) -> None:
         if self._explored is not None:
-            weights = {name: self._weights[name] for name in self._maskable}
-            exploration.record(self._explored, masks_of(self._gates, weights))
+            exploration.record(self._explored, masks_of(self._gates, self._maskable))
 
     def _verify(self) -> None:
         if has_ranks():

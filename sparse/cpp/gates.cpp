@@ -1,4 +1,4 @@
-// Zero what masks leave inactive, in one pass over many tensors.
+// Zero, or count, what masks leave inactive, in one pass over many tensors.
 //
 // The pass reads and writes every gradient once and does nothing else, so memory sets its time. Bits
 // add 1/32 to the traffic, and four places of a tensor are worked on in turn, because a processor
@@ -26,17 +26,28 @@ struct Layer {
   int64_t entry_size;  // bytes: 2, 4 or 8
 };
 
+// A vector of entries, and all bits set in those of its lanes that are active.
+template <class Word>
+struct Vector {
+  typedef Word Lanes __attribute__((vector_size(kLanes * sizeof(Word))));
+  Lanes entries, active;
+
+  Vector(const Word* values, const uint8_t* bits) {
+    uint16_t packed = bits[0];
+    if (kLanes == 16) packed = uint16_t(packed | bits[1] << 8);
+    Lanes bit;
+    for (int lane = 0; lane < kLanes; ++lane) bit[lane] = Word(1) << lane;
+    active = Lanes((bit & (Lanes{} + Word(packed))) != 0);
+    std::memcpy(&entries, values, sizeof entries);
+    __builtin_prefetch(reinterpret_cast<const char*>(values) + kAhead);
+  }
+};
+
 template <class Word>
 void keep_lanes(Word* values, const uint8_t* bits) {
-  typedef Word Lanes __attribute__((vector_size(kLanes * sizeof(Word))));
-  uint16_t active = bits[0];
-  if (kLanes == 16) active = uint16_t(active | bits[1] << 8);
-  Lanes bit;
-  for (int lane = 0; lane < kLanes; ++lane) bit[lane] = Word(1) << lane;
-  Lanes entries;
-  std::memcpy(&entries, values, sizeof entries);
-  entries &= Lanes((bit & (Lanes{} + Word(active))) != 0);
-  std::memcpy(values, &entries, sizeof entries);
+  const Vector<Word> vector(values, bits);
+  const auto kept = vector.entries & vector.active;
+  std::memcpy(values, &kept, sizeof kept);
 }
 
 template <class Word>
@@ -44,10 +55,8 @@ void keep_blocks(Word* values, const uint8_t* bits, int64_t begin, int64_t end) 
   const int64_t quarter = (end - begin) / kPlaces / kBlock * kBlock;
   for (int64_t i = begin; i < begin + quarter; i += kBlock)
     for (int place = 0; place < kPlaces; ++place)
-      for (int64_t j = i + place * quarter; j < i + place * quarter + kBlock; j += kLanes) {
-        __builtin_prefetch(reinterpret_cast<const char*>(values + j) + kAhead);
+      for (int64_t j = i + place * quarter; j < i + place * quarter + kBlock; j += kLanes)
         keep_lanes(values + j, bits + j / 8);
-      }
   int64_t i = begin + kPlaces * quarter;
   for (; i + kLanes <= end; i += kLanes) keep_lanes(values + i, bits + i / 8);
   for (; i < end; ++i)
@@ -61,18 +70,66 @@ void keep(const Layer& layer, int64_t begin, int64_t end) {
   if (layer.entry_size == 8) keep_blocks(static_cast<uint64_t*>(values), layer.bits, begin, end);
 }
 
-// Entries begin .. end of all layers, counted through them.
-void keep_range(const Layer* layers, int64_t num_layers, int64_t begin, int64_t end) {
+template <class Word>
+int64_t count_entries(const Word* values, const uint8_t* bits, int64_t begin, int64_t end) {
+  int64_t count = 0;
+  for (int64_t i = begin; i < end; ++i)
+    count += !(bits[i / 8] >> i % 8 & 1) && Word(values[i] << 1) != 0;  // -0 is 0
+  return count;
+}
+
+// Almost always no block has anything to count, which is found out at the speed of memory.
+template <class Word>
+int64_t count_blocks(const void* memory, const uint8_t* bits, int64_t begin, int64_t end) {
+  const Word* const values = static_cast<const Word*>(memory);
+  int64_t count = 0, i = begin;
+  for (; i + kBlock <= end; i += kBlock) {
+    typename Vector<Word>::Lanes found = {};
+    for (int64_t j = i; j < i + kBlock; j += kLanes) {
+      const Vector<Word> vector(values + j, bits + j / 8);
+      found |= (vector.entries + vector.entries) & ~vector.active;
+    }
+    Word any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= found[lane];
+    if (any) count += count_entries(values, bits, i, i + kBlock);
+  }
+  return count + count_entries(values, bits, i, end);
+}
+
+int64_t count(const Layer& layer, int64_t begin, int64_t end) {
+  if (layer.entry_size == 2) return count_blocks<uint16_t>(layer.values, layer.bits, begin, end);
+  if (layer.entry_size == 4) return count_blocks<uint32_t>(layer.values, layer.bits, begin, end);
+  return count_blocks<uint64_t>(layer.values, layer.bits, begin, end);
+}
+
+// Call work(layer, begin, end) for the entries begin .. end of all layers, counted through them.
+template <class Work>
+void visit(const Layer* layers, int64_t num_layers, int64_t begin, int64_t end, const Work& work) {
   for (int64_t l = 0; l < num_layers; ++l) {
     const int64_t size = layers[l].size;
     // Cuts fall on whole blocks of a layer, so that no two threads share a byte of bits.
     const auto cut = [size](int64_t at) {
       return at >= size ? size : std::max<int64_t>(at, 0) / kBlock * kBlock;
     };
-    if (cut(begin) < cut(end)) keep(layers[l], cut(begin), cut(end));
+    if (cut(begin) < cut(end)) work(l, cut(begin), cut(end));
     begin -= size;
     end -= size;
   }
+}
+
+// The same, the entries shared out among threads.
+template <class Work>
+void visit_all(const Layer* layers, int64_t num_layers, int64_t num_threads, const Work& work) {
+  int64_t total = 0;
+  for (int64_t l = 0; l < num_layers; ++l) total += layers[l].size;
+  num_threads = std::min(num_threads, total / kWorthAThread + 1);
+  const auto share = [=, &work](int64_t t) {
+    visit(layers, num_layers, total * t / num_threads, total * (t + 1) / num_threads, work);
+  };
+  std::vector<std::thread> threads;
+  for (int64_t t = 1; t < num_threads; ++t) threads.emplace_back(share, t);
+  share(0);
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace
@@ -81,16 +138,17 @@ extern "C" {
 
 int64_t sparse_gates_layer_size() { return int64_t(sizeof(Layer)); }
 
+// Zero the inactive entries.
 void sparse_gates_keep(const Layer* layers, int64_t num_layers, int64_t num_threads) {
-  int64_t total = 0;
-  for (int64_t l = 0; l < num_layers; ++l) total += layers[l].size;
-  num_threads = std::min(num_threads, total / kWorthAThread + 1);
-  const auto share = [=](int64_t t) {
-    keep_range(layers, num_layers, total * t / num_threads, total * (t + 1) / num_threads);
-  };
-  std::vector<std::thread> threads;
-  for (int64_t t = 1; t < num_threads; ++t) threads.emplace_back(share, t);
-  share(0);
-  for (std::thread& thread : threads) thread.join();
+  visit_all(layers, num_layers, num_threads,
+            [=](int64_t l, int64_t begin, int64_t end) { keep(layers[l], begin, end); });
+}
+
+// Add to counts[l] the number of inactive entries of layer l that are not zero.
+void sparse_gates_count(const Layer* layers, int64_t num_layers, int64_t num_threads,
+                        int64_t* counts) {
+  visit_all(layers, num_layers, num_threads, [=](int64_t l, int64_t begin, int64_t end) {
+    __atomic_fetch_add(&counts[l], count(layers[l], begin, end), __ATOMIC_RELAXED);
+  });
 }
 }

@@ -38,6 +38,7 @@ def test_its_state_is_saved_and_belongs_to_it() -> None:
     page = run_page()
     state = page["sparsifier"].state_dict()
     page["sparsifier"].load_state_dict(state)
+    page["sparsifier"].remove()
     with pytest.raises(ValueError, match="written by method 'sensitivity', this run uses 'rigl'"):
         sparse.rigl(page["model"], page["optimizer"], sparsity=0.8, t_end=9).load_state_dict(state)
 

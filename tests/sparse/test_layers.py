@@ -1,7 +1,8 @@
 """Which weights are prunable, and under which names."""
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torchvision
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 import sparse
@@ -23,6 +25,16 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+def hooked_weight_norm(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(module)
+
+
+def pruned(module: nn.Module) -> nn.Module:
+    return prune.random_unstructured(module, "weight", 0.5)
 
 
 def small() -> nn.Sequential:
@@ -94,6 +106,46 @@ def test_models_that_cannot_be_masked_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"weight has dtype torch\.complex64"):
         sparse.prunable(nn.Linear(3, 3, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(
+    "parametrize", [weight_norm, spectral_norm, nn.utils.spectral_norm, hooked_weight_norm, pruned]
+)
+@pytest.mark.parametrize("layer", [nn.Linear(8, 6), nn.ConvTranspose2d(8, 6, 3, groups=2)])
+def test_a_computed_weight_stays_dense_where_that_is_asked_for(
+    parametrize: Callable[[nn.Module], nn.Module], layer: nn.Module
+) -> None:
+    model = nn.Sequential(parametrize(copy.deepcopy(layer)), nn.Linear(8, 4))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"^0\.weight is computed.*dense_layers$"):
+        sparse.rigl(model, optimizer, sparsity=0.5, t_end=9)
+    sparsifier = sparse.rigl(model, optimizer, sparsity=0.5, t_end=9, dense_layers=["0"])
+    assert sparsifier.num_active == {"0.weight": layer.weight.numel(), "1.weight": 16}
+    assert sparsifier.masks["0.weight"].shape == layer.weight.shape
+    assert sparsifier.masks["0.weight"].all()
+    assert sparsifier.metrics()["sparsity.0"] == 0.0
+    for name, value in model.state_dict().items():  # to look at the weight would change some
+        assert torch.equal(value, before[name]) or name == "1.weight"
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1000, 8)
+        self.lstm = nn.LSTM(8, 16)
+        self.head = nn.Linear(16, 4)
+
+
+def test_large_weights_that_stay_dense_are_named_once() -> None:
+    model = Recurrent()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"16% of the parameters stay dense: lstm\.weight_hh_l0"):
+        sparse.static(model, optimizer, sparsity=0.5)
+    attention = nn.TransformerEncoderLayer(8, 2, 16)
+    optimizer = torch.optim.SGD(attention.parameters(), 0.1)
+    with pytest.warns(UserWarning, match=r"32% .*: self_attn\.in_proj_weight belong"):
+        sparse.static(attention, optimizer, sparsity=0.5)
 
 
 @pytest.mark.usefixtures("one_process")

@@ -234,16 +234,6 @@ def test_removed_hooks_leave_a_dense_trainer() -> None:
         assert torch.equal(weight != 0, masks[name] | (weight.grad != 0)), name
 
 
-def test_a_closure_is_refused() -> None:
-    model = convnet()
-    optimizer = sgd(model)
-    make("static", model, optimizer)
-    with pytest.raises(ValueError, match=r"loss.backward\(\) before optimizer.step\(\)"):
-        optimizer.step(lambda: 0.0)
-    with pytest.raises(ValueError, match="closure"):
-        optimizer.step(closure=lambda: 0.0)
-
-
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
@@ -351,17 +341,6 @@ def test_methods_that_begin_dense_say_so(method: str) -> None:
     assert all(mask.all() for mask in sparsifier.masks.values())
     sizes = {name: weight.numel() for name, weight in sparse.prunable(model).items()}
     assert sparsifier.num_active == sizes
-
-
-def test_a_frozen_layer_keeps_its_mask() -> None:
-    model = convnet()
-    optimizer = sgd(model)
-    model[3].weight.requires_grad_(False)
-    sparsifier = make("rigl", model, optimizer)
-    before = sparsifier.masks
-    list(train(model, optimizer, range(9)))
-    assert torch.equal(before["3.weight"], sparsifier.masks["3.weight"])
-    assert not torch.equal(before["7.weight"], sparsifier.masks["7.weight"])
 
 
 @pytest.mark.parametrize("grow_init", ["random", "gradient"])

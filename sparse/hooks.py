@@ -1,0 +1,179 @@
+"""Where a sparsifier meets a training loop it did not write: torch's hooks on steps and loads.
+
+The rest of the library need not know that hooks are lost by copies, that closures compute gradients
+inside of a step, or that one step may run hooks several times.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+# torch wraps `step` of every optimizer class in this function, which calls the hooks.
+_STEP = Optimizer.profile_hook_step(len).__code__
+
+
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Take off wrappers that only forward to an optimizer, as accelerate's and Lightning's do.
+
+    Raises:
+        ValueError: There is no torch optimizer inside.
+    """
+    inner: Any = optimizer
+    while "_optimizer_step_pre_hooks" not in vars(inner):
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            kind = type(optimizer).__name__
+            raise ValueError(f"{kind} is no torch.optim.Optimizer and does not wrap one")
+    found: Optimizer = inner
+    return found
+
+
+def check_unhooked(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that has the hooks of a sparsifier.
+
+    Raises:
+        ValueError: It has.
+    """
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        if isinstance(getattr(hook, "__self__", None), Hooks):
+            raise ValueError(
+                f"this {type(optimizer).__name__} has a sparsifier already: call its remove() "
+                "first, or make model and optimizer anew"
+            )
+
+
+class Hooks:
+    """The hooks of one sparsifier, whose methods they call.
+
+    Args:
+        optimizer: Whose steps and loads they follow.
+        modules: Name of a weight -> the module that owns it.
+        steps: Whether to follow steps, too.
+        before: Precedes an optimizer step, once the gradients are complete.
+        after: Follows an optimizer step.
+        weight_loaded: Follows `load_state_dict` of the module that owns the weight of a name; a
+            method, of an object that the module does not keep alive.
+        optimizer_loaded: Follows `load_state_dict` of the optimizer.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        modules: Mapping[str, nn.Module],
+        *,
+        steps: bool,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        weight_loaded: Callable[[str], None],
+        optimizer_loaded: Callable[[], None],
+    ) -> None:
+        self.on_steps = steps
+        self._optimizer = optimizer
+        self._before, self._after, self._optimizer_loaded = before, after, optimizer_loaded
+        self._handles = [optimizer.register_load_state_dict_post_hook(self._loaded)]
+        for name, module in modules.items():
+            _LoadHook.remove_from(module)
+            hook = _LoadHook(weight_loaded, name)
+            handle = module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
+        if steps:
+            # Dynamo must not trace them: a compiled step runs them between its graphs.
+            pre_hook = torch.compiler.disable(self._pre_hook)  # type: ignore[no-untyped-call]
+            post_hook = torch.compiler.disable(self._post_hook)  # type: ignore[no-untyped-call]
+            self._handles.append(optimizer.register_step_pre_hook(pre_hook))
+            self._handles.append(optimizer.register_step_post_hook(post_hook))
+
+    def remove(self) -> None:
+        """Unhook everything."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _pre_hook(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not self._is_nested():
+            args, kwargs = self._evaluate_closure(args, kwargs)
+            self._before()
+        return args, kwargs
+
+    def _post_hook(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_nested():
+            self._after()
+
+    def _loaded(self, _: Optimizer) -> None:
+        self._optimizer_loaded()
+
+    def _is_nested(self) -> bool:
+        """Say whether this is a step within a step of the same optimizer.
+
+        The `step` of a subclass that calls its parent's runs the hooks twice. Counting the calls on
+        the stack needs no memory, which a step that raises would leave wrong.
+        """
+        depth, frame = 0, sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if frame.f_code is _STEP and frame.f_locals["args"][0] is self._optimizer:
+                depth += 1
+        return depth > 1
+
+    def _evaluate_closure(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Compute the gradients that a closure computes now, and hand on its loss in its place."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            return args, kwargs
+        with torch.enable_grad():
+            evaluated = _Evaluated(closure(), type(self._optimizer).__name__)
+        if len(args) > 1:
+            return (args[0], evaluated, *args[2:]), kwargs
+        return args, {**kwargs, "closure": evaluated}
+
+
+class _Evaluated:
+    """A closure that was called already, and gives its result once more."""
+
+    def __init__(self, result: Any, optimizer: str) -> None:
+        self._result, self._optimizer, self._calls = result, optimizer, 0
+
+    def __call__(self) -> Any:
+        self._calls += 1
+        if self._calls > 1:
+            raise ValueError(
+                f"{self._optimizer} evaluates its closure more than once in a step, at weights "
+                "between which masks cannot be applied; use SGD or AdamW"
+            )
+        return self._result
+
+
+class _LoadHook:
+    """Follows `load_state_dict` of one module; in a copy of the module it does nothing.
+
+    Copies belong to another sparsifier, which brings hooks of its own, or to none, as an average of
+    the model does.
+    """
+
+    def __init__(self, loaded: Callable[[str], None] | None = None, name: str = "") -> None:
+        self._loaded = weakref.WeakMethod(loaded) if loaded else None
+        self._name = name
+
+    def __call__(self, module: nn.Module, incompatible_keys: object) -> None:
+        loaded = self._loaded() if self._loaded else None
+        if loaded is not None:
+            loaded(self._name)
+
+    def __reduce__(self) -> tuple[type["_LoadHook"], tuple[()]]:
+        return _LoadHook, ()
+
+    @staticmethod
+    def remove_from(module: nn.Module) -> None:
+        """Take the hook of an earlier sparsifier away, or what a copy has left of one."""
+        hooks = module._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _LoadHook)]:
+            del hooks[key]

@@ -1,0 +1,84 @@
+"""Check what everything else rests on: inactive weights and their optimizer state are exactly 0."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse.gates import Gate, count_violations
+from sparse.rng import is_fake
+
+States = Callable[[Optimizer, nn.Parameter], Mapping[str, Tensor]]
+
+
+def held(
+    optimizer: Optimizer, weights: Mapping[str, nn.Parameter], gates: Mapping[str, Gate], of: States
+) -> Iterator[tuple[str, Tensor, Gate]]:
+    """List what has to be 0 where a gate says so, with names for messages.
+
+    Args:
+        optimizer: The optimizer.
+        weights: The weights, by name.
+        gates: The gates of some of them.
+        of: Which state of the optimizer to list beside a weight.
+    """
+    for name, gate in gates.items():
+        yield name, weights[name], gate
+        for key, tensor in of(optimizer, weights[name]).items():
+            yield f"the optimizer's {key} of {name}", tensor, gate
+
+
+class Invariant:
+    """Counts violations on the device, and reads the numbers when the host waits for it anyway."""
+
+    def __init__(self) -> None:
+        self._unread: list[tuple[list[str], Tensor]] = []
+
+    def count(self, tensors: Iterator[tuple[str, Tensor, Gate]]) -> None:
+        """Count the inactive entries that are not 0, of the tensors that `held` lists."""
+        names, pairs = [], []
+        for name, tensor, gate in tensors:
+            names.append(name)
+            pairs.append((tensor, gate))
+        self._unread.append((names, count_violations(pairs)))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `read` waits for no device."""
+        return all(counts.is_cpu and not is_fake(counts) for _, counts in self._unread)
+
+    def read(self, optimizer: Optimizer) -> None:
+        """Read all that was counted since the last time.
+
+        Raises:
+            RuntimeError: There was a violation; names the first one and likely causes.
+        """
+        for names, counts in self._unread:
+            for name, count in zip(names, counts.tolist(), strict=True):
+                if count:
+                    raise RuntimeError(
+                        f"{name} is not 0 at {count} inactive connections: something wrote there "
+                        "after the last step (reset_parameters, a copy by hand, an average swapped "
+                        f"in), or {type(optimizer).__name__} moves weights whose gradient is 0; "
+                        "Sparsifier.enforce() masks them again"
+                    )
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was counted: it was mended."""
+        self._unread.clear()
+
+
+def check_gradients(gradients: Mapping[str, Tensor], method: str) -> None:
+    """Refuse gradients that tell nothing to a method which decides by them once and for all.
+
+    Raises:
+        RuntimeError: All gradients of a layer are 0; names the layer.
+    """
+    for name, gradient in gradients.items():
+        if not is_fake(gradient) and not gradient.is_meta and not gradient.any():
+            raise RuntimeError(
+                f"method {method!r} ranks {name} by a gradient that is 0 everywhere: take the "
+                "first step after a batch, do not start residual branches at 0, or keep the layer "
+                "dense with dense_layers"
+            )

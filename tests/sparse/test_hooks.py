@@ -1,0 +1,298 @@
+"""Loops we did not write: closures, nested steps, copies, compiled steps, torch's own helpers."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import SGD, Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+import sparse
+from tests.sparse.nets import METHODS, assert_inactive_zero, backward, convnet, images, make, sgd
+from tests.sparse.nets import train as train_plainly
+from tests.sparse.test_checkpoints import assert_identical
+
+Step = Callable[[nn.Module, Optimizer, int], object]
+
+
+def with_none(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    optimizer.zero_grad()
+    backward(model, images(step))
+    optimizer.step(None)
+
+
+def with_closure(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    calls = []
+
+    def closure() -> torch.Tensor:
+        calls.append(step)
+        optimizer.zero_grad()
+        return backward(model, images(step))
+
+    loss = optimizer.step(closure) if step % 2 else optimizer.step(closure=closure)
+    assert isinstance(loss, torch.Tensor)
+    assert calls == [step]
+
+
+def run(method: str, step: Step, make_optimizer: Callable[..., Optimizer] = sgd) -> dict[str, Any]:
+    """Take 14 steps in a way, and give all that they left."""
+    model = convnet()
+    optimizer = make_optimizer(model)
+    sparsifier = make(method, model, optimizer)
+    for number in range(14):
+        step(model, optimizer, number)
+        assert_inactive_zero(sparsifier, model, optimizer)
+    parts = (model, optimizer, sparsifier)
+    return {type(part).__name__: copy.deepcopy(part.state_dict()) for part in parts}
+
+
+def plainly(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    list(train_plainly(model, optimizer, range(step, step + 1)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("step", [with_none, with_closure])
+def test_every_way_of_stepping_is_the_plain_loop(method: str, step: Step) -> None:
+    assert_identical(run(method, step), run(method, plainly))
+
+
+class TwiceHooked(SGD):
+    """Calls its parent's step, which torch hooks, too, once SGD was used anywhere."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("step", [plainly, with_none, with_closure])
+def test_a_step_that_calls_its_parents_counts_once(method: str, step: Step) -> None:
+    def twice_hooked(model: nn.Module) -> Optimizer:
+        return TwiceHooked(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+
+    twice, once = run(method, step, twice_hooked), run(method, plainly)
+    assert_identical(twice["Sparsifier"], once["Sparsifier"])
+    assert_identical(twice["Sequential"], once["Sequential"])
+
+
+def test_a_step_that_raises_leaves_the_next_one_whole() -> None:
+    class Failing(TwiceHooked):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            if self.fails:
+                raise OSError
+            return None
+
+    model = convnet()
+    optimizer = Failing(model.parameters(), 0.1, momentum=0.9)
+    sparsifier = make("rigl", model, optimizer)
+    for step in range(9):
+        optimizer.fails = step in (1, 2, 5)
+        try:
+            plainly(model, optimizer, step)
+        except OSError:
+            assert optimizer.fails
+        assert_inactive_zero(sparsifier, model, optimizer)
+    assert sparsifier.step == 6
+
+
+class Extragradient(SGD):
+    """Evaluates its closure twice."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        super().step()
+        closure()
+        return super().step()
+
+
+def test_optimizers_that_evaluate_repeatedly_are_refused() -> None:
+    model = convnet()
+    optimizer = Extragradient(model.parameters(), 0.1)
+    make("static", model, optimizer)
+    with pytest.raises(ValueError, match="Extragradient evaluates its closure more than once"):
+        with_closure(model, optimizer, 0)
+
+
+def deep_copied(parts: Any) -> Any:
+    return copy.deepcopy(parts)
+
+
+def pickled(parts: Any) -> Any:
+    return pickle.loads(pickle.dumps(parts))
+
+
+def saved(parts: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(parts, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("copied", [deep_copied, pickled, saved])
+def test_a_copy_trains_like_its_original(method: str, copied: Callable[[Any], Any]) -> None:
+    model = convnet()
+    optimizer = sgd(model)
+    sparsifier = make(method, model, optimizer)
+    list(train_plainly(model, optimizer, range(6)))
+    twin = copied({"s": sparsifier, "m": model, "o": optimizer})
+    ends = []
+    for m, o, s in ((model, optimizer, sparsifier), (twin["m"], twin["o"], twin["s"])):
+        list(train_plainly(m, o, range(6, 14)))
+        assert_inactive_zero(s, m, o)
+        m.load_state_dict(convnet(seed=3).state_dict())
+        assert_inactive_zero(s, m, o)
+        ends.append({"weights": m.state_dict(), "sparse": s.state_dict()})
+    assert_identical(ends[0], ends[1])
+
+
+def test_an_average_of_the_model_takes_no_sparsifier_along() -> None:
+    model = convnet()
+    sparsifier = make("static", model, sgd(model))
+    average = AveragedModel(model)
+    dense = convnet(seed=1)
+    average.module.load_state_dict(dense.state_dict())
+    assert torch.equal(average.module[7].weight, dense[7].weight)
+    assert len(pickle.dumps(average)) < 2 * len(pickle.dumps(dense))
+    sparsifier.metrics()
+
+
+def test_a_second_sparsifier_is_refused_before_it_changes_anything() -> None:
+    model = convnet()
+    optimizer = sgd(model)
+    first = make("rigl", model, optimizer)
+    weights = copy.deepcopy(model.state_dict())
+    for hooks in (True, False):
+        with pytest.raises(ValueError, match="this SGD has a sparsifier already"):
+            make("rigl", model, optimizer, seed=1, hooks=hooks)
+    assert_identical(model.state_dict(), weights)
+    first.remove()
+    second = make("rigl", model, optimizer, seed=1)
+    list(train_plainly(model, optimizer, range(6)))
+    assert (first.step, second.step) == (0, 6)
+    assert_inactive_zero(second, model, optimizer)
+
+
+def test_a_newer_optimizer_takes_the_model_over() -> None:
+    model = convnet()
+    make("static", model, sgd(model), seed=1)
+    optimizer = sgd(model)
+    sparsifier = make("static", model, optimizer, seed=2)
+    model.load_state_dict(convnet(seed=1).state_dict())
+    assert sparsifier.num_active["7.weight"] == int(model[7].weight.count_nonzero())
+
+
+def test_calls_by_hand_beside_the_hooks_are_refused() -> None:
+    model = convnet()
+    optimizer = sgd(model)
+    sparsifier = make("rigl", model, optimizer)
+    for call in (sparsifier.before_step, sparsifier.after_step):
+        with pytest.raises(RuntimeError, match="hooks=False"):
+            call()
+    list(train_plainly(model, optimizer, range(3)))
+    assert sparsifier.step == 3
+    sparsifier.remove()
+    sparsifier.before_step()
+
+
+@pytest.mark.parametrize("kind", [SGD, TwiceHooked])
+@pytest.mark.parametrize("method", ["rigl", "set", "snip"])
+def test_a_compiled_optimizer_step(method: str, kind: type[Optimizer]) -> None:
+    def build(model: nn.Module) -> Optimizer:
+        return kind(model.parameters(), lr=0.1)
+
+    compiled: dict[int, Any] = {}
+
+    def compiled_step(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+        if id(optimizer) not in compiled:
+            torch._dynamo.reset()
+            compiled[id(optimizer)] = torch.compile(optimizer.step, backend="eager")
+        optimizer.zero_grad()
+        backward(model, images(step))
+        compiled[id(optimizer)]()
+
+    assert_identical(run(method, compiled_step, build), run(method, plainly, build))
+
+
+def test_a_compiled_training_step() -> None:
+    def whole(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+        inputs, labels = images(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+    torch._dynamo.reset()
+    assert_identical(
+        run("rigl", torch.compile(whole, backend="eager", dynamic=False)), run("rigl", plainly)
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optimizer_of", [sgd, lambda m: torch.optim.AdamW(m.parameters(), 0.01)])
+def test_torch_may_make_the_optimizer_create_its_state(
+    method: str, optimizer_of: Callable[[nn.Module], Optimizer]
+) -> None:
+    def new_run() -> tuple[nn.Module, Optimizer, sparse.Sparsifier]:
+        model = convnet()
+        optimizer = optimizer_of(model)
+        return model, optimizer, make(method, model, optimizer)
+
+    model, optimizer, sparsifier = new_run()
+    masks = sparsifier.masks
+    get_optimizer_state_dict(model, optimizer)
+    assert (sparsifier.step, sparsifier.num_updates) == (0, 0)
+    assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier.masks.items())
+
+    model, optimizer, sparsifier = new_run()
+    list(train_plainly(model, optimizer, range(6)))
+    kept = copy.deepcopy(
+        (model.state_dict(), get_optimizer_state_dict(model, optimizer), sparsifier.state_dict())
+    )
+    list(train_plainly(model, optimizer, range(6, 14)))
+    for first in ("sparsifier", "optimizer"):
+        other, other_optimizer, resumed = new_run()
+        if first == "sparsifier":
+            resumed.load_state_dict(kept[2])
+        set_optimizer_state_dict(other, other_optimizer, copy.deepcopy(kept[1]))
+        other.load_state_dict(kept[0])
+        if first == "optimizer":
+            resumed.load_state_dict(kept[2])
+        list(train_plainly(other, other_optimizer, range(6, 14)))
+        assert_identical(other.state_dict(), model.state_dict())
+        assert_identical(resumed.state_dict(), sparsifier.state_dict())
+
+
+def test_a_warm_up_from_zero_counts_its_first_step() -> None:
+    model = convnet()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    sparsifier = make("rigl", model, optimizer)
+    list(train_plainly(model, optimizer, range(1)))
+    assert (sparsifier.step, sparsifier.num_updates) == (1, 1)
+
+
+@pytest.mark.parametrize("method", ["snip", "snip_global"])
+def test_snip_refuses_a_layer_without_any_gradient(method: str) -> None:
+    model = convnet()
+    optimizer = sgd(model)
+    sparsifier = make(method, model, optimizer)
+    backward(model, images(0))
+    model[7].weight.grad.zero_()
+    with pytest.raises(RuntimeError, match=r"ranks 7\.weight by a gradient that is 0 everywhere"):
+        optimizer.step()
+    assert (sparsifier.step, sparsifier.num_updates) == (0, 0)
+
+
+def test_something_else_than_an_optimizer_is_refused() -> None:
+    model = convnet()
+    with pytest.raises(ValueError, match=r"Identity is no torch\.optim\.Optimizer"):
+        make("static", model, nn.Identity())
