@@ -15,20 +15,23 @@ from torch.optim import Optimizer
 
 # torch wraps `step` of every optimizer class in this function, which calls the hooks.
 _STEP = Optimizer.profile_hook_step(len).__code__
+# Where wrappers keep the optimizer that they wrap.
+_INNER = ("optimizer", "base_optimizer", "_base_optimizer")
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Take off wrappers that only forward to an optimizer, as accelerate's and Lightning's do.
+    """Take off wrappers that have no hooks: accelerate's, Lightning's, timm's Lookahead.
 
     Raises:
         ValueError: There is no torch optimizer inside.
     """
     inner: Any = optimizer
-    while "_optimizer_step_pre_hooks" not in vars(inner):
-        inner = getattr(inner, "optimizer", None)
+    while "_optimizer_load_state_dict_post_hooks" not in vars(inner):
+        inner = next((getattr(inner, name) for name in _INNER if hasattr(inner, name)), None)
         if inner is None:
-            kind = type(optimizer).__name__
-            raise ValueError(f"{kind} is no torch.optim.Optimizer and does not wrap one")
+            raise ValueError(
+                f"{type(optimizer).__name__} is no torch.optim.Optimizer with hooks, and wraps none"
+            )
     found: Optimizer = inner
     return found
 

@@ -447,6 +447,9 @@ class Sparsifier:
         check_masks(new, weights, f"method {self.method.name}")
         if any(new[name] is not old[name] for name in old):
             self.masks_version += 1
+        for name, weight in self._maskable.items():
+            if name not in self._gates:  # from now on every layer has a mask, a frozen one, too
+                self._gates[name] = Gate(torch.ones_like(weight, dtype=torch.bool), weight)
         changed, grown = [], []  # numbers of connections, per layer
         for index, name in enumerate(self._weights):
             if name not in old:
@@ -458,8 +461,6 @@ class Sparsifier:
             # Where as many come as go, half of the changes is known to be growth.
             halves = self.method.keeps_counts
             grown.append(changed[-1] // 2 if halves else torch.count_nonzero(fresh))
-            if name not in self._gates:
-                self._gates[name] = Gate(new[name], weight)
             if survivors[name] is not old[name]:
                 disconnect(self._optimizer, weight, self._gates[name], survivors[name])
             disconnect(self._optimizer, weight, self._gates[name], new[name])
