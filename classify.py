@@ -20,7 +20,12 @@ from image_classification.config import Config
 from image_classification.data.decode import read_image
 from image_classification.data.resize import validation_crop
 from image_classification.data.stage import MEAN, STD
-from image_classification.models import count_classes, create_model, default_image_size
+from image_classification.models import (
+    check_image_size,
+    count_classes,
+    create_model,
+    default_image_size,
+)
 from sparse import runtime
 
 
@@ -182,6 +187,7 @@ def report(args: argparse.Namespace) -> str:
         raise ValueError("--batch has no effect without --model")
     model, config = load_model(args.resume, arch=args.arch)
     size = args.image_size or config["image_size"] or default_image_size(config["arch"])
+    check_image_size(model, config["arch"], size)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     model = model.to(device)
     lines = []

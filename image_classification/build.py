@@ -169,9 +169,7 @@ def _evaluation_notes(config: Config, path: Path, state: Mapping[str, Any]) -> t
     return tuple(notes if state.get("arch") != config.arch else notes[1:])
 
 
-def _read_pretrained(
-    config: Config, model: nn.Module
-) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+def _read_pretrained(config: Config, model: nn.Module) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """Return what --pretrained-from-file holds for `model`, and what was left out of it."""
     source = Path(str(config.pretrained_from_file))
     found = weights.read(source)

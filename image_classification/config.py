@@ -51,8 +51,8 @@ class Config:
     )
     interpolation: Literal["bilinear", "bicubic", "triangular", "tensorflow"] = flag(
         "bilinear",
-        "resampling filter; triangular exists with DALI only; tensorflow is RigL's: its bicubic, and "
-        "validation crops before it resizes",
+        "resampling filter; triangular exists with DALI only; tensorflow is RigL's: bicubic, not "
+        "antialiased, and validation crops before it resizes",
     )
     augmentation: Literal["autoaugment"] | None = flag(None, "extra training augmentation")
     image_size: int | None = flag(None, "side of the square input; the model's own by default")
@@ -132,9 +132,9 @@ class Config:
     memory_format: Literal["nchw", "nhwc"] = flag("nchw", "layout of activations and weights")
     compile: bool = flag(False, "torch.compile the model")
     deterministic: bool = flag(
-        False, "algorithms whose results repeat bit for bit, which may be slower; an operation that "
-        "has none ends the run",
-    )  # fmt: skip
+        False,
+        "algorithms that repeat bit for bit, maybe slower; an operation that has none ends the run",
+    )
     cpu: bool = flag(False, "stay on the CPU where there is a GPU")
 
     # run

@@ -41,8 +41,8 @@ class Network:
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rename the weights of torchvision, timm, NVIDIA's ConvNets or the port to our names.
 
-    What wrappers put into the names is taken out ("module." of DistributedDataParallel, "_orig_mod."
-    of torch.compile), and NVIDIA's later versions number the stages of a ResNet from 0
+    What wrappers put into the names is taken out ("module." of DistributedDataParallel,
+    "_orig_mod." of torch.compile), and NVIDIA's later versions number the stages of a ResNet from 0
     (layers.0.0.conv1). What is no tensor is left out.
 
     Raises:

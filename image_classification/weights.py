@@ -26,6 +26,7 @@ from image_classification.foreign import Network
 ENTRIES = ("state_dict", "model_state_dict", "model", "net", "module")
 AVERAGED_ENTRIES = ("ema", "state_dict_ema", "model_ema", "ema_state_dict")
 
+_NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
 # What trainers store beside the weights: their flags, an accuracy of NumPy's. Rebuilding these runs
 # nothing of the file's choosing. The second spellings are those of other versions.
 _HARMLESS: list[Any] = [
@@ -33,8 +34,8 @@ _HARMLESS: list[Any] = [
     pathlib.PosixPath,
     (pathlib.PosixPath, "pathlib.PosixPath"),
     (pathlib.PosixPath, "pathlib._local.PosixPath"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")),
 ]
@@ -145,7 +146,7 @@ def _why_not(error: Exception) -> str:
         return f"cannot be read: {error.strerror}"
     if "TorchScript" in text:
         return "is a TorchScript archive: save the state_dict() of what torch.jit.load returns"
-    if found := re.search(r"GLOBAL (\S+) was not", text):
+    if found := re.search(r"GLOBAL (\S+) (?:was not|whose module)", text):
         return (
             f"holds objects besides tensors ({found[1]}), which only code could rebuild: "
             "save its state_dict() alone"
@@ -218,7 +219,7 @@ def from_tf(variables: Mapping[str, Tensor]) -> Weights:
 
 
 def pack(mask: Tensor) -> dict[str, Any]:
-    """Return a mask as the checkpoints of sparse runs hold it: eight entries a byte, lowest first."""
+    """Return a mask as checkpoints of sparse runs hold it: eight entries a byte, lowest first."""
     bits = np.packbits(mask.numpy(), axis=None, bitorder="little")
     return {"shape": list(mask.shape), "bits": torch.from_numpy(bits)}
 

@@ -7,8 +7,9 @@ to save: any batch of any epoch can be made at any time, alone.
 What an image is, `read_image` decides for all backends. DALI disagrees in three ways. It ends a
 pipeline for a file that it cannot decode: the culprits of the batch are looked for, and a new
 pipeline goes on with the same batch, without them. It does so for the odd file that is an image:
-that one is copied to a PNG file, and so are TIFF files of which it would complain on the terminal. And it takes a crop of a file that is cut off below the crop: the
-first and the last bytes of a file tell which ones to look at.
+that one is copied to a PNG file, and so are TIFF files of which it would complain on the terminal.
+And it takes a crop of a file that is cut off below the crop: the first and the last bytes of a file
+tell which ones to look at.
 """
 
 from __future__ import annotations

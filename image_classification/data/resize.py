@@ -24,9 +24,7 @@ def resize_crop(crop: Tensor, *, size: int, interpolation: str, flip: bool) -> T
     return resized.flip(-1) if flip else resized
 
 
-def validation_crop(
-    image: Tensor, *, size: int, shorter_side: int, interpolation: str
-) -> Tensor:
+def validation_crop(image: Tensor, *, size: int, shorter_side: int, interpolation: str) -> Tensor:
     """Return an image, uint8 [3, H, W], as validation sees it, uint8 [3, size, size].
 
     torchvision's way resizes the shorter side to `shorter_side` and crops the center. With
@@ -34,9 +32,7 @@ def validation_crop(
     the evaluation of the RigL repository (`_decode_and_center_crop` of TensorFlow's ResNet).
     """
     if interpolation != "tensorflow":
-        image = F.resize(
-            image, [shorter_side], interpolation=_mode(interpolation), antialias=True
-        )
+        image = F.resize(image, [shorter_side], interpolation=_mode(interpolation), antialias=True)
         cropped: Tensor = F.center_crop(image, [size, size])
         return cropped
     height, width = image.shape[1:]

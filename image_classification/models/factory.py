@@ -93,10 +93,10 @@ def default_image_size(arch: str) -> int:
 
 
 def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
-    """Raise ValueError (one line) if `model`, on the meta device, does not take such images.
+    """Raise ValueError (one line) if `model` does not take such images.
 
     Args:
-        model: The network of `arch`.
+        model: The network of `arch`; on the meta device trying it out costs nothing.
         arch: Its name.
         image_size: Side of the square images.
     """
@@ -106,7 +106,8 @@ def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
     training = model.training
     try:
         with torch.no_grad():
-            model.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+            device = next(model.parameters()).device
+            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:  # each model has its own words
         reason = str(error).partition("\n")[0]
     finally:
@@ -175,7 +176,7 @@ def _tf_resnet50(num_classes: int) -> nn.Module:
     TensorFlow's SAME does so where a stride of 2 divides the rows. Convolutions pad as torch's do,
     and the epsilon of BatchNorm is torch's 1e-5.
     """
-    model = torchvision.models.resnet50(weights=None, num_classes=num_classes)
+    model: nn.Module = torchvision.models.resnet50(weights=None, num_classes=num_classes)
     model.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=0, ceil_mode=True)
     return model
 
