@@ -320,7 +320,8 @@ def _seed_generators(seed: int) -> None:
 def _set_backends(config: Config) -> None:
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.backends.cudnn.deterministic = config.deterministic
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
     precision = "tf32" if config.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
