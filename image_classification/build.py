@@ -161,7 +161,7 @@ def _evaluation_notes(config: Config, path: Path, state: Mapping[str, Any]) -> t
     """Say in what an evaluation departs from the training of its checkpoint."""
     notes = [f"{path} holds {state.get('arch')}, evaluated as {config.arch}"]
     trained = (state.get("config") or {}).get("interpolation", config.interpolation)
-    if trained != config.interpolation:
+    if trained != config.interpolation and backend(config) != "synthetic":
         notes.append(
             f"{path} was trained with --interpolation {trained}, "
             f"images are resized with {config.interpolation}"
