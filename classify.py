@@ -13,13 +13,19 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from image_classification import checkpoint
 from image_classification.config import Config
 from image_classification.data.decode import read_image
+from image_classification.data.resize import validation_crop
 from image_classification.data.stage import MEAN, STD
-from image_classification.models import create_model, default_image_size
+from image_classification.models import (
+    check_image_size,
+    count_classes,
+    create_model,
+    default_image_size,
+)
 from sparse import runtime
 
 
@@ -70,10 +76,13 @@ def load_model(path: Path, *, arch: str | None) -> tuple[nn.Module, Mapping[str,
         raise ValueError(f"{path} holds {held}, --arch is {arch}; leave --arch out")
     # a converted checkpoint carries no flags: those of main.py's defaults fit, or loading fails
     config = {**vars(Config()), **state.get("config", {}), "arch": held}
-    # every network here ends in its classifier, with a row or an element per class
-    *_, last = checkpoint.entry(state, "state_dict", path).values()
+    weights = checkpoint.entry(state, "state_dict", path)
+    try:
+        num_classes = count_classes(held, weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: entry 'state_dict' does not fit: {error}") from error
     model = create_model(
-        held, num_classes=len(last), stem=config["stem"], width=config["width"]
+        held, num_classes=num_classes, stem=config["stem"], width=config["width"]
     ).eval()
     checkpoint.restore({"state_dict": model}, state, path)
     return model, config
@@ -91,25 +100,21 @@ def load_image(
 
     Args:
         path: Image file.
-        image_size: Side of the center crop; the shorter side is resized to 256 / 224 of it.
-        interpolation: "bilinear", "bicubic" or "triangular", which is what an antialiased bilinear
-            filter is.
+        image_size: Side of the image; the shorter side of the file stands for 256 / 224 of it.
+        interpolation: As main.py takes it.
         mean: Normalization, per channel, of values in [0, 1].
         std: The same.
 
     Raises:
         ValueError: One line: the file cannot be read.
     """
-    filter_name = "bilinear" if interpolation == "triangular" else interpolation
-    prepare = v2.Compose(
-        [
-            v2.Resize(round(image_size * 256 / 224), v2.InterpolationMode(filter_name)),
-            v2.CenterCrop(image_size),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean, std),
-        ]
+    pixels = validation_crop(
+        read_image(str(path)),
+        size=image_size,
+        shorter_side=round(image_size * 256 / 224),
+        interpolation=interpolation,
     )
-    image: Tensor = prepare(read_image(str(path)))
+    image: Tensor = F.normalize(F.to_dtype(pixels, torch.float32, scale=True), [*mean], [*std])
     return image[None]
 
 
@@ -182,6 +187,7 @@ def report(args: argparse.Namespace) -> str:
         raise ValueError("--batch has no effect without --model")
     model, config = load_model(args.resume, arch=args.arch)
     size = args.image_size or config["image_size"] or default_image_size(config["arch"])
+    check_image_size(model, config["arch"], size)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     model = model.to(device)
     lines = []

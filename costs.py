@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(prog="costs.py", description="Cost of sparse networks.")
     add = parser.add_argument
-    add("--arch", default="resnet50", help="a torchvision name, mobilenet_v1, wrn22_2, small_cnn")
+    add("--arch", default="resnet50", help="as main.py --arch")
     add("--image-size", type=int, help="side of the input (the model's own)")
     add("--num-classes", type=int, default=1000)
     add("--distribution", default="erk", choices=("uniform", "er", "erk"))
@@ -168,7 +168,9 @@ def _trace(
 ) -> tuple[list[costs.LayerCost], dict[str, tuple[int, ...]]]:
     with torch.device("meta"):
         model = models.create_model(arch, num_classes=num_classes)
-    layers = costs.trace_layers(model, image_size or models.default_image_size(arch))
+    side = image_size or models.default_image_size(arch)
+    models.check_image_size(model, arch, side)
+    layers = costs.trace_layers(model, side)
     return layers, {name: tuple(p.shape) for name, p in sparse.prunable(model).items()}
 
 

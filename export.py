@@ -20,7 +20,7 @@ from classify import OneLineParser, load_model
 from image_classification import checkpoint
 from image_classification.config import Config
 from image_classification.data.stage import MEAN, STD
-from image_classification.models import create_model, default_image_size
+from image_classification.models import count_classes, create_model, default_image_size
 from sparse import runtime
 
 MODEL_OPTIONS = ("stem", "width")
@@ -113,10 +113,10 @@ def _read_checkpoint(path: Path, *, ema: bool) -> Trained:
     masks = {n: sparse.unpack(m["bits"], tuple(m["shape"])) for n, m in stored.items()}
     if not masks:
         masks = {name: state[name] != 0 for name in sparse.prunable(model)}
-    *_, last = state.values()
     return Trained(
         arch=config["arch"],
-        options={"num_classes": len(last)} | {name: config[name] for name in MODEL_OPTIONS},
+        options={"num_classes": count_classes(config["arch"], state)}
+        | {name: config[name] for name in MODEL_OPTIONS},
         image_size=config["image_size"] or default_image_size(config["arch"]),
         interpolation=config["interpolation"],
         state=state,
@@ -169,7 +169,7 @@ def write_checkpoint(trained: Trained, output: Path) -> None:
         "state_dict": dict(trained.state),
         "config": {**vars(Config()), **known},
     }
-    checkpoint.save(output.parent, state, epoch=0, is_best=False, filename=output.name)
+    checkpoint.write(output, state)
 
 
 def write_onnx(trained: Trained, output: Path) -> None:

@@ -16,8 +16,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from image_classification import build, config, distributed
 from image_classification.config import Config
 from image_classification.data import DataError
@@ -34,8 +32,7 @@ def dry_run(c: Config, flags: SparseFlags) -> str:
     """Return the resolved plan as one JSON object; no data and no device is touched."""
     dataset = build.inspect(c)
     plan = build.plan(c, dataset, world_size=distributed.world_from_env().world_size)
-    with torch.device("meta"):
-        model = build.create_model(c, dataset)
+    model = build.sketch_model(c, dataset)
     steps = plan["total_steps"]
     plan["sparse"] = sparse_plan(model, flags, total_steps=steps)
     plan["cost"] = cost_plan(model, flags, image_size=plan["image_size"], total_steps=steps)
@@ -63,15 +60,15 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     if c.dry_run:
         return functools.partial(print, dry_run(c, flags))
     stack.enter_context(preemption.listening(c.preempt_grace))
+    c = build.adopt(c)
     dataset = build.inspect(c)
-    with torch.device("meta"):
-        model = build.create_model(c, dataset)
+    model = build.sketch_model(c, dataset)
     start = build.prepare(c, dataset, model)
     check_sparsity(c, flags, start, model)
     if preemption.requested():
         raise Preempted
     stack.callback(distributed.stop)
-    world = distributed.start(cpu=c.cpu)
+    world = distributed.start(cpu=c.cpu, deterministic=c.deterministic)
     logger = Logger(
         raport=Path(c.workspace) / c.raport_file,
         append=c.resume is not None,

@@ -1,5 +1,6 @@
 """From flags to a run that is ready to start: data, model, optimizer, trainer, resume."""
 
+import dataclasses
 import random
 import secrets
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from image_classification import checkpoint, data, distributed, models, optim
+from image_classification import checkpoint, data, distributed, models, optim, weights
 from image_classification.config import Config, Steps, backend, cut
 from image_classification.distributed import World
 from image_classification.log import Logger
@@ -80,6 +81,27 @@ def num_classes(config: Config, dataset: data.DatasetInfo) -> int:
     return config.num_classes or len(dataset.classes) or 1000
 
 
+def adopt(config: Config) -> Config:
+    """Return the flags with the network of the checkpoint where --evaluate does not name one."""
+    if not config.evaluate or config.arch != Config().arch:
+        return config
+    path, _ = _find_checkpoint(config)
+    held = checkpoint.load(path).get("arch") if path else None
+    return dataclasses.replace(config, arch=held or config.arch)
+
+
+def sketch_model(config: Config, dataset: data.DatasetInfo) -> nn.Module:
+    """Return the network of the flags on the meta device.
+
+    Raises:
+        ValueError: One line: it does not exist, or takes no images of their size.
+    """
+    with torch.device("meta"):
+        model = create_model(config, dataset)
+    models.check_image_size(model, config.arch, image_size(config))
+    return model
+
+
 def create_model(config: Config, dataset: data.DatasetInfo) -> nn.Module:
     """Return the network of the flags, on the default device."""
     return models.create_model(
@@ -101,7 +123,9 @@ class Start:
     state: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     pretrained: Mapping[str, Any] = field(default_factory=dict)
-    """What --pretrained-from-file holds."""
+    """What --pretrained-from-file holds, without the last layer where --new-head says so."""
+    notes: tuple[str, ...] = ()
+    """What the log should say of the files."""
 
 
 def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Start:
@@ -123,15 +147,56 @@ def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Star
     if path:
         checkpoint.check({"state_dict": model}, state, path)
     pretrained: Mapping[str, Any] = {}
+    notes = _evaluation_notes(config, path, state) if path and config.evaluate else ()
     if config.pretrained_from_file:
-        source = Path(config.pretrained_from_file)
-        pretrained = checkpoint.load(source)
-        checkpoint.check({"state_dict": model}, pretrained, source)
+        pretrained, notes = _read_pretrained(config, model)
     world_size = distributed.world_from_env().world_size
     kept_batch = state.get("optimizer_batch_size")
     steps = cut(config, num_train=dataset.num_train, world_size=world_size, kept_batch=kept_batch)
     _create_schedule(config, steps)
-    return Start(steps, path, state, warnings, pretrained)
+    return Start(steps, path, state, warnings, pretrained, notes)
+
+
+def _evaluation_notes(config: Config, path: Path, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say in what an evaluation departs from the training of its checkpoint."""
+    notes = [f"{path} holds {state.get('arch')}, evaluated as {config.arch}"]
+    trained = (state.get("config") or {}).get("interpolation", config.interpolation)
+    if trained != config.interpolation and backend(config) != "synthetic":
+        notes.append(
+            f"{path} was trained with --interpolation {trained}, "
+            f"images are resized with {config.interpolation}"
+        )
+    return tuple(notes if state.get("arch") != config.arch else notes[1:])
+
+
+def _read_pretrained(config: Config, model: nn.Module) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return what --pretrained-from-file holds for `model`, and what was left out of it."""
+    source = Path(str(config.pretrained_from_file))
+    found = weights.read(source)
+    head = models.classifier(model)
+    own = model.state_dict()
+    kernel = f"{head}.weight"
+    theirs = len(found.state_dict.get(kernel, own[kernel]))
+    if theirs != len(own[kernel]) and not config.new_head:
+        raise ValueError(
+            f"{source} has {theirs} classes, the network {len(own[kernel])}: "
+            f"--new-head leaves its {head} out and starts a new one"
+        )
+    new_layer = head if config.new_head else ""
+    try:
+        fitted = weights.fit(found.state_dict, own, config.arch, new_layer=new_layer)
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit --arch {config.arch}: {error}") from error
+    left = [f"its averaged weights ({name})" for name in found.left]
+    left += [name for name in found.state_dict if name not in fitted]
+    entry = "" if found.entry is None else f", entry '{found.entry}'"
+    notes = [
+        f"starting from {source}{entry}: {len(fitted)} of the {len(own)} tensors of the network; "
+        f"left out: {', '.join(left) or 'nothing'}"
+    ]
+    if found.arch not in (None, config.arch):
+        notes.append(f"{source} holds {found.arch}, its weights fit {config.arch} and are taken")
+    return {"state_dict": fitted, "sparse": found.sparse}, tuple(notes)
 
 
 def create_optimizer(config: Config, model: nn.Module, device: torch.device) -> Optimizer:
@@ -175,7 +240,8 @@ def build(
     model = create_model(config, dataset).to(world.device)
     model = model.to(memory_format=_memory_format(config))
     if config.pretrained_from_file:
-        model.load_state_dict(start.pretrained["state_dict"])
+        # compared with the network before; what is missing is the new head
+        model.load_state_dict(start.pretrained["state_dict"], strict=False)
     steps = start.steps
     optimizer = create_optimizer(config, model, world.device)
     extension = attach(model, optimizer, config.epochs * steps.steps_per_epoch, seed)
@@ -214,6 +280,8 @@ def _announce(config: Config, start: Start, logger: Logger) -> None:
     """Say where the run begins, on which all ranks must agree."""
     for warning in start.warnings:
         logger.warning(warning)
+    for note in start.notes:
+        logger.message(note)
     if start.path:
         logger.message(f"loading {start.path}")
     elif config.resume:
@@ -250,7 +318,10 @@ def _seed_generators(seed: int) -> None:
 
 
 def _set_backends(config: Config) -> None:
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.backends.cudnn.deterministic = config.deterministic
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
     precision = "tf32" if config.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]

@@ -49,8 +49,10 @@ class Config:
     data_backend: Literal["dali-gpu", "dali-cpu", "pytorch", "synthetic", "syntetic"] = flag(
         "dali-cpu", "where images are decoded and augmented"
     )
-    interpolation: Literal["bilinear", "bicubic", "triangular"] = flag(
-        "bilinear", "resampling filter; triangular exists with DALI only"
+    interpolation: Literal["bilinear", "bicubic", "triangular", "tensorflow"] = flag(
+        "bilinear",
+        "resampling filter; triangular exists with DALI only; tensorflow is RigL's: bicubic, not "
+        "antialiased, and validation crops before it resizes",
     )
     augmentation: Literal["autoaugment"] | None = flag(None, "extra training augmentation")
     image_size: int | None = flag(None, "side of the square input; the model's own by default")
@@ -63,7 +65,10 @@ class Config:
 
     # model
     arch: str = flag(
-        "resnet50", "model: a torchvision name, mobilenet_v1, wrn22_2, small_cnn", "-a"
+        "resnet50",
+        "model: a torchvision name, tf_resnet50, mobilenet_v1, wrn22_2, small_cnn; --evaluate: by "
+        "default what the checkpoint holds",
+        "-a",
     )
     num_classes: int | None = flag(
         None, "classes of the network; those of DATA by default, else 1000", "--num_classes"
@@ -79,7 +84,11 @@ class Config:
     stem: Literal["imagenet", "cifar"] = flag("imagenet", "cifar: 3x3 first layer, no max-pool")
     width: float = flag(1.0, "width multiplier of mobilenet_v1")
     pretrained_from_file: str | None = flag(
-        None, "checkpoint whose weights training starts from", "--pretrained-weights"
+        None, "file of weights that training starts from: ours, or one that convert reads",
+        "--pretrained-weights",
+    )  # fmt: skip
+    new_head: bool = flag(
+        False, "leave the last layer of --pretrained-from-file out: for other classes"
     )
 
     # schedule
@@ -122,6 +131,10 @@ class Config:
     tf32: bool = flag(False, "TensorFloat-32 matrix products and convolutions on CUDA")
     memory_format: Literal["nchw", "nhwc"] = flag("nchw", "layout of activations and weights")
     compile: bool = flag(False, "torch.compile the model")
+    deterministic: bool = flag(
+        False,
+        "algorithms that repeat bit for bit, maybe slower; an operation that has none ends the run",
+    )
     cpu: bool = flag(False, "stay on the CPU where there is a GPU")
 
     # run
@@ -274,6 +287,8 @@ def check(config: Config) -> None:
         raise ValueError(f"DATA directory {config.data} does not exist")
     if config.interpolation == "triangular" and not config.data_backend.startswith("dali"):
         raise ValueError("--interpolation triangular needs a DALI backend; use bilinear")
+    if config.interpolation == "tensorflow" and config.data_backend == "dali-gpu":
+        raise ValueError("--interpolation tensorflow needs --data-backend dali-cpu or pytorch")
     if lines := ineffective(config, _rules(config)):
         raise ValueError("; ".join(lines))
 
@@ -286,6 +301,7 @@ def _rules(c: Config) -> list[tuple[bool, str, str]]:
         (c.optimizer != "adamw", "momentum", "--optimizer sgd or rmsprop"),
         (c.optimizer in ("sgd", "apex-sgd"), "nesterov", "--optimizer sgd"),
         (c.optimizer == "rmsprop", "rmsprop_alpha rmsprop_eps", "--optimizer rmsprop"),
+        (c.pretrained_from_file is not None, "new_head", "--pretrained-from-file"),
         (c.amp, "amp_dtype", "--amp"),
         (fp16, "static_loss_scale dynamic_loss_scale", "--amp in float16"),
         (not c.dynamic_loss_scale, "static_loss_scale", "dropping --dynamic-loss-scale"),

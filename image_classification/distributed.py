@@ -3,7 +3,7 @@
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -83,17 +83,20 @@ def world_from_env() -> Launch:
     return launch
 
 
-def start(*, cpu: bool = False) -> World:
+def start(*, cpu: bool = False, deterministic: bool = False) -> World:
     """Choose this process's device and join the process group of the run.
 
     The device is the GPU of the local rank, or the CPU when there is none or `cpu` asks for it. A
     process group (NCCL on GPUs, gloo on CPUs) is made when the world has more than one process or
-    a launcher started this one.
+    a launcher started this one. `deterministic` lets cuBLAS repeat its results, which it asks for
+    before CUDA starts; torch has switches for the rest.
 
     Raises:
         ValueError: the launcher's variables are incomplete or contradict each other, or the local
             rank has no GPU.
     """
+    if deterministic:
+        _repeat_cublas(os.environ)
     launch = world_from_env()
     if launch.world_size > 1 and launch.launcher == "torchrun":
         _require_variables("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -251,6 +254,16 @@ def _device(launch: Launch, *, cpu: bool) -> torch.device:
             "start at most that many processes per node, or train on the CPU"
         )
     return torch.device("cuda", index)
+
+
+def _repeat_cublas(env: MutableMapping[str, str]) -> None:
+    """Give cuBLAS workspaces with which it repeats its results; torch accepts two."""
+    name, accepted = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+    if env.setdefault(name, accepted[0]) not in accepted:
+        raise ValueError(
+            f"environment variable {name} is {env[name]}, --deterministic needs "
+            f"{' or '.join(accepted)}: unset it"
+        )
 
 
 def _slurm_tasks(env: Mapping[str, str]) -> int:

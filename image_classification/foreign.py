@@ -5,12 +5,12 @@ active, and are given for sparse layers only.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # torchvision's name -> scope of the RigL repository's TensorFlow graph
 _RESNET50_BLOCKS = (3, 4, 6, 3)
@@ -22,7 +22,12 @@ _NORM = {
     "running_mean": "moving_mean",
     "running_var": "moving_variance",
 }
-TF_ARCHES = ("resnet50", "mobilenet_v1")
+TF_ARCHES = ("tf_resnet50", "mobilenet_v1")
+
+# In front of all names: DistributedDataParallel, AveragedModel, a module that holds the network.
+_OUTER = re.compile(r"(?:(?:module|model)\.)+")
+# Wherever a part of a network was wrapped: torch.compile, FSDP, activation checkpointing.
+_WRAPPER = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,43 @@ class Network:
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename the weights of torchvision, of NVIDIA's ConvNets or of the port to our names.
+    """Rename the weights of torchvision, timm, NVIDIA's ConvNets or the port to our names.
 
-    NVIDIA's later versions number the stages of a ResNet from 0 (layers.0.0.conv1); a network that
-    was saved inside DistributedDataParallel has a "module." before each name.
+    What wrappers put into the names is taken out ("module." of DistributedDataParallel,
+    "_orig_mod." of torch.compile), and NVIDIA's later versions number the stages of a ResNet from 0
+    (layers.0.0.conv1). What is no tensor is left out.
+
+    Raises:
+        ValueError: Two weights get one name.
     """
-    return {_from_nvidia(name): tensor for name, tensor in state_dict.items()}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        ours = _our_name(name)
+        if ours in renamed:
+            raise ValueError(f"two of its weights are {ours}, one of them {name}")
+        renamed[ours] = tensor
+    return renamed
+
+
+def from_pruned(state_dict: Mapping[str, Tensor]) -> Network:
+    """Undo torch.nn.utils.prune, which keeps `weight_orig` and `weight_mask` in place of `weight`.
+
+    The masks of weights become those of the network; a bias is multiplied with its mask.
+
+    Raises:
+        ValueError: A mask is missing or has another shape than its weight.
+    """
+    weights, masks = dict(state_dict), {}
+    for name in [name.removesuffix("_orig") for name in state_dict if name.endswith("_orig")]:
+        if f"{name}_mask" not in state_dict:
+            raise ValueError(f"it has {name}_orig but no {name}_mask")
+        weights[name] = weights.pop(f"{name}_orig")
+        masks[name] = weights.pop(f"{name}_mask") != 0
+    pruned = masked(weights, masks)
+    kernels = {name: mask for name, mask in masks.items() if mask.dim() >= 2}
+    return Network(pruned.state_dict, kernels)
 
 
 def to_nvidia(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,8 +86,10 @@ def to_nvidia(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _from_nvidia(name: str) -> str:
-    name = name.removeprefix("module.")
+def _our_name(name: str) -> str:
+    name = _WRAPPER.sub("", name)
+    if outer := _OUTER.match(name):
+        name = name[outer.end() :]
     return re.sub(r"^layers\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.", name)
 
 
@@ -98,7 +136,7 @@ def from_tf(variables: Mapping[str, Tensor], arch: str) -> Network:
 
     Kernels change from (height, width, in, out) to (out, in, height, width). A mask stands beside
     its kernel, and in the scope that both share. The max-pooling of that graph pads at the end
-    (SAME): `use_tf_pooling` gives a ResNet the same.
+    (SAME), as that of tf_resnet50 does.
 
     Args:
         variables: Name -> tensor, such as "resnet_model/initial_conv/weights". Others (momentum,
@@ -139,9 +177,10 @@ def to_tf(network: Network, arch: str) -> dict[str, Tensor]:
     return variables
 
 
-def use_tf_pooling(model: nn.Module) -> None:
-    """Let the max-pooling of a ResNet pad at the end only, as TensorFlow's SAME does."""
-    model.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=0, ceil_mode=True)
+def tf_arch(names: Iterable[str]) -> str:
+    """Return which of `TF_ARCHES` the variables of these names are of."""
+    is_mobilenet = any("/depthwise_nxn_0" in name for name in names)
+    return "mobilenet_v1" if is_mobilenet else "tf_resnet50"
 
 
 def tf_kernels(arch: str) -> Iterator[tuple[str, str]]:

@@ -294,6 +294,14 @@ class Run:
                 "there is no checkpoint yet"
             )  # fmt: skip
             raise TrainingError(f"{error}; {stands}") from None
+        except RuntimeError as error:
+            operation, found, _ = str(error).partition(" does not have a deterministic")
+            if not found:
+                raise
+            raise TrainingError(
+                f"--deterministic: {operation} has no deterministic algorithm here: leave the flag "
+                "out, or train another network"
+            ) from error
 
     def _after_step(self) -> None:
         """Stop if the ranks have agreed to, or write the checkpoint that is due."""

@@ -30,6 +30,13 @@ if [[ -z ${PYTHON:-} ]]; then
     PYTHON=$root/.venv/bin/python
     [[ -x $PYTHON ]] || PYTHON=python3
 fi
+needed=(torch torchvision jsonargparse)
+found="import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
+if ! "$PYTHON" -c "$found" "${needed[@]}" &>/dev/null; then
+    echo "$row: error: $PYTHON lacks ${needed[*]}:" \
+        "run bash $root/scripts/venv.sh, which makes .venv, or set PYTHON" >&2
+    exit 2
+fi
 data=${DATA:-/data/imagenet}
 results=${RESULTS:-$root/results/runs/$row}
 nnodes=${NNODES:-1}

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes .venv where it is missing or older than the requirements,
-# then defines PYTHON. A marker holds the hash of the requirements it was made from. A PYTHON that
-# is set already is used as it is.
+# Makes .venv where it is missing or older than the requirements: bash scripts/venv.sh. Sourced by
+# other scripts it also defines PYTHON. A marker holds the hash of the requirements it was made
+# from. A PYTHON that is set already is used as it is.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit
 if [ -z "${PYTHON:-}" ]; then

@@ -137,6 +137,8 @@ def test_mistakes_are_one_line_and_status_2(
 ) -> None:
     path, _ = write_checkpoint(tmp_path)
     good = {"--resume": path, "--image": photo, "--cpu": None}
+    (tmp_path / "large").mkdir()
+    large, _ = write_checkpoint(tmp_path / "large", arch="squeezenet1_1", image_size=64)
     text = tmp_path / "three.txt"
     text.write_text("a\nb\nc\n")
     (tmp_path / "empty").mkdir()
@@ -148,6 +150,7 @@ def test_mistakes_are_one_line_and_status_2(
         ({"--arch": "resnet50"}, "holds small_cnn, --arch is resnet50"),
         ({"--topk": 0}, "--topk must be at least 1, got 0"),
         ({"--image-size": 0}, "--image-size must be at least 1, got 0"),
+        ({"--resume": large, "--image-size": 16}, "--image-size 16 does not suit squeezenet1_1"),
         ({"--class-names": text}, "holds 3 names, the network has 4 classes"),
         ({"--class-names": tmp_path / "none.txt"}, "cannot be read: No such file"),
         ({"--class-names": photo}, "it is no text file"),

@@ -77,6 +77,16 @@ def test_there_and_back_gives_the_same_state_dict(tmp_path: Path) -> None:
     assert_same_state(state["state_dict"], model)
 
 
+def test_an_output_that_exists_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+    source, model = train(tmp_path / "run")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "net.pth.tar").write_text("what was there")
+    convert(source, folder / "net.pth.tar", "--to", "torch")
+    assert [path.name for path in folder.iterdir()] == ["net.pth.tar"]
+    assert_same_state(checkpoint.load(folder / "net.pth.tar")["state_dict"], model)
+
+
 def test_a_folded_file_gives_back_the_folded_network_bit_for_bit(tmp_path: Path) -> None:
     source, model = train(tmp_path / "run")
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"

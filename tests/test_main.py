@@ -195,6 +195,8 @@ def test_plan_counts_the_images_of_the_data(pictures: Path) -> None:
             "use none or bf16",
         ),
         ("DATA --arch resnet51", "resnet51"),
+        ("DATA --arch vit_b_16", "--image-size 32 does not suit vit_b_16, whose own is 224"),
+        ("DATA --arch vit_b_16 --dry-run", "--image-size 32 does not suit vit_b_16"),
         ("DATA --num-classes 3", "--num-classes 3"),
         ("DATA --resume nowhere.pth.tar", "nowhere.pth.tar"),
         ("DATA -b 100", "40 training images"),

@@ -255,6 +255,17 @@ def test_data_and_results_can_be_elsewhere_and_a_dry_run_writes_nothing(
     assert out.is_dir()
 
 
+def test_a_row_without_an_environment_names_the_command_that_makes_one(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    for python in (tmp_path / "bare/bin/python", tmp_path / "no/such/python"):
+        done = call("scripts/rn50_rigl_erk_0.9.sh", "--dry-run", python=python, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert f"{python} lacks torch" in line
+        (named,) = [word for word in line.split() if word.endswith("venv.sh,")]
+        assert Path(named.rstrip(",")).is_file()
+
+
 def test_flags_of_the_caller_come_last(recorder: Path, tmp_path: Path) -> None:
     argv = command(
         "scripts/rigl/mbv1_dense.sh", "--dry-run", "--amp", python=recorder, cwd=tmp_path

@@ -1,6 +1,15 @@
 """Checkpoints: files that are whole or absent, and the state that goes in and out of them."""
 
-from image_classification.checkpoint.files import BEST, FORMAT, Found, find, load, save, verify
+from image_classification.checkpoint.files import (
+    BEST,
+    FORMAT,
+    Found,
+    find,
+    load,
+    save,
+    verify,
+    write,
+)
 from image_classification.checkpoint.state import check, entry, restore, rng_state, set_rng_state
 
 __all__ = [
@@ -16,4 +25,5 @@ __all__ = [
     "save",
     "set_rng_state",
     "verify",
+    "write",
 ]

@@ -70,13 +70,11 @@ def save(
         OSError: in one line, why it could not be written and what is left; training may go on.
         TypeError: `state` holds something that only code could rebuild; the key is named.
     """
-    state = {**state, "format": FORMAT}
-    for key, value in state.items():
-        require_plain(value, key)
+    state = _plain(state)
     target = directory / filename
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write(target, state)
+        _write(target, state, keep_previous=True)
         if keep != 0:
             epoch_file = directory / f"checkpoint_{epoch:04}.pth.tar"
             _link(target, epoch_file)
@@ -89,6 +87,17 @@ def save(
         reason = error.strerror or error
         raise OSError(f"cannot write a checkpoint in {directory}: {reason}; {left}") from error
     return target
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` to one file, which is whole or not there, in the place of what was there.
+
+    Raises:
+        OSError: why it could not be written.
+        TypeError: as `save` does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, _plain(state), keep_previous=False)
 
 
 def load(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -170,8 +179,16 @@ def find(directory: Path, filename: str = "checkpoint.pth.tar") -> Found:
     return Found(None)
 
 
-def _write(target: Path, state: dict[str, Any]) -> None:
-    """Put `state` in the place of `target`, whose former content becomes the previous one."""
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what goes into the file."""
+    state = {**state, "format": FORMAT}
+    for key, value in state.items():
+        require_plain(value, key)
+    return state
+
+
+def _write(target: Path, state: dict[str, Any], *, keep_previous: bool) -> None:
+    """Put `state` in the place of `target`, whose former content may become the previous one."""
     temporary = target.with_name(f".{target.name}.tmp")  # one name, so that a crash leaves one file
     try:
         with temporary.open("wb") as file:
@@ -180,7 +197,7 @@ def _write(target: Path, state: dict[str, Any]) -> None:
             stream.finish()
             file.flush()
             os.fsync(file.fileno())
-        if target.exists():
+        if keep_previous and target.exists():
             _link(target, _previous(target))
         temporary.replace(target)
         _sync_directory(target.parent)

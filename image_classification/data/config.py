@@ -13,7 +13,7 @@ from torch import Tensor
 from image_classification.data.bad_files import BadFiles
 
 BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
-INTERPOLATIONS = ("bilinear", "bicubic", "triangular")
+INTERPOLATIONS = ("bilinear", "bicubic", "triangular", "tensorflow")
 AUGMENTATIONS = ("autoaugment",)
 MEMORY_FORMATS = (torch.channels_last, torch.contiguous_format)
 
@@ -28,8 +28,9 @@ class DataConfig:
         image_size: Side of the square images handed out, in pixels.
         resize: Shorter side of a validation image before its center crop, at least `image_size`;
             None means `image_size * 256 / 224`, rounded.
-        interpolation: One of `INTERPOLATIONS`, always antialiased. The triangular filter is what
-            an antialiased bilinear one is; DALI alone knows that name.
+        interpolation: One of `INTERPOLATIONS`, antialiased but for "tensorflow", which is the
+            bicubic filter of TensorFlow 1 and crops validation images before it resizes them. The
+            triangular filter is what an antialiased bilinear one is; DALI alone knows that name.
         batch_size: Images per batch of this process.
         workers: Loader processes (pytorch; 0 loads in the calling process) or threads (DALI).
         prefetch: Batches made ahead: per worker (pytorch) or in the pipeline (DALI).
@@ -102,6 +103,11 @@ class DataConfig:
             raise ValueError(
                 "--interpolation triangular needs a DALI backend: pass bilinear, which filters the"
                 " same way, or --data-backend dali-cpu"
+            )
+        if self.backend == "dali-gpu" and self.interpolation == "tensorflow":
+            raise ValueError(
+                "--interpolation tensorflow is computed on the CPU: pass --data-backend dali-cpu or"
+                " pytorch"
             )
         if self.backend != "pytorch" and self.augmentation is not None:
             raise ValueError(

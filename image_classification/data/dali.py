@@ -7,8 +7,9 @@ to save: any batch of any epoch can be made at any time, alone.
 What an image is, `read_image` decides for all backends. DALI disagrees in three ways. It ends a
 pipeline for a file that it cannot decode: the culprits of the batch are looked for, and a new
 pipeline goes on with the same batch, without them. It does so for the odd file that is an image:
-that one is copied to a PNG file. And it takes a crop of a file that is cut off below the crop: the
-first and the last bytes of a file tell which ones to look at.
+that one is copied to a PNG file, and so are TIFF files of which it would complain on the terminal.
+And it takes a crop of a file that is cut off below the crop: the first and the last bytes of a file
+tell which ones to look at.
 """
 
 from __future__ import annotations
@@ -30,13 +31,20 @@ from torch import Tensor
 
 from image_classification.data.config import DataConfig
 from image_classification.data.crop import crop_parameters
-from image_classification.data.decode import read_image, why_unreadable, write_png
+from image_classification.data.decode import (
+    is_plain_tiff,
+    read_image,
+    why_unreadable,
+    write_png,
+)
 from image_classification.data.folder import ImageList
 from image_classification.data.order import IntArray
 from image_classification.data.resize import CropResizer
 from image_classification.data.stage import Batch
 
 Feed = tuple[list[npt.NDArray[Any]], ...]
+
+_TIFF = (b".tif", b".tiff")
 
 
 class DaliSource:
@@ -57,7 +65,7 @@ class DaliSource:
         self._pipeline = self._build()
         self._threads = max(1, config.workers)
         self._resizer: CropResizer | None = None
-        if training and config.backend == "dali-cpu":
+        if (training and config.backend == "dali-cpu") or config.interpolation == "tensorflow":
             self._resizer = CropResizer(
                 size=config.image_size,
                 interpolation=config.interpolation,
@@ -111,7 +119,19 @@ class DaliSource:
         """Return the indices without the files known to be bad, which no later batch changes."""
         for index in self._images.irregular.intersection(indices.tolist()):
             self._is_image(index)  # DALI would wait for a pipe
+        self._admit_tiffs(indices)
         return indices[[index not in self._bad for index in indices.tolist()]]
+
+    def _admit_tiffs(self, indices: IntArray) -> None:
+        """Look at TIFF files before DALI does, which complains of good ones; copy the odd ones."""
+        named = zip(indices.tolist(), self._images.paths[indices].tolist(), strict=True)
+        tiffs = [index for index, path in named if path.lower().endswith(_TIFF)]
+        fresh = [index for index in tiffs if index not in self._whole and index not in self._bad]
+        if fresh:
+            self._look_at(fresh)
+        for index in fresh:
+            if index in self._whole and not is_plain_tiff(self._images.path(index)):
+                self._copy(index)
 
     def _is_image(self, index: int) -> bool:
         """Look at a suspicious file, once."""
@@ -161,7 +181,8 @@ class DaliSource:
         images = pixels[0]
         if self._resizer is not None:
             crops = [torch.utils.dlpack.from_dlpack(images[i]) for i in kept]
-            wait = self._resizer.start(crops, pixels[1].as_array()[keep].tolist())
+            flips = pixels[1].as_array()[keep].tolist() if self._training else [False] * len(crops)
+            wait = self._resizer.start(crops, flips)
             return lambda: self._batch(number, good, wait())
         tensor: Tensor = torch.utils.dlpack.from_dlpack(images.as_tensor())
         if len(good) < len(fed):
@@ -183,16 +204,20 @@ class DaliSource:
         return not self._bad.keys().isdisjoint(fed.tolist()) or self._copied_undecodable(fed)
 
     def _copied_undecodable(self, indices: IntArray) -> bool:
-        if self._directory is None:
-            self._directory = tempfile.TemporaryDirectory(prefix="images-")
         num_copies = len(self._copies)
         for row in indices.reshape(-1, 1):
             (index,) = row.tolist()
             if index not in self._copies and not self._decodes(row):
-                copy = Path(self._directory.name) / f"{index}.png"
-                write_png(read_image(self._images.path(index)), copy)
-                self._copies[index] = os.fsencode(copy)
+                self._copy(index)
         return len(self._copies) > num_copies
+
+    def _copy(self, index: int) -> None:
+        """Let DALI read a PNG file in the place of an image."""
+        if self._directory is None:
+            self._directory = tempfile.TemporaryDirectory(prefix="images-")
+        copy = Path(self._directory.name) / f"{index}.png"
+        write_png(read_image(self._images.path(index)), copy)
+        self._copies[index] = os.fsencode(copy)
 
     def _decodes(self, row: IntArray) -> bool:
         """Return whether DALI decodes an image."""

@@ -33,6 +33,7 @@ def build(config: DataConfig, *, training: bool, feed: Callable[[], Any]) -> Any
         config: What to read and where.
         training: Random crop and flip; else resize and center crop. On the CPU the pipeline yields
             the crops as they are and whether to flip them, on the GPU it resizes and flips, too.
+            With TensorFlow's filter validation yields crops, too.
             The last two outputs are the first and the last two bytes of each file, in memory.
         feed: Returns what the coming batch is made of: the encoded file names and, for training,
             rows of `crop_parameters`; raises StopIteration at the end of an epoch.
@@ -90,6 +91,13 @@ def _validation_graph(config: DataConfig, feed: Callable[[], Any], on_gpu: bool)
     shape = _shape(encoded)
     height, width = shape[0], shape[1]
     shorter, crop = config.shorter_side, config.image_size
+    if config.interpolation == "tensorflow":
+        side = math.max(1, math.min(height, width) * crop // shorter)
+        start = fn.stack((height - side + 1) // 2, (width - side + 1) // 2)
+        start, window = (
+            fn.cast(place, dtype=types.INT32) for place in (start, fn.stack(side, side))
+        )
+        return _decode(encoded, on_gpu, start=start, shape=window), *_ends(encoded)  # CropResizer
     # The geometry of torchvision's Resize and CenterCrop, in integers: the longer side is rounded
     # down, the start of the crop to the nearest even number when it lies between two.
     smaller = math.min(height, width)

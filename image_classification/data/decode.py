@@ -16,6 +16,9 @@ from torch import Tensor
 # would also start other programs, for PostScript.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
 
+_TIFF_MODES = ("RGB", "RGBA", "L", "P", "I;16")
+_TIFF_COMPRESSIONS = ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd")
+
 
 class UnreadableImageError(ValueError):
     """A file that is no image, or not a whole one; one line with its name and the reason."""
@@ -50,6 +53,16 @@ def why_unreadable(path: str) -> str | None:
     except UnreadableImageError as error:
         return str(error)
     return None
+
+
+def is_plain_tiff(path: str) -> bool:
+    """Return whether an image named as TIFF is of the kinds that DALI decodes without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=_FORMATS) as file:
+            if file.format != "TIFF":
+                return True
+            return file.mode in _TIFF_MODES and file.info.get("compression") in _TIFF_COMPRESSIONS
 
 
 def write_png(pixels: Tensor, path: Path) -> None:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from image_classification.data.config import DataConfig
 from image_classification.data.crop import EXTRA, FLIP, crop_parameters, crop_windows
 from image_classification.data.decode import UnreadableImageError, read_image
 from image_classification.data.folder import ImageList
 from image_classification.data.order import FloatArray, IntArray
-from image_classification.data.resize import resize_crop
+from image_classification.data.resize import resize_crop, validation_crop
 from image_classification.data.stage import Batch
 
 Key = tuple[int, IntArray]
@@ -94,7 +93,7 @@ class _BatchDataset(Dataset[Loaded], Sized):
         self._seed = config.seed
         self._size = config.image_size
         self._shorter_side = config.shorter_side
-        self._interpolation = v2.InterpolationMode(config.interpolation)
+        self._interpolation = config.interpolation
         self._policy = v2.AutoAugment() if training and config.augmentation else None
 
     def __len__(self) -> int:
@@ -124,7 +123,7 @@ class _BatchDataset(Dataset[Loaded], Sized):
         image = resize_crop(
             image[:, top : top + height, left : left + width],
             size=self._size,
-            interpolation=self._interpolation.value,
+            interpolation=self._interpolation,
             flip=bool(row[FLIP]),
         )
         return image if self._policy is None else self._augment(image, row[EXTRA])
@@ -137,13 +136,12 @@ class _BatchDataset(Dataset[Loaded], Sized):
         return augmented
 
     def _validate(self, image: Tensor) -> Tensor:
-        image = self._resize(image, [self._shorter_side])
-        cropped: Tensor = F.center_crop(image, [self._size, self._size])
-        return cropped
-
-    def _resize(self, image: Tensor, size: list[int]) -> Tensor:
-        resized: Tensor = F.resize(image, size, interpolation=self._interpolation, antialias=True)
-        return resized
+        return validation_crop(
+            image,
+            size=self._size,
+            shorter_side=self._shorter_side,
+            interpolation=self._interpolation,
+        )
 
 
 @contextlib.contextmanager

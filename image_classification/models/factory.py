@@ -1,12 +1,12 @@
 """Models by name: torchvision's and our own."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from image_classification.models import initialization
@@ -14,7 +14,7 @@ from image_classification.models.mobilenet import MobileNetV1
 from image_classification.models.small_cnn import SmallCNN
 from image_classification.models.wide_resnet import WideResNet
 
-OWN_IMAGE_SIZES = {"mobilenet_v1": 224, "wrn22_2": 32, "small_cnn": 32}
+OWN_IMAGE_SIZES = {"mobilenet_v1": 224, "tf_resnet50": 224, "wrn22_2": 32, "small_cnn": 32}
 ARCHES: tuple[str, ...] = (
     *OWN_IMAGE_SIZES,
     *torchvision.models.list_models(module=torchvision.models),
@@ -36,7 +36,8 @@ def create_model(
     The model is built on the default device, so `with torch.device("meta"):` costs no memory.
 
     Args:
-        arch: One of `ARCHES`. `resnet50` is v1.5 (the stride is in the 3x3 convolution).
+        arch: One of `ARCHES`. `resnet50` is v1.5 (the stride is in the 3x3 convolution);
+            `tf_resnet50` has its weights and the max-pooling of TensorFlow.
         num_classes: Length of the logits, at least 1.
         init: "torchvision" leaves what the architecture's own constructor drew; "classic" and
             "fanin" redraw all convolutions from Kaiming's normal distribution over fan_out or
@@ -91,6 +92,52 @@ def default_image_size(arch: str) -> int:
     return int(size)
 
 
+def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
+    """Raise ValueError (one line) if `model` does not take such images.
+
+    Args:
+        model: The network of `arch`; on the meta device trying it out costs nothing.
+        arch: Its name.
+        image_size: Side of the square images.
+    """
+    reason = None
+    if arch == "tf_resnet50" and image_size % 4 in (1, 2):
+        reason = "TensorFlow pads other sizes than multiples of 4 in another way"
+    training = model.training
+    try:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:  # each model has its own words
+        reason = str(error).partition("\n")[0]
+    finally:
+        model.train(training)
+    if reason is not None:
+        raise ValueError(
+            f"--image-size {image_size} does not suit {arch}, whose own is "
+            f"{default_image_size(arch)}: {reason}"
+        )
+
+
+def classifier(model: nn.Module) -> str:
+    """Return the name of the layer that ends a network: one row or element per class."""
+    *_, last = model.state_dict()
+    return last.rpartition(".")[0]
+
+
+def count_classes(arch: str, state_dict: Mapping[str, Tensor]) -> int:
+    """Return the length of the logits of weights of `arch`, in whatever order they come.
+
+    Raises:
+        ValueError: Unknown `arch`, or weights that have no classifier of its name.
+    """
+    with torch.device("meta"):
+        *_, last = create_model(arch).state_dict()
+    if last not in state_dict:
+        raise ValueError(f"it is no {arch}: {last} is missing")
+    return len(state_dict[last])
+
+
 def _check_arch(arch: str) -> None:
     if arch in ARCHES:
         return
@@ -106,6 +153,8 @@ def _build(arch: str, num_classes: int, width: float) -> nn.Module:
         return WideResNet(depth=22, widen=2, num_classes=num_classes)
     if arch == "small_cnn":
         return SmallCNN(num_classes)
+    if arch == "tf_resnet50":
+        return _tf_resnet50(num_classes)
     model: nn.Module
     if arch in ("googlenet", "inception_v3"):
         # one output like every other model: the auxiliary classifiers of training are left out
@@ -118,6 +167,17 @@ def _build(arch: str, num_classes: int, width: float) -> nn.Module:
         model = model.to(torch.get_default_device())  # the counters of BatchNorm
     else:
         model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+    return model
+
+
+def _tf_resnet50(num_classes: int) -> nn.Module:
+    """Return ResNet-50 as the RigL repository trained it: its max-pooling pads at the end only.
+
+    TensorFlow's SAME does so where a stride of 2 divides the rows. Convolutions pad as torch's do,
+    and the epsilon of BatchNorm is torch's 1e-5.
+    """
+    model: nn.Module = torchvision.models.resnet50(weights=None, num_classes=num_classes)
+    model.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=0, ceil_mode=True)
     return model
 
 
@@ -138,6 +198,8 @@ class _SequencesOnCpu(TorchFunctionMode):
 
 
 def _use_cifar_stem(model: nn.Module, arch: str) -> None:
+    if arch == "tf_resnet50":
+        raise ValueError("stem cifar leaves out the max-pool that tf_resnet50 is for: use resnet50")
     if not isinstance(model, torchvision.models.ResNet):
         raise ValueError(f"stem cifar has no effect on {arch}; only ResNets have such a stem")
     channels = model.conv1.out_channels

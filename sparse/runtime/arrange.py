@@ -178,8 +178,7 @@ class Arrangement:
             layer.padding,
             layer.dilation,
         )
-        height = out_size(source.height, kh, sy, py, dy)
-        width = _width(layer, source.width)
+        height, width = _sizes(layer, (source.height, source.width))
         if min(height, width) < 1:
             raise ValueError(
                 f"images of {self._size[1]}x{self._size[2]} are too small for this network: "
@@ -300,7 +299,23 @@ def banded_grids(height: int, width: int, *, lanes: int) -> list[Grid]:
 
 def _width(layer: Layer, width: int) -> int:
     """Return the width of the output of a convolution or pool."""
-    return out_size(width, layer.kernel[1], layer.stride[1], layer.padding[1], layer.dilation[1])
+    return _sizes(layer, (1, width))[1]
+
+
+def _sizes(layer: Layer, size: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of the output of a convolution or pool."""
+    height, width = (
+        out_size(
+            size[i],
+            layer.kernel[i],
+            layer.stride[i],
+            layer.padding[i],
+            layer.dilation[i],
+            ceil_mode=layer.ceil_mode,
+        )
+        for i in (0, 1)
+    )
+    return height, width
 
 
 def _fits(found: Grid, wanted: Grid) -> bool:

@@ -35,6 +35,8 @@ class Node:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     eps: float = 0.0
+    ceil_mode: bool = False
+    """max_pool: the last window may reach beyond the image."""
 
 
 def to_json(nodes: Sequence[Node]) -> list[dict[str, Any]]:
@@ -138,9 +140,9 @@ class _Tracer:
         elif isinstance(module, nn.ReLU):
             self._add(node, "relu", inputs)
         elif isinstance(module, nn.MaxPool2d):
-            if module.dilation not in (1, (1, 1)) or module.ceil_mode:
-                raise ValueError(f"{node.target}: max-pooling with dilation or ceil_mode")
-            self._add(node, "max_pool", inputs, **_window(module))
+            if module.dilation not in (1, (1, 1)):
+                raise ValueError(f"{node.target}: max-pooling with dilation")
+            self._add(node, "max_pool", inputs, **_window(module), ceil_mode=module.ceil_mode)
         elif isinstance(module, nn.AvgPool2d):
             if module.ceil_mode or not module.count_include_pad or module.divisor_override:
                 raise ValueError(f"{node.target}: average-pooling with options")
@@ -230,7 +232,9 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
     "linear": _run_linear,
     "relu": lambda node, state, x: F.relu(x),
     "add": lambda node, state, x, y: x + y,
-    "max_pool": lambda node, state, x: F.max_pool2d(x, node.kernel, node.stride, node.padding),
+    "max_pool": lambda node, state, x: F.max_pool2d(
+        x, node.kernel, node.stride, node.padding, ceil_mode=node.ceil_mode
+    ),
     "avg_pool": lambda node, state, x: F.avg_pool2d(x, node.kernel, node.stride, node.padding),
     "mean_pool": lambda node, state, x: x.mean((2, 3)),
 }

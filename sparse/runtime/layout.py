@@ -233,6 +233,14 @@ def best_grid(height: int, width: int, *, lanes: int, vectors: int) -> Grid:
     return best if small else grids[0]
 
 
-def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Return the output size of a convolution or pool; below 1 if the window does not fit."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def out_size(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, *, ceil_mode: bool = False
+) -> int:
+    """Return the output size of a convolution or pool; below 1 if the window does not fit.
+
+    With `ceil_mode` the last window may reach beyond the padding, but must not begin there.
+    """
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    if not ceil_mode:
+        return room // stride + 1
+    return min(-(-room // stride), (size + padding - 1) // stride) + 1

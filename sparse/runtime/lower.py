@@ -39,6 +39,7 @@ class Layer:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    ceil_mode: bool = False
     residual: str | None = None
     """Name of a layer whose value is added before the ReLU."""
     relu: bool = False
@@ -127,6 +128,7 @@ class _Lowering:
             padding=node.padding,
             dilation=node.dilation,
             groups=node.groups,
+            ceil_mode=node.ceil_mode,
         )
 
     def _depthwise(self, node: Node, weight: Array, bias: Array | None = None) -> Layer:

@@ -1,6 +1,7 @@
 """The loaders of every backend, on real files."""
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torchvision.transforms.v2 import functional as F
 
 from image_classification import data
 from image_classification.data import DataConfig, create_train_loader, create_val_loader
+from tests.image_classification.test_convert import noise
 
 pytestmark = pytest.mark.filterwarnings(  # workers are forked, from Python 3.12 on with a warning
     "ignore:This process .* is multi-threaded:DeprecationWarning"
@@ -255,7 +257,28 @@ def test_the_triangular_filter_of_dali_is_its_antialiased_bilinear_one(textured)
     assert equal(*loaded)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("backend", FOLDER_BACKENDS)
+def test_validation_pixels_equal_those_of_tensorflow(tmp_path, backend):
+    """tf_views.json: some pixels of what TensorFlow's own functions make of these images."""
+    golden = json.loads((Path(__file__).parents[1] / "data/tf_views.json").read_text())
+    (tmp_path / "val/a").mkdir(parents=True)
+    for number, view in enumerate(golden["views"]):
+        height, width = view["height"], view["width"]
+        image = (noise(f"photo {height}x{width}", (height, width, 3)) + 1) * 128
+        Image.fromarray(image.astype(np.uint8)).save(tmp_path / f"val/a/{number}.png")
+    settings = {"num_classes": 1, "image_size": 224, "resize": None}
+    loader = create_val_loader(config(tmp_path, backend, **settings, interpolation="tensorflow"))
+    images = pixels(torch.cat([images for images, _ in batches(loader)]))
+    loader.close()
+    at = torch.tensor(golden["places"])
+    for image, view in zip(images, golden["views"], strict=True):
+        found = image[:, at][:, :, at].permute(1, 2, 0)
+        # half a step of 8 bits, and TensorFlow's table of the kernel
+        difference = (found - torch.tensor(view["pixels"]).clamp(0, 255)).abs().max()
+        assert difference < 0.85, (view["height"], view["width"])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "tensorflow"])
 def test_backends_crop_and_flip_alike(textured, interpolation):
     loaded = []
     for backend in FOLDER_BACKENDS:
@@ -386,6 +409,7 @@ def test_a_missing_dali_is_named_with_what_to_do(numbered, monkeypatch):
         ("pytorch", {"path": None}, "--data-backend pytorch needs a data directory"),
         ("pytorch", {"interpolation": "nearest"}, "--interpolation 'nearest' is not one of"),
         ("pytorch", {"interpolation": "triangular"}, "triangular needs a DALI backend"),
+        ("dali-gpu", {"interpolation": "tensorflow"}, "pass --data-backend dali-cpu or pytorch"),
         ("dali-cpu", {"augmentation": "autoaugment"}, "needs --data-backend pytorch"),
         ("synthetic", {"augmentation": "autoaugment"}, "--augmentation has no effect"),
         ("pytorch", {"augmentation": "cutout"}, "--augmentation 'cutout' is not one of"),

@@ -44,6 +44,37 @@ def odd(tmp_path_factory) -> tuple[Path, Path, set[str]]:
     return root, corpus.mend(root, tmp_path_factory.mktemp("mended"), bad), bad
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_good_tiff_files_are_read_without_a_word(tmp_path, split, capfd):
+    """DALI's decoders complain of kinds that they leave to each other, and of files cut off."""
+    folder = tmp_path / split / "a"
+    folder.mkdir(parents=True)
+    photo = corpus.photo(0)
+    for mode, options in (
+        ("CMYK", {}),
+        ("1", {}),
+        ("RGB", {"compression": "lzma"}),
+        ("RGB", {"compression": "tiff_lzw"}),
+        ("L", {"compression": "tiff_adobe_deflate"}),
+        ("P", {}),
+    ):
+        name = f"{mode}{options.get('compression', '')}.tif"
+        (folder / name).write_bytes(corpus.encoded(photo.convert(mode), "TIFF", **options))
+    (folder / "inside.tiff").write_bytes(corpus.encoded(photo, "JPEG", quality=95))
+    (folder / "cut.tif").write_bytes(corpus.encoded(photo, "TIFF")[:-999])
+    capfd.readouterr()
+    loaded = []
+    for backend in BACKENDS:
+        loader = CREATE[split](config(tmp_path, backend, num_classes=1, batch_size=8))
+        ((images, _),) = loader.epoch(0)
+        bad, (said, complained) = loader.bad_files.fresh, capfd.readouterr()
+        assert (len(images), [Path(name).name for name in bad]) == (7, ["cut.tif"])
+        assert (said, complained) == ("", "")
+        loaded.append(images)
+        loader.close()
+    assert (loaded[0] - loaded[1]).abs().mean() < 0.02
+
+
 @pytest.fixture
 def plain(tmp_path) -> Path:
     """Twelve good images in each split."""

@@ -90,7 +90,7 @@ def test_what_cannot_be_folded_becomes_a_depthwise_convolution() -> None:
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3, padding="same")), "pads with numbers"),
         (nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), "flattens only what"),
-        (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), "ceil_mode"),
+        (nn.Sequential(nn.MaxPool2d(2, dilation=2)), "max-pooling with dilation"),
         (nn.Sequential(nn.BatchNorm2d(3, affine=False)), "BatchNorm without"),
         (nn.Sequential(nn.Sigmoid()), "does not know 0: Sigmoid"),
     ],

@@ -130,6 +130,7 @@ def test_convolutions_equal_torch(
     padding=st.integers(0, 1),
     size=st.tuples(st.integers(5, 33), st.integers(5, 33)),
     offset=st.sampled_from([-5.0, 0.0]),
+    ceil_mode=st.booleans(),
 )
 @FEW
 def test_max_pooling_equals_torch(
@@ -139,9 +140,10 @@ def test_max_pooling_equals_torch(
     padding: int,
     size: tuple[int, int],
     offset: float,
+    ceil_mode: bool,
 ) -> None:
     images = torch.randn(2, 3, *size) + offset  # with negative maxima the padding must not win
-    model = nn.Sequential(nn.MaxPool2d(kernel, stride, padding))
+    model = nn.Sequential(nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil_mode))
     assert torch.equal(run(model, images, each_kernels), model(images))
 
 
