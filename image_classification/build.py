@@ -1,5 +1,6 @@
 """From flags to a run that is ready to start: data, model, optimizer, trainer, resume."""
 
+import dataclasses
 import random
 import secrets
 from collections.abc import Callable, Mapping
@@ -122,6 +123,8 @@ def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Star
         raise ValueError(f"{path} holds {state.get('arch')}, --arch is {config.arch}")
     if path:
         checkpoint.check({"state_dict": model}, state, path)
+    if path and not config.evaluate:
+        _check_resume(config, model, state, path)
     pretrained: Mapping[str, Any] = {}
     if config.pretrained_from_file:
         source = Path(config.pretrained_from_file)
@@ -132,6 +135,34 @@ def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Star
     steps = cut(config, num_train=dataset.num_train, world_size=world_size, kept_batch=kept_batch)
     _create_schedule(config, steps)
     return Start(steps, path, state, warnings, pretrained)
+
+
+def _check_resume(config: Config, model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Compare a checkpoint with what a run takes from it besides the weights."""
+    if state.get("optimizer") is None:
+        raise ValueError(
+            f"{path} holds weights alone, which cannot be resumed: start from them with "
+            f"--pretrained-from-file {path}"
+        )
+    trained = str(state.get("config", {}).get("optimizer", config.optimizer))
+    if trained.removeprefix("apex-") != config.optimizer.removeprefix("apex-"):
+        raise ValueError(
+            f"{path} was trained with --optimizer {trained}, not {config.optimizer}: repeat it, or "
+            "start from the weights alone with --pretrained-from-file"
+        )
+    parts: dict[str, Any] = {"optimizer": stand_in_optimizer(config, model)}
+    if config.use_ema is not None:
+        if state.get("ema") is None:
+            raise ValueError(f"{path} has no averaged weights to go on with: leave --use-ema out")
+        parts["ema"] = optim.create_ema(model, config.use_ema)
+    checkpoint.check(parts, state, path)
+
+
+def stand_in_optimizer(config: Config, model: nn.Module) -> Optimizer:
+    """Return an optimizer to try things out with, on the CPU or the meta device."""
+    if config.optimizer == "apex-sgd":  # needs a GPU to exist
+        config = dataclasses.replace(config, optimizer="sgd")
+    return create_optimizer(config, model, next(model.parameters()).device)
 
 
 def create_optimizer(config: Config, model: nn.Module, device: torch.device) -> Optimizer:

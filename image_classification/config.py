@@ -9,7 +9,7 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -153,6 +153,13 @@ class Config:
     print_freq: int = flag(10, "iterations between log lines", "-p")
 
 
+# Flags that say how an invocation runs, not what it trains.
+PER_INVOCATION = frozenset(
+    "workers prefetch run_epochs cpu seed resume preempt_grace evaluate training_only prof dry_run "
+    "version pretrained_from_file workspace save_checkpoints checkpoint_every_steps "
+    "checkpoint_filename gather_checkpoints raport_file tensorboard print_freq".split()
+)
+
 # Flags of the originals that no longer mean anything, and what does their work today.
 RETIRED = {
     "--jit": "use --compile",
@@ -259,6 +266,21 @@ def ineffective(config: Any, rules: Sequence[tuple[bool, str, str]]) -> list[str
         for effective, names, need in rules
         for name in names.split()
         if not effective and getattr(config, name) != getattr(defaults, name)
+    ]
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return "--flag old -> new" for every flag that has another value than before.
+
+    Args:
+        before: Field names and values, as a checkpoint keeps them in its `config`; a flag that is
+            not there is passed over.
+        now: Those of this run.
+    """
+    return [
+        f"--{name.replace('_', '-')} {before[name]} -> {value}"
+        for name, value in now.items()
+        if name in before and name not in PER_INVOCATION and before[name] != value
     ]
 
 

@@ -385,12 +385,13 @@ def test_restore_round_trip(tmp_path: Path) -> None:
     state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
     path = checkpoint.save(tmp_path, {**state, "epoch": 1}, epoch=1, is_best=False)
     other = network()
-    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.5)
+    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.5, momentum=0.8)
     targets: dict[str, Any] = {"state_dict": other, "optimizer": other_optimizer}
     checkpoint.restore(targets, checkpoint.load(path), path)
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
-    assert other_optimizer.param_groups[0]["lr"] == 0.1
+    group = other_optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"]) == (0.5, 0.8)  # settings are flags of the run
     for own, theirs in zip(model.parameters(), other.parameters(), strict=True):
         buffer = optimizer.state[own]["momentum_buffer"]
         assert torch.equal(buffer, other_optimizer.state[theirs]["momentum_buffer"])
