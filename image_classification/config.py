@@ -347,6 +347,7 @@ def _check_ranges(c: Config) -> None:
     need(c.image_size is None or c.image_size >= 1, "image_size", "at least 1")
     need(c.num_classes is None or c.num_classes >= 1, "num_classes", "at least 1")
     need(c.warmup < c.epochs, "warmup", f"less than --epochs {c.epochs}")
+    need(0 < c.width <= 100, "width", "in (0, 100]")
     need(c.static_loss_scale > 0, "static_loss_scale", "above 0")
     need(c.seed is None or c.seed >= 0, "seed", "at least 0")
     need(c.checkpoint_every_steps >= 0, "checkpoint_every_steps", "at least 0")

@@ -191,6 +191,8 @@ def _solve_budget(
             else:
                 budget += size - zeros[name]
                 divisor += raw[name] * size
+        if divisor == 0.0:
+            raise ValueError("power_scale is so large that a layer's density cannot be computed")
         factor = budget / divisor
         largest = max(raw[name] for name in raw if name not in dense)
         if largest * factor <= 1.0:
