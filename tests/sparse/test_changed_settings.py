@@ -60,7 +60,7 @@ def go_on(method: str, run: tuple[Any, Any, sparse.Sparsifier], **options: Any) 
     optimizer.load_state_dict(run[1].state_dict())
     sparsifier.load_state_dict(run[2].state_dict())
     counts = sparsifier.num_active
-    for _ in train(model, optimizer, range(run[2].step, run[2].step + 14)):
+    for _ in train(model, optimizer, range(run[2].step, run[2].step + 10)):
         assert_inactive_zero(sparsifier, model, optimizer)
         masks = sparsifier.masks
         if method in KEEPS_COUNTS:
@@ -93,7 +93,7 @@ def test_another_schedule_goes_on(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_other_layers_go_on_where_counts_may_change(method: str) -> None:
     run = start(method, 6)
-    schedules = [{}, *accepted(method, [s for s in SCHEDULES if "t_end" in s or "prune_end" in s])]
+    schedules = [{}, *accepted(method, [{"t_end": 40}, {"prune_end": 60}])]
     for change in accepted(method, LAYERS):
         for schedule in schedules:
             options: Mapping[str, Any] = {**change, **schedule}
@@ -112,7 +112,7 @@ def test_fewer_masks_than_the_state_has_are_refused(method: str) -> None:
             go_on(method, run, **change)
 
 
-@pytest.mark.parametrize("ends", [(14, 40), (14, 400), (40, 14), (400, 15)])
+@pytest.mark.parametrize("ends", [(14, 40), (14, 120), (40, 14), (120, 15)])
 @pytest.mark.parametrize("method", ["gmp", "gmp_global"])
 def test_a_ramp_that_is_stretched_keeps_what_is_left(method: str, ends: tuple[int, int]) -> None:
     run = start(method, 12, prune_end=ends[0])
