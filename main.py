@@ -22,8 +22,9 @@ from image_classification.data import DataError
 from image_classification.log import Logger, run_metadata
 from image_classification.preemption import Preempted
 from image_classification.trainer import TrainingError
-from sparse_extension import attach, check_sparsity, report_costs
+from sparse_extension import attach, report_costs, try_out
 from sparse_flags import SparseFlags, cost_plan, resolve, sparse_plan
+from sparse_resume import check_sparsity, saved_masks
 
 DESCRIPTION = "Train a network, dense or sparse, on a directory of images."
 
@@ -34,6 +35,7 @@ def dry_run(c: Config, flags: SparseFlags) -> str:
     plan = build.plan(c, dataset, world_size=distributed.world_from_env().world_size)
     model = build.sketch_model(c, dataset)
     steps = plan["total_steps"]
+    try_out(c, flags, model, steps)
     plan["sparse"] = sparse_plan(model, flags, total_steps=steps)
     plan["cost"] = cost_plan(model, flags, image_size=plan["image_size"], total_steps=steps)
     return json.dumps(plan)
@@ -64,7 +66,7 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     dataset = build.inspect(c)
     model = build.sketch_model(c, dataset)
     start = build.prepare(c, dataset, model)
-    check_sparsity(c, flags, start, model)
+    notes = check_sparsity(c, flags, start, model)
     if preemption.requested():
         raise Preempted
     stack.callback(distributed.stop)
@@ -79,7 +81,13 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     logger.parameters({**run_metadata(), **distributed.environment(), **vars(c), **vars(flags)})
     join: build.Attach = functools.partial(attach, flags=flags)
     if c.evaluate:
-        join = functools.partial(report_costs, image_size=build.image_size(c))
+        join = functools.partial(
+            report_costs,
+            image_size=build.image_size(c),
+            num_active=saved_masks(c, start).num_active(),
+        )
+    for note in notes:
+        logger.warning(note)
     run = build.build(c, dataset, start, world=world, logger=logger, attach=join)
     stack.callback(run.close)
     if flags.grad_compress != "none" and world.world_size == 1:

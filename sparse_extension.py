@@ -1,10 +1,8 @@
 """What main.py joins to the trainer: a sparse method, its records, the costs of a checkpoint."""
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,12 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import sparse
-from image_classification import build, checkpoint
+from image_classification import build
 from image_classification.config import Config
 from image_classification.run import Extension
 from sparse import costs
 from sparse.compression import GradientCompression
-from sparse_flags import SparseFlags, arguments
+from sparse_flags import SparseFlags, arguments, record
 
 
 class Wire:
@@ -69,14 +67,28 @@ def create_sparsifier(
     return sparsifier
 
 
+def try_out(c: Config, flags: SparseFlags, model: nn.Module, total_steps: int) -> None:
+    """Raise ValueError (one line) if flags do not fit the network or the run.
+
+    Args:
+        c: The flags of the trainer.
+        flags: The sparse flags.
+        model: The network on the meta device, where trying it out costs nothing.
+        total_steps: Optimizer steps of the run.
+    """
+    optimizer = build.stand_in_optimizer(c, model)
+    create_sparsifier(model, optimizer, total_steps, 0, flags=flags)
+
+
 def attach(
     model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: SparseFlags
 ) -> Extension:
     """Join the sparse method of `flags` to training."""
     sparsifier = create_sparsifier(model, optimizer, total_steps, seed, flags=flags)
     wire = Wire(flags.grad_compress, sparsifier)
+    kept = record(flags, total_steps)
     if sparsifier is None:
-        return Extension(prepare_ddp=wire.prepare)
+        return Extension(prepare_ddp=wire.prepare, flags=kept)
 
     def metrics(*, per_layer: bool) -> dict[str, float]:
         values = sparsifier.metrics().items()
@@ -98,30 +110,23 @@ def attach(
         prepare_ema=prepare_ema,
         prepare_ddp=wire.prepare,
         state={"sparse": sparsifier},
+        flags=kept,
     )
 
 
 class CheckpointCosts:
-    """Sparsity and costs of a checkpoint, from the masks it holds; dense without masks.
+    """Sparsity and costs of a checkpoint's network; dense where it has no masks.
 
     Args:
         model: The network of the checkpoint.
         image_size: Side of its input.
+        num_active: Layer name -> number of active weights, of the layers that have a mask.
     """
 
-    def __init__(self, model: nn.Module, *, image_size: int) -> None:
+    def __init__(self, model: nn.Module, *, image_size: int, num_active: Mapping[str, int]) -> None:
         self._layers = costs.trace_layers(model, image_size)
         self._sizes = {name: p.numel() for name, p in sparse.prunable(model).items()}
-        self._active = dict(self._sizes)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: an evaluation saves nothing."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Count the masks of the "sparse" entry of a checkpoint."""
-        for name, mask in state["masks"].items():
-            self._active[name] = int(sparse.unpack(mask["bits"], mask["shape"]).sum())
+        self._active = {**self._sizes, **num_active}
 
     def metrics(self) -> dict[str, float]:
         """Return overall sparsity, FLOPs and size, in the published convention."""
@@ -140,31 +145,14 @@ class CheckpointCosts:
 
 
 def report_costs(
-    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, image_size: int
+    model: nn.Module,
+    optimizer: Optimizer,
+    total_steps: int,
+    seed: int,
+    *,
+    image_size: int,
+    num_active: Mapping[str, int],
 ) -> Extension:
     """Let an evaluation report the sparsity and the costs of its checkpoint."""
-    found = CheckpointCosts(model, image_size=image_size)
-    return Extension(metrics=found.metrics, epoch_metrics=found.layers, state={"sparse": found})
-
-
-def check_sparsity(c: Config, flags: SparseFlags, start: build.Start, model: nn.Module) -> None:
-    """Raise ValueError (one line) if flags do not fit the network, the run or its checkpoint.
-
-    Args:
-        c: The flags of the trainer.
-        flags: The sparse flags.
-        start: Where the run begins.
-        model: The network on the meta device, where trying it out costs nothing.
-    """
-    if c.evaluate:
-        return
-    if c.optimizer == "apex-sgd":  # needs a GPU to exist
-        c = dataclasses.replace(c, optimizer="sgd")
-    optimizer = build.create_optimizer(c, model, torch.device("meta"))
-    create_sparsifier(model, optimizer, c.epochs * start.steps.steps_per_epoch, 0, flags=flags)
-    if start.path and flags.sparse_method != "dense":
-        saved = checkpoint.entry(start.state, "sparse", start.path)["method"]
-        if saved != flags.sparse_method:
-            raise ValueError(
-                f"{start.path} was trained with --sparse-method {saved}, not {flags.sparse_method}"
-            )
+    found = CheckpointCosts(model, image_size=image_size, num_active=num_active)
+    return Extension(metrics=found.metrics, epoch_metrics=found.layers)

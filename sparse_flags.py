@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -60,6 +61,10 @@ class SparseFlags:
     prune_start: int = flag(0, "optimizer step at which gmp starts")
     prune_end: int | None = flag(None, "step of gmp's final sparsity; by default --t-end-fraction")
     prune_every: int = flag(100, "optimizer steps between gmp's prunings")
+    drop_masks: bool = flag(
+        False,
+        "take the weights of a sparse --resume or --pretrained-from-file without its masks",
+    )
     grad_compress: Literal["none", "active", "bf16", "active+bf16"] = flag(
         "none", "what several processes send of their gradients: active weights only, or bfloat16"
     )
@@ -106,7 +111,7 @@ def resolve(flags: SparseFlags) -> SparseFlags:
     used = METHOD_FLAGS[method].split()
     resolved = dataclasses.replace(flags, sparse_method=method, sparsity=sparsity)
     names = {f.name for f in dataclasses.fields(flags)} - {"sparse_method", "static_topo", *used}
-    names -= {"dense_allocation", "grad_compress"}
+    names -= {"dense_allocation", "drop_masks", "grad_compress"}
     unused = config.ineffective(
         resolved, [(False, " ".join(sorted(names)), f"another --sparse-method than {method}")]
     )
@@ -146,6 +151,35 @@ def arguments(flags: SparseFlags, total_steps: int) -> dict[str, Any]:
     if used and flags.sparse_method not in ("snip", "gmp"):  # their global scope has none
         used["distribution"] = used["distribution"] or "erk"
     return used
+
+
+def record(flags: SparseFlags, total_steps: int) -> dict[str, Any]:
+    """Return the flags that a checkpoint keeps, with what follows from the run's length resolved.
+
+    The sparsity map is there with its content, and `t_end` in place of the fraction.
+    """
+    return {
+        "sparse_method": flags.sparse_method,
+        "grad_compress": flags.grad_compress,
+        **arguments(flags, total_steps),
+    }
+
+
+def spell(kept: Mapping[str, Any]) -> str:
+    """Return what `record` made as words of a command line."""
+    method = str(kept["sparse_method"])
+    words = [f"--sparse-method {method}"]
+    defaults = SparseFlags()
+    for name in METHOD_FLAGS[method].split():
+        value = kept.get(name)
+        if value is None or value == getattr(defaults, name):
+            continue
+        if isinstance(value, Mapping):
+            value = f"FILE with {dict(value)}"
+        elif isinstance(value, list):
+            value = " ".join(value)
+        words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)
 
 
 def read_map(path: Path) -> dict[str, float]:

@@ -146,6 +146,8 @@ def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Star
         raise ValueError(f"{path} holds {state.get('arch')}, --arch is {config.arch}")
     if path:
         checkpoint.check({"state_dict": model}, state, path)
+    if path and not config.evaluate:
+        _check_resume(config, model, state, path)
     pretrained: Mapping[str, Any] = {}
     notes = _evaluation_notes(config, path, state) if path and config.evaluate else ()
     if config.pretrained_from_file:
@@ -197,6 +199,34 @@ def _read_pretrained(config: Config, model: nn.Module) -> tuple[Mapping[str, Any
     if found.arch not in (None, config.arch):
         notes.append(f"{source} holds {found.arch}, its weights fit {config.arch} and are taken")
     return {"state_dict": fitted, "sparse": found.sparse}, tuple(notes)
+
+
+def _check_resume(config: Config, model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Compare a checkpoint with what a run takes from it besides the weights."""
+    if state.get("optimizer") is None:
+        raise ValueError(
+            f"{path} holds weights alone, which cannot be resumed: start from them with "
+            f"--pretrained-from-file {path}"
+        )
+    trained = str(state.get("config", {}).get("optimizer", config.optimizer))
+    if trained.removeprefix("apex-") != config.optimizer.removeprefix("apex-"):
+        raise ValueError(
+            f"{path} was trained with --optimizer {trained}, not {config.optimizer}: repeat it, or "
+            "start from the weights alone with --pretrained-from-file"
+        )
+    parts: dict[str, Any] = {"optimizer": stand_in_optimizer(config, model)}
+    if config.use_ema is not None:
+        if state.get("ema") is None:
+            raise ValueError(f"{path} has no averaged weights to go on with: leave --use-ema out")
+        parts["ema"] = optim.create_ema(model, config.use_ema)
+    checkpoint.check(parts, state, path)
+
+
+def stand_in_optimizer(config: Config, model: nn.Module) -> Optimizer:
+    """Return an optimizer to try things out with, on the CPU or the meta device."""
+    if config.optimizer == "apex-sgd":  # needs a GPU to exist
+        config = dataclasses.replace(config, optimizer="sgd")
+    return create_optimizer(config, model, next(model.parameters()).device)
 
 
 def create_optimizer(config: Config, model: nn.Module, device: torch.device) -> Optimizer:

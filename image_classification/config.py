@@ -9,7 +9,7 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -166,6 +166,13 @@ class Config:
     print_freq: int = flag(10, "iterations between log lines", "-p")
 
 
+# Flags that say how an invocation runs, not what it trains.
+PER_INVOCATION = frozenset(
+    "workers prefetch run_epochs cpu seed resume preempt_grace evaluate training_only prof dry_run "
+    "version pretrained_from_file workspace save_checkpoints checkpoint_every_steps "
+    "checkpoint_filename gather_checkpoints raport_file tensorboard print_freq".split()
+)
+
 # Flags of the originals that no longer mean anything, and what does their work today.
 RETIRED = {
     "--jit": "use --compile",
@@ -275,6 +282,21 @@ def ineffective(config: Any, rules: Sequence[tuple[bool, str, str]]) -> list[str
     ]
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return "--flag old -> new" for every flag that has another value than before.
+
+    Args:
+        before: Field names and values, as a checkpoint keeps them in its `config`; a flag that is
+            not there is passed over.
+        now: Those of this run.
+    """
+    return [
+        f"--{name.replace('_', '-')} {before[name]} -> {value}"
+        for name, value in now.items()
+        if name in before and name not in PER_INVOCATION and before[name] != value
+    ]
+
+
 def check(config: Config) -> None:
     """Raise ValueError (one line) for a value out of range or a combination without effect."""
     _check_ranges(config)
@@ -341,6 +363,7 @@ def _check_ranges(c: Config) -> None:
     need(c.image_size is None or c.image_size >= 1, "image_size", "at least 1")
     need(c.num_classes is None or c.num_classes >= 1, "num_classes", "at least 1")
     need(c.warmup < c.epochs, "warmup", f"less than --epochs {c.epochs}")
+    need(0 < c.width <= 100, "width", "in (0, 100]")
     need(c.static_loss_scale > 0, "static_loss_scale", "above 0")
     need(c.seed is None or c.seed >= 0, "seed", "at least 0")
     need(c.checkpoint_every_steps >= 0, "checkpoint_every_steps", "at least 0")

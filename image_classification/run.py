@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from image_classification import checkpoint, distributed, preemption
-from image_classification.config import Config
+from image_classification.config import Config, changes
 from image_classification.data import DataError, Loader, share_bad_files
 from image_classification.evaluate import evaluate
 from image_classification.log import GpuMonitor, Logger, Verbosity
@@ -41,6 +41,8 @@ class Extension:
     """Called on the model wrapped for several processes, before its first use."""
     state: Mapping[str, Stateful] = field(default_factory=dict)
     """Further entries of the checkpoint."""
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    """Further flags for the checkpoint's `config`; plain values."""
 
 
 class Run:
@@ -187,8 +189,12 @@ class Run:
             **{name: part.state_dict() for name, part in self.extension.state.items()},
             "loader": loader,
             "ranks": ranks,
-            "config": dict(vars(self.config)),
+            "config": self._flags,
         }
+
+    @property
+    def _flags(self) -> dict[str, Any]:
+        return {**vars(self.config), **self.extension.flags}
 
     def _write(self, state: dict[str, Any], *, is_best: bool) -> None:
         weights = state["state_dict"].values()
@@ -221,6 +227,8 @@ class Run:
         parts: dict[str, Any] = {"state_dict": self.trainer.model}
         if self.trainer.ema is not None:
             parts["ema"] = self.trainer.ema
+        elif state.get("ema") is not None:
+            self.logger.message(f"{path} has averaged weights, too: --use-ema evaluates them")
         joined = self.extension.state
         parts |= {name: joined[name] for name in joined if state.get(name) is not None}
         checkpoint.restore(parts, state, path)
@@ -233,11 +241,12 @@ class Run:
         """
         trainer = self.trainer
         parts: dict[str, Any] = {"state_dict": trainer.model, "optimizer": trainer.optimizer}
-        if trainer.scaler.is_enabled():
+        if trainer.scaler.is_enabled() and state.get("scaler") != {}:  # empty: it was not enabled
             parts["scaler"] = trainer.scaler
         if trainer.ema is not None:
             parts["ema"] = trainer.ema
         checkpoint.restore({**parts, **self.extension.state}, state, path)
+        self._tell_changes(state, path)
         trainer.step = checkpoint.entry(state, "step", path)
         self.epoch = checkpoint.entry(state, "epoch", path)
         trainer.epoch_step = checkpoint.entry(state, "epoch_step", path)
@@ -250,6 +259,15 @@ class Run:
         if self.train_loader is not None:
             self.train_loader.load_state_dict(checkpoint.entry(state, "loader", path))
         self._resume_rank(checkpoint.entry(state, "ranks", path), path)
+
+    def _tell_changes(self, state: Mapping[str, Any], path: Path) -> None:
+        """Say which flags differ from those of the checkpoint, and what is not continued."""
+        if changed := changes(state.get("config", {}), self._flags):
+            self.logger.message(f"flags changed since {path}: {', '.join(changed)}")
+        if self.trainer.ema is None and state.get("ema") is not None:
+            self.logger.warning(
+                f"the averaged weights of {path} are not continued: --use-ema is missing"
+            )
 
     def _resume_rank(self, ranks: Sequence[Mapping[str, Any]], path: Path) -> None:
         """Take over what belongs to this rank."""

@@ -11,6 +11,7 @@ from sparse.masks import pack, unpack
 Tensors = Mapping[str, Tensor]
 
 _VERSION = 1
+_FORMER_NAMES = {"snfs-fixed": "snfs"}  # of methods, in states that were written by then
 _KEYS = ("step", "num_updates", "last_update", "masks", "averages", "method_state", "explored")
 
 
@@ -55,12 +56,18 @@ def check(state: Mapping[str, Any], method: str) -> None:
         _take(state, key, "")
     if state["version"] != _VERSION:
         raise ValueError(f"sparse state: its version is {state['version']}, known is {_VERSION}")
-    if state["method"] != method:
+    if (written := method_name(state)) != method:
         raise ValueError(
-            f"sparse state: it was written by method {state['method']!r}, this run uses {method!r}"
+            f"sparse state: it was written by method {written!r}, this run uses {method!r}"
         )
     for key in _KEYS:
         _take(state, key, "")
+
+
+def method_name(state: Mapping[str, Any]) -> str | None:
+    """Give the name of the method that wrote a state, None if it does not say."""
+    name = state.get("method")
+    return _FORMER_NAMES.get(name, name) if isinstance(name, str) else None
 
 
 def load_masks(state: Mapping[str, Any], weights: Tensors) -> dict[str, Tensor]:
@@ -97,7 +104,7 @@ def check_counts(masks: Tensors, num_active: Mapping[str, int]) -> None:
         if count != num_active[name]:
             raise ValueError(
                 f"the mask of {name} has {count} active weights, this run {num_active[name]}; "
-                "it is of another sparsity or distribution"
+                "it is of another sparsity, distribution or redistribution"
             )
 
 

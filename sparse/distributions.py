@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
+from sparse.settings import check_number
+
 Distribution = Literal["uniform", "er", "erk"]
 Rounding = Literal["floor", "ceil"]
 Shape = Sequence[int]
@@ -94,6 +96,8 @@ def layer_sparsities(
 
 
 def _check(sparsity: float, distribution: str, power_scale: float, rounding: str) -> None:
+    check_number("sparsity", sparsity)
+    check_number("power_scale", power_scale)
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
     if distribution not in get_args(Distribution):
@@ -119,10 +123,13 @@ def fixed_sparsities(
     Raises:
         ValueError: A glob matches no layer, a layer is named twice, or a sparsity is out of range.
     """
-    if isinstance(dense_layers, str):
+    if isinstance(dense_layers, str) or not all(isinstance(g, str) for g in dense_layers or ()):
         raise ValueError(f"dense_layers must be a sequence of globs, got {dense_layers!r}")
+    if not isinstance(sparsity_map, Mapping | None):
+        raise ValueError(f"sparsity_map must map globs to sparsities, got {sparsity_map!r}")
     mapped: dict[str, float] = {}
     for glob, value in (sparsity_map or {}).items():
+        check_number(f"sparsity_map: the sparsity of {glob!r}", value)
         if not 0.0 <= value < 1.0:
             raise ValueError(
                 f"sparsity_map: the sparsity of {glob!r} must be in [0, 1), got {value}"
@@ -184,6 +191,8 @@ def _solve_budget(
             else:
                 budget += size - zeros[name]
                 divisor += raw[name] * size
+        if divisor == 0.0:
+            raise ValueError("power_scale is so large that a layer's density cannot be computed")
         factor = budget / divisor
         largest = max(raw[name] for name in raw if name not in dense)
         if largest * factor <= 1.0:

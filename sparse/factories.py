@@ -26,6 +26,7 @@ from sparse.methods import Gmp, GradientMomentum, Method, Rigl, RiglReset, Set, 
 from sparse.plans import Plan, plan_layers
 from sparse.redistribution import Snfs
 from sparse.schedules import DropFraction, Window
+from sparse.settings import check_integer, check_number
 from sparse.sparsifier import Sparsifier
 
 
@@ -115,6 +116,7 @@ def rigl(
     Args:
         initial_acc_scale: SGD's momentum of new connections, in units of their gradient.
     """
+    check_number("initial_acc_scale", initial_acc_scale)
     plan = plan_layers(model, sparsity, distribution, power_scale, dense_layers, sparsity_map)
     window = Window(delta_t, t_start, t_end)
     drop = DropFraction(drop_fraction, t_start, t_end, drop_anneal, drop_power)
@@ -287,6 +289,12 @@ def gmp(
     """
     layers = (sparsity, distribution, power_scale, dense_layers, sparsity_map)
     plan = plan_layers(model, *layers, scope=scope)
+    for name, value in (
+        ("prune_start", prune_start),
+        ("prune_end", prune_end),
+        ("prune_every", prune_every),
+    ):
+        check_integer(name, value)
     if not 0 <= prune_start < prune_end or prune_every < 1:
         raise ValueError(
             f"prune_start {prune_start}, prune_end {prune_end} and prune_every {prune_every} must "

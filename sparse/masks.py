@@ -48,7 +48,9 @@ def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], sour
 
 
 def topk_mask(scores: Scores, num_active: int | Tensor, among: Tensor | None = None) -> Tensor:
-    """Make a mask of the `num_active` entries of largest |score| among some (default: all)."""
+    """Make a mask of the `num_active` entries of largest |score| among some (default: all).
+
+    Where there are fewer, all of them are active."""
     if among is None:
         device = scores.device if isinstance(scores, Tensor) else torch.device("cpu")
         among = torch.ones(scores.shape, dtype=torch.bool, device=device)
@@ -84,7 +86,10 @@ def drop_and_grow(
     if active_first:
         kept = remove_smallest(mask, drop_scores, num_dropped)
     else:
-        assert isinstance(drop_scores, Tensor), "a random drop score is never zero"
+        if isinstance(drop_scores, Draw):
+            raise ValueError(
+                "active_first=False needs drop scores that can be 0, not a random draw"
+            )
         kept = largest(drop_scores * mask, mask.sum() - num_dropped, torch.ones_like(mask))
     return add_largest(kept, grow_scores, num_dropped)
 

@@ -18,6 +18,7 @@ from sparse.masks import drop_and_grow, topk_mask
 from sparse.rng import Draw
 from sparse.schedules import DropFraction, Window, cubic_sparsity, num_dropped
 from sparse.selection import Scores, remove_smallest
+from sparse.settings import check_number
 
 Tensors = Mapping[str, Tensor]
 Timing = Literal["after", "instead", "once"]
@@ -108,6 +109,11 @@ class Dropping(Method):
     drop_noise: float = 0.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_number("drop_noise", self.drop_noise)
+        if self.drop_noise < 0.0:
+            raise ValueError(f"drop_noise must not be negative, got {self.drop_noise}")
+
     def due(self, step: int) -> bool:
         return self.window.due(step)
 
@@ -174,7 +180,7 @@ class GradientMomentum(DropAndGrow):
     The RigL repository's "momentum" method, its form of SNFS (Dettmers & Zettlemoyer 2019).
     """
 
-    name: ClassVar[str] = "snfs-fixed"
+    name: ClassVar[str] = "snfs"
     gradient_decay: ClassVar[float] = 0.9
 
     def grow_scores(self, name: str, mask: Tensor, grads: Tensors, step: int) -> Scores | None:
@@ -260,7 +266,8 @@ class Snip(Method):
 class Gmp(Method):
     """Prune gradually by magnitude along a cubic ramp (Zhu & Gupta 2017).
 
-    Of n weights, round(n * (1 - s(t))) are kept. Pruned weights do not come back.
+    Of n weights, round(n * (1 - s(t))) are kept. Pruned weights do not come back: where fewer are
+    left than the ramp asks for, as when a longer one is begun half-way, all of them are kept.
 
     Attributes:
         sparsities: Layer name -> final sparsity, of the layers that are pruned.
@@ -305,7 +312,8 @@ def prune(
         masks: The masks before.
         sparsities: Layer name -> sparsity.
         scope: "layer" or "global".
-        num_kept: How many entries to keep: a function of their number and the sparsity.
+        num_kept: How many entries to keep, if as many are active: a function of the number of
+            entries and the sparsity.
     """
     if scope == "layer":
         counts = {name: num_kept(mask.numel(), sparsities[name]) for name, mask in masks.items()}

@@ -100,7 +100,11 @@ def normal(shape: Sequence[int], key: Sequence[int], device: torch.device | str 
 
 def _words(key: tuple[int, ...]) -> tuple[int, int]:
     """Condense a key to two int32."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    try:
+        content = struct.pack(f"<{len(key)}q", *key)
+    except struct.error:
+        raise ValueError(f"a seed must be an integer of 64 bits, got {key[0]!r}") from None
+    digest = hashlib.blake2b(content, digest_size=8).digest()
     first, second = struct.unpack("<ii", digest)
     return first, second
 

@@ -5,6 +5,8 @@ import struct
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from sparse.settings import check_integer, check_number
+
 Anneal = Literal["cosine", "constant", "linear", "exponential"]
 
 
@@ -39,7 +41,7 @@ class Window:
         at_end: Also update at t_end when it is off the grid of delta_t.
 
     Raises:
-        ValueError: delta_t < 1, t_start < 0 or t_end <= t_start.
+        ValueError: delta_t < 1, t_start < 0, t_end <= t_start, or one of them is no integer.
     """
 
     delta_t: int
@@ -48,12 +50,10 @@ class Window:
     at_end: bool = False
 
     def __post_init__(self) -> None:
+        check_integer("delta_t", self.delta_t)
         if self.delta_t < 1:
             raise ValueError(f"delta_t must be at least 1 optimizer step, got {self.delta_t}")
-        if self.t_start < 0:
-            raise ValueError(f"t_start must not be negative, got {self.t_start}")
-        if self.t_end <= self.t_start:
-            raise ValueError(f"t_end must be larger than t_start {self.t_start}, got {self.t_end}")
+        _check_period(self.t_start, self.t_end)
 
     def due(self, step: int) -> bool:
         """Say whether the topology is updated at this step."""
@@ -94,6 +94,9 @@ class DropFraction:
     minimum: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_period(self.t_start, self.t_end)
+        check_number("drop_fraction", self.initial)
+        check_number("the minimum drop fraction", self.minimum)
         if not 0.0 <= self.initial <= 1.0:
             raise ValueError(f"drop_fraction must be in [0, 1], got {self.initial}")
         if self.anneal not in get_args(Anneal):
@@ -105,8 +108,10 @@ class DropFraction:
                 f"drop_power goes with drop_anneal 'exponential' alone: got drop_power {self.power}"
                 f" with {self.anneal!r}"
             )
-        if self.power is not None and self.power <= 0.0:
-            raise ValueError(f"drop_power must be positive, got {self.power}")
+        if self.power is not None:
+            check_number("drop_power", self.power)
+            if self.power <= 0.0:
+                raise ValueError(f"drop_power must be positive, got {self.power}")
         if not 0.0 <= self.minimum <= self.initial:
             raise ValueError(
                 f"the minimum drop fraction must be in [0, {self.initial}], got {self.minimum}"
@@ -131,7 +136,8 @@ class DropFraction:
 def num_dropped(num_active: int, fraction: float) -> int:
     """Compute trunc(float32(num_active) * float32(fraction)), the original's drop count."""
     # The product of two float32 is exact in a double, so one rounding gives the float32 product.
-    return int(_float32(_float32(num_active) * _float32(fraction)))
+    product = int(_float32(_float32(num_active) * _float32(fraction)))
+    return min(product, num_active)  # a float32 holds no odd number above 2^24
 
 
 def cubic_sparsity(step: int, t_start: int, t_end: int, final: float) -> float:
@@ -140,8 +146,18 @@ def cubic_sparsity(step: int, t_start: int, t_end: int, final: float) -> float:
     s(t) = final * (1 - (1 - p)^3) with p = (t - t_start) / (t_end - t_start) clipped to [0, 1]
     (Zhu & Gupta 2017, equation 1).
     """
+    _check_period(t_start, t_end)
     progress = min(max((step - t_start) / (t_end - t_start), 0.0), 1.0)
     return float(final * (1.0 - (1.0 - progress) ** 3))
+
+
+def _check_period(t_start: int, t_end: int) -> None:
+    check_integer("t_start", t_start)
+    check_integer("t_end", t_end)
+    if t_start < 0:
+        raise ValueError(f"t_start must not be negative, got {t_start}")
+    if t_end <= t_start:
+        raise ValueError(f"t_end must be larger than t_start {t_start}, got {t_end}")
 
 
 def _float32(value: float) -> float:

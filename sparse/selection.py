@@ -27,17 +27,17 @@ def largest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
 
     Args:
         scores: Tensor of any float type, of non-negative int32, or a `Draw`.
-        k: How many, at most the number of candidates; a 0-dim integer tensor keeps a count that
+        k: How many; all candidates if there are fewer. A 0-dim integer tensor keeps a count that
             only the device knows on the device.
         among: bool tensor of the same shape, the candidates.
 
     Returns:
-        bool tensor of the shape of `among`, contiguous, with exactly k entries True.
+        bool tensor of the shape of `among`, contiguous, with k entries (or all candidates) True.
     """
     flat = among.reshape(-1)
     if _on_cpu(flat):
-        chosen = torch.zeros_like(flat).numpy()
-        chosen[_select_cpu(scores, int(k), flat.numpy(), True)] = True
+        chosen, k = torch.zeros_like(flat).numpy(), min(int(k), int(torch.count_nonzero(flat)))
+        chosen[_select_cpu(scores, k, flat.numpy(), True)] = True
         return torch.from_numpy(chosen).view(among.shape)
     return _select_device(_keys(scores, flat), k, flat, True).view(among.shape)
 
@@ -45,7 +45,8 @@ def largest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
 def smallest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
     """Mark the k entries of smallest magnitude; among equals the higher flat index wins.
 
-    It is the complement of `largest` within the candidates; arguments and result are as there.
+    It is the complement of `largest` within the candidates; arguments and result are as there,
+    but k is at most the number of candidates.
     """
     return among ^ remove_smallest(among, scores, k)
 
@@ -125,7 +126,8 @@ def _select_cpu(
     index, values = _collect(read, mask, outside, bound, want_largest)
     if bound is not None and len(index) < k:
         index, values = _collect(read, mask, outside, None, want_largest)
-    assert len(index) >= k, f"asked for {k} of {len(index)} candidates"
+    if k > len(index):
+        raise ValueError(f"asked for {k} of {len(index)} candidates")
     return index[_exact(values, k, want_largest)]
 
 

@@ -37,7 +37,8 @@ def restore(targets: Mapping[str, Loadable], state: Mapping[str, Any], path: Pat
     """Give each target the entry of its name.
 
     All entries are looked up, and modules and optimizers are compared with theirs, before the
-    first target is changed. Entries that have no target are left alone.
+    first target is changed. Entries that have no target are left alone. An optimizer takes over
+    its state and keeps its settings (weight decay, momentum and so on), for those are flags.
 
     Args:
         targets: entry name -> module, optimizer or other object with `load_state_dict`.
@@ -52,7 +53,10 @@ def restore(targets: Mapping[str, Loadable], state: Mapping[str, Any], path: Pat
     entries = {name: entry(state, name, path) for name in targets}
     for name, target in targets.items():
         try:
-            target.load_state_dict(entries[name])
+            if isinstance(target, Optimizer):
+                _load_optimizer(target, entries[name])
+            else:
+                target.load_state_dict(entries[name])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: entry '{name}' does not fit: {reason}") from error
@@ -128,6 +132,36 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load what an optimizer gathered; keep its settings, and lay tensors out as its parameters.
+
+    torch takes the settings over from the checkpoint, so that a flag would have no effect, and
+    keeps the saved layout, in which a fused step reads the entries in another order than the
+    parameter's: on a CPU that computes wrong weights without a word.
+    """
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    before = {parameter: dict(values) for parameter, values in optimizer.state.items()}
+    optimizer.load_state_dict(dict(saved))
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for parameter, values in before.items():  # made before the first step, as fused SGD needs it
+        kept = {name: v for name, v in optimizer.state[parameter].items() if v is not None}
+        optimizer.state[parameter] = values | kept
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = _laid_out_like(parameter, value)
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    if value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def _misfit(target: Loadable, saved: Any) -> str | None:
     """Say why `saved` does not fit a module or an optimizer; None if it does or cannot be told."""
     if isinstance(target, nn.Module):
@@ -157,6 +191,11 @@ def _optimizer_misfit(optimizer: Optimizer, saved: Any) -> str | None:
     saved_groups = [len(group["params"]) for group in saved["param_groups"]]
     if groups != saved_groups:
         return f"parameter groups of {saved_groups} tensors, this optimizer has {groups}"
+    for own, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for name, value in own.items():  # torch adds switches with time, numbers make an algorithm
+            is_number = isinstance(value, int | float | tuple) and not isinstance(value, bool)
+            if is_number and name not in theirs:
+                return f"it is the state of another optimizer, which has no '{name}'"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [n for group in saved["param_groups"] for n in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):

@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import hashlib
+import io
+import itertools
 import os
 import random
 import resource
@@ -385,12 +387,13 @@ def test_restore_round_trip(tmp_path: Path) -> None:
     state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
     path = checkpoint.save(tmp_path, {**state, "epoch": 1}, epoch=1, is_best=False)
     other = network()
-    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.5)
+    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.5, momentum=0.8)
     targets: dict[str, Any] = {"state_dict": other, "optimizer": other_optimizer}
     checkpoint.restore(targets, checkpoint.load(path), path)
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
-    assert other_optimizer.param_groups[0]["lr"] == 0.1
+    group = other_optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"]) == (0.5, 0.8)  # settings are flags of the run
     for own, theirs in zip(model.parameters(), other.parameters(), strict=True):
         buffer = optimizer.state[own]["momentum_buffer"]
         assert torch.equal(buffer, other_optimizer.state[theirs]["momentum_buffer"])
@@ -439,6 +442,75 @@ def test_restore_compares_the_optimizer() -> None:
         checkpoint.restore({"optimizer": wide}, state, Path("c.pt"))
     with pytest.raises(ValueError, match="not the state of an optimizer"):
         checkpoint.restore({"optimizer": optimizer}, {"optimizer": {}}, Path("c.pt"))
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "fused sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("shape", [(8, 16, 2, 4), (32, 32, 1, 1), (32, 1, 4, 4)])
+def test_state_of_another_memory_layout_is_laid_out_like_its_parameter(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    formats = (torch.contiguous_format, torch.channels_last)
+    gradients = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+
+    def start(layout: torch.memory_format) -> tuple[nn.Conv2d, Any]:
+        layer = nn.Conv2d(1, 1, 1, bias=False)
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+        # `to` leaves the strides of sizes of 1 as they are; a copy has those of the format
+        layer.weight = nn.Parameter(torch.empty(shape, memory_format=layout).copy_(weight))
+        return layer, OPTIMIZERS[name](layer.parameters())
+
+    def advance(layer: nn.Conv2d, optimizer: Any, steps: range) -> None:
+        for step in steps:
+            layer.weight.grad = torch.empty_like(layer.weight).copy_(gradients[step])
+            optimizer.step()
+
+    ends = []
+    for before, after in itertools.product(formats, repeat=2):
+        layer, optimizer = start(before)
+        advance(layer, optimizer, range(3))
+        buffer = io.BytesIO()
+        torch.save({"state_dict": layer.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+        buffer.seek(0)
+        layer, optimizer = start(after)
+        targets: dict[str, Any] = {"state_dict": layer, "optimizer": optimizer}
+        checkpoint.restore(targets, torch.load(buffer, weights_only=True), Path("c.pt"))
+        for value in optimizer.state[layer.weight].values():
+            assert value.dim() == 0 or value.stride() == layer.weight.stride()
+        advance(layer, optimizer, range(3, 6))
+        ends.append(layer.weight.detach().contiguous())
+    layer, optimizer = start(formats[0])
+    advance(layer, optimizer, range(6))
+    assert all(torch.equal(end, layer.weight) for end in ends)
+
+
+def test_restore_keeps_momentum_that_was_made_before_the_first_step() -> None:
+    """Fused SGD needs it: a first step that a GradScaler skips would leave it unfilled."""
+    without = torch.optim.SGD(network().parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1, momentum=0.9)
+    for parameter in optimizer.param_groups[0]["params"]:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    checkpoint.restore({"optimizer": optimizer}, {"optimizer": without.state_dict()}, Path("c.pt"))
+    assert len(optimizer.state) == 4
+    assert not any(state["momentum_buffer"].any() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("pair", [*itertools.permutations(OPTIMIZERS, 2)])
+def test_restore_refuses_the_state_of_another_optimizer(pair: tuple[str, str]) -> None:
+    trained, other = (OPTIMIZERS[name](network().parameters()) for name in pair)
+    state = {"optimizer": trained.state_dict()}
+    if {*pair} == {"sgd", "fused sgd"}:
+        checkpoint.restore({"optimizer": other}, state, Path("c.pt"))
+        return
+    with pytest.raises(ValueError, match="it is the state of another optimizer, which has no '"):
+        checkpoint.restore({"optimizer": other}, state, Path("c.pt"))
 
 
 def test_restore_names_the_entry_when_an_object_refuses() -> None:

@@ -150,7 +150,9 @@ def test_masks_of_another_sparsity_are_refused() -> None:
     model = convnet()
     state = make("rigl", model, sgd(model), sparsity=0.5).state_dict()
     model = convnet()
-    with pytest.raises(ValueError, match="it is of another sparsity or distribution"):
+    with pytest.raises(
+        ValueError, match="it is of another sparsity, distribution or redistribution"
+    ):
         make("rigl", model, sgd(model), sparsity=0.6).load_state_dict(state)
 
 

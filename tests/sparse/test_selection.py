@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sparse
 from sparse.rng import Draw
 from sparse.selection import largest, smallest
 
@@ -89,3 +90,14 @@ def test_memory_layout_does_not_matter() -> None:
     expected = largest(scores, 31, among)
     assert torch.equal(expected.flatten().nonzero().flatten(), torch.arange(31))
     assert torch.equal(largest(scores.to(**last), 31, among.to(**last)), expected)
+
+
+def test_too_many_are_all_candidates_for_a_mask_and_an_error_for_a_change() -> None:
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    among = torch.tensor([True, False, True, False])
+    assert torch.equal(sparse.topk_mask(scores, 3, among), among)
+    assert torch.equal(sparse.topk_mask(scores, torch.tensor(4), among), among)
+    with pytest.raises(ValueError, match="asked for 3 of 2 candidates"):
+        sparse.drop_and_grow(among, scores, scores, 3)
+    with pytest.raises(ValueError, match="active_first"):
+        sparse.drop_and_grow(among, Draw((4,), (0,)), scores, 1, active_first=False)

@@ -1,0 +1,24 @@
+"""Check that a setting is the kind of number it has to be."""
+
+from numbers import Integral, Real
+
+
+def check_integer(name: str, value: object) -> None:
+    """Refuse what is not a whole number: a float, even 100.0, a bool, a string.
+
+    Raises:
+        ValueError: Names the setting and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse what is not a finite number: NaN, an infinity, a bool, a string.
+
+    Raises:
+        ValueError: Names the setting and the value.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not -float("inf") < float(value) < float("inf"):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
