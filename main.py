@@ -22,6 +22,7 @@ from image_classification.data import DataError
 from image_classification.log import Logger, run_metadata
 from image_classification.preemption import Preempted
 from image_classification.trainer import TrainingError
+from sparse import SparsityError
 from sparse_extension import attach, report_costs, try_out
 from sparse_flags import SparseFlags, cost_plan, resolve, sparse_plan
 from sparse_resume import check_sparsity, saved_masks
@@ -110,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
                 print(f"main.py: error: {error}", file=sys.stderr)
                 return 2
             action()
-        except (DataError, TrainingError) as error:
+        except (DataError, TrainingError, SparsityError) as error:
             print(f"main.py: error: {error}", file=sys.stderr)
             return 2 if isinstance(error, DataError) else 1
         except Preempted:

@@ -5,6 +5,7 @@ from sparse.connections import NewConnections
 from sparse.distributions import allocate, layer_sparsities
 from sparse.factories import gmp, rigl, rigl_reset, snfs, snip, static
 from sparse.factories import set_ as set
+from sparse.invariant import SparsityError
 from sparse.layers import prunable
 from sparse.masks import drop_and_grow, pack, random_mask, topk_mask, unpack
 from sparse.methods import Method
@@ -16,6 +17,7 @@ __all__ = [
     "Method",
     "NewConnections",
     "Sparsifier",
+    "SparsityError",
     "Window",
     "allocate",
     "compress_gradients",

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, distributed
 
+from sparse.invariant import SparsityError
 from sparse.rng import Draw
 
 
@@ -29,7 +30,7 @@ def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
     for the device.
 
     Raises:
-        RuntimeError: A mask differs from that of rank 0; names the layer and the ranks.
+        SparsityError: A mask differs from that of rank 0; names the layer and the ranks.
     """
     if not masks:
         return
@@ -42,7 +43,7 @@ def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
     for layer, name in enumerate(masks):
         ranks = differs[:, layer].nonzero().flatten().tolist()
         if ranks:
-            raise RuntimeError(
+            raise SparsityError(
                 f"the mask of {name} on rank {', '.join(map(str, ranks))} differs from rank 0: "
                 "weights, gradients or seeds are not the same on all ranks"
             )

@@ -8,6 +8,11 @@ from torch.optim import Optimizer
 from sparse.gates import Gate, count_violations
 from sparse.rng import is_fake
 
+
+class SparsityError(RuntimeError):
+    """Training is not what the masks say it is and cannot go on; the message is one line."""
+
+
 States = Callable[[Optimizer, nn.Parameter], Mapping[str, Tensor]]
 
 
@@ -51,12 +56,12 @@ class Invariant:
         """Read all that was counted since the last time.
 
         Raises:
-            RuntimeError: There was a violation; names the first one and likely causes.
+            SparsityError: There was a violation; names the first one and likely causes.
         """
         for names, counts in self._unread:
             for name, count in zip(names, counts.tolist(), strict=True):
                 if count:
-                    raise RuntimeError(
+                    raise SparsityError(
                         f"{name} is not 0 at {count} inactive connections: something wrote there "
                         "after the last step (reset_parameters, a copy by hand, an average swapped "
                         f"in), or {type(optimizer).__name__} moves weights whose gradient is 0; "
@@ -73,11 +78,11 @@ def check_gradients(gradients: Mapping[str, Tensor], method: str) -> None:
     """Refuse gradients that tell nothing to a method which decides by them once and for all.
 
     Raises:
-        RuntimeError: All gradients of a layer are 0; names the layer.
+        SparsityError: All gradients of a layer are 0; names the layer.
     """
     for name, gradient in gradients.items():
         if not is_fake(gradient) and not gradient.is_meta and not gradient.any():
-            raise RuntimeError(
+            raise SparsityError(
                 f"method {method!r} ranks {name} by a gradient that is 0 everywhere: take the "
                 "first step after a batch, do not start residual branches at 0, or keep the layer "
                 "dense with dense_layers"

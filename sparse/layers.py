@@ -10,6 +10,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
+from sparse.invariant import SparsityError
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGE = 0.05  # share of the parameters
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
@@ -108,11 +110,11 @@ def check_owned(modules: Mapping[str, nn.Module], weights: Mapping[str, nn.Param
     """Refuse modules that no longer have the weights they had.
 
     Raises:
-        RuntimeError: Names the first one.
+        SparsityError: Names the first one.
     """
     for name, module in modules.items():
         if module._parameters.get("weight") is not weights[name]:
-            raise RuntimeError(
+            raise SparsityError(
                 f"{name} was replaced by another tensor since it was made sparse; make optimizer "
                 "and sparsifier when the model is complete"
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse import rng
 from sparse.distributions import count_active
+from sparse.invariant import SparsityError
 from sparse.masks import drop_and_grow, topk_mask
 from sparse.rng import Draw
 from sparse.schedules import DropFraction, Window, cubic_sparsity, num_dropped
@@ -254,7 +255,7 @@ class Snip(Method):
     ) -> Tensors:
         missing = masks.keys() - grads.keys()
         if missing:
-            raise RuntimeError(
+            raise SparsityError(
                 f"SNIP needs the gradient of {min(missing)}, which has none: if the layer is "
                 "frozen or takes no part in the step, keep it dense with dense_layers"
             )

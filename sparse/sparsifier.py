@@ -302,7 +302,7 @@ class Sparsifier:
             weights that were ever active.
 
         Raises:
-            RuntimeError: An inactive weight or its optimizer state is not 0; see `enforce`.
+            SparsityError: An inactive weight or its optimizer state is not 0; see `enforce`.
         """
         self._check_inactive()
         sizes = {name: weight.numel() for name, weight in self._weights.items()}
@@ -317,7 +317,7 @@ class Sparsifier:
         """Give all that a resumed run needs: numbers, strings and tensors on the CPU.
 
         Raises:
-            RuntimeError: An inactive weight or its optimizer state is not 0; see `enforce`.
+            SparsityError: An inactive weight or its optimizer state is not 0; see `enforce`.
         """
         self._check_inactive()
         return checkpoints.save(

@@ -387,3 +387,15 @@ def test_one_process_says_that_it_has_nothing_to_send(pictures: Path, tmp_path: 
     train(pictures, tmp_path, *RIGL, "--training-only", "--epochs", "1", "--data-backend",
           "pytorch", "--grad-compress", "active")  # fmt: skip
     assert "sparse.sent_ratio" not in records(tmp_path)[-1]["data"]
+
+
+def test_training_that_cannot_be_sparse_ends_in_one_line(pictures: Path, tmp_path: Path) -> None:
+    """SNIP sees no gradient behind residual branches that start at 0."""
+    done = run(
+        str(pictures), *SMALL, *"--arch resnet18 --last-bn-0-init --no-checkpoints".split(),
+        *"--sparse-method snip --sparsity 0.9".split(), "--workspace", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("main.py: error: method 'snip' ranks layer1.0.conv1.weight by")
+    assert "dense_layers" in line

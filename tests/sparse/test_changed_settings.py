@@ -1,5 +1,6 @@
 """Going on with other settings: every combination works with all invariants, or is refused."""
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -57,7 +58,7 @@ def go_on(method: str, run: tuple[Any, Any, sparse.Sparsifier], **options: Any) 
     model, optimizer, sparsifier = start(method, 0, **options)
     before = run[2].masks
     model.load_state_dict(run[0].state_dict())
-    optimizer.load_state_dict(run[1].state_dict())
+    optimizer.load_state_dict(copy.deepcopy(run[1].state_dict()))  # torch would share tensors
     sparsifier.load_state_dict(run[2].state_dict())
     counts = sparsifier.num_active
     for _ in train(model, optimizer, range(run[2].step, run[2].step + 10)):
@@ -119,7 +120,7 @@ def test_a_ramp_that_is_stretched_keeps_what_is_left(method: str, ends: tuple[in
     left = run[2].num_active
     model, optimizer, sparsifier = start(method, 0, prune_end=ends[1])
     model.load_state_dict(run[0].state_dict())
-    optimizer.load_state_dict(run[1].state_dict())
+    optimizer.load_state_dict(copy.deepcopy(run[1].state_dict()))  # torch would share tensors
     sparsifier.load_state_dict(run[2].state_dict())
     list(train(model, optimizer, range(12, 15)))
     if ends[1] > ends[0]:  # the longer ramp asks for more than there is
