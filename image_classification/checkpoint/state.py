@@ -38,7 +38,8 @@ def restore(targets: Mapping[str, Loadable], state: Mapping[str, Any], path: Pat
 
     All entries are looked up, and modules and optimizers are compared with theirs, before the
     first target is changed. Entries that have no target are left alone. An optimizer takes over
-    its state and keeps its settings (weight decay, momentum and so on), for those are flags.
+    its state and its present learning rate, and keeps its settings (weight decay, momentum and so
+    on), for those are flags.
 
     Args:
         targets: entry name -> module, optimizer or other object with `load_state_dict`.
@@ -140,7 +141,7 @@ def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     parameter's: on a CPU that computes wrong weights without a word.
     """
     settings = [
-        {name: value for name, value in group.items() if name != "params"}
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
         for group in optimizer.param_groups
     ]
     before = {parameter: dict(values) for parameter, values in optimizer.state.items()}
