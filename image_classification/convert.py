@@ -6,6 +6,11 @@ our own. Writes a checkpoint for `main.py --evaluate --resume` and `--pretrained
 weights alone under torchvision's or NVIDIA's names.
 """
 
+from image_classification import versions
+
+if __name__ == "__main__":
+    versions.require()
+
 import argparse
 import importlib
 import pickle

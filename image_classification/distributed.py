@@ -124,8 +124,8 @@ def stop() -> None:
     """Leave the process group, if one was joined."""
     global _left
     if dist.is_initialized():
-        # Whoever lets go of the group last ends its threads. DDP holds Python's lock while it does,
-        # and the threads may be waiting for that lock: torch 2.9 hangs. This reference outlives DDP.
+        # Whoever lets go of the group last ends its threads. DDP would do so with Python's lock
+        # held, for which they may be waiting: torch 2.9 hangs. This reference outlives DDP.
         _left = dist.group.WORLD
         dist.destroy_process_group()
 

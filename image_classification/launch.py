@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from image_classification import preemption
+from image_classification import preemption, versions
 
 # Of clusters. torchrun passes on SIGTERM, SIGINT, SIGHUP and SIGQUIT once its workers are started.
 _SIGNALS = (*preemption.SIGNALS, signal.SIGUSR2)
@@ -55,4 +55,5 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    versions.require()
     sys.exit(launch(sys.argv[1:]))
