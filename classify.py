@@ -4,6 +4,11 @@ Prints the most likely classes, one per line: rank, probability, class. A compac
 on the CPU, and timed: `python classify.py IMAGE ... --model FILE`.
 """
 
+from image_classification import versions
+
+if __name__ == "__main__":
+    versions.require()
+
 import argparse
 import sys
 import time

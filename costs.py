@@ -4,6 +4,11 @@ Prints FLOPs, training FLOPs and bytes per layer and in total; `--table` sets th
 beside our own figures, `--plot` draws accuracy against cost.
 """
 
+from image_classification import versions
+
+if __name__ == "__main__":
+    versions.require()
+
 import argparse
 import functools
 import json

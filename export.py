@@ -4,6 +4,11 @@ Writes a trained network as a compact sparse file (a bit per weight and the acti
 `sparse.runtime.load` runs; or a compact file back as a checkpoint, or either as a dense ONNX graph.
 """
 
+from image_classification import versions
+
+if __name__ == "__main__":
+    versions.require()
+
 import argparse
 import dataclasses
 import sys

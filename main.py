@@ -4,10 +4,11 @@ The composition root: it parses the flags, builds the harness (image_classificat
 sparse-training method (sparse) and runs.
 """
 
-from image_classification import preemption
+from image_classification import preemption, versions
 
 if __name__ == "__main__":
     preemption.listen()  # before torch: importing it takes seconds, and a signal would kill
+    versions.require()
 
 import contextlib
 import functools

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from image_classification import versions
 from image_classification.launch import launch
 
 # Run by torchrun in place of the script: sends the output of all but local rank 0 to a file, then
@@ -78,4 +79,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    versions.require()
     sys.exit(launch(torchrun_arguments(sys.argv[1:])))

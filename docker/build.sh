@@ -2,7 +2,7 @@
 # Build the image nvidia_rn50 from this checkout: docker/build.sh [FLAG OF docker build...]
 #
 #   bash docker/build.sh
-#   bash docker/build.sh --build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:25.10-py3
+#   bash docker/build.sh --build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:25.11-py3
 #   bash docker/build.sh --build-arg WITH_APEX=1 --build-arg WITH_DLLOGGER=1
 #
 # The user in the image gets the numbers of the caller; docker/run.sh chooses anew at every start.

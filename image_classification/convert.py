@@ -7,6 +7,11 @@ the PyTorch port of RigL and of torch.nn.utils.prune with their masks, of the Ri
 torchvision's or NVIDIA's names.
 """
 
+from image_classification import versions
+
+if __name__ == "__main__":
+    versions.require()
+
 import argparse
 import dataclasses
 import sys

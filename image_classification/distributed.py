@@ -120,9 +120,16 @@ def start(*, cpu: bool = False, deterministic: bool = False) -> World:
     return World(launch.rank, launch.local_rank, launch.world_size, device)
 
 
+_left: Any = None
+
+
 def stop() -> None:
     """Leave the process group, if one was joined."""
+    global _left
     if dist.is_initialized():
+        # Whoever lets go of the group last ends its threads. DDP would do so with Python's lock
+        # held, for which they may be waiting: torch 2.9 hangs. This reference outlives DDP.
+        _left = dist.group.WORLD
         dist.destroy_process_group()
 
 

@@ -6,12 +6,16 @@ worker did, or if it was itself stopped by SIGTERM or SIGUSR1, which it passes o
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
-from image_classification import preemption
+from image_classification import preemption, versions
 
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"  # torchrun's, and those of clusters
+# Of clusters. torchrun passes on SIGTERM, SIGINT, SIGHUP and SIGQUIT once its workers are started.
+_SIGNALS = (*preemption.SIGNALS, signal.SIGUSR2)
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -19,7 +23,7 @@ def launch(arguments: Sequence[str]) -> int:
 
     Signals that arrive before the workers are started end it as well, with nothing lost.
     """
-    preemption.listen()  # until torchrun's own handlers are in place
+    preemption.listen()  # while torch is imported
     # A store of their own for the workers of every rendezvous: with one store for all, a node that
     # comes back finds the addresses of processes that are gone.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -27,10 +31,17 @@ def launch(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if preemption.requested():
-        return preemption.EXIT_STATUS
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        # torchrun's own way: it catches the exception and sends the signal to its workers.
+        name = signal.Signals(number)
+        raise SignalException(f"process {os.getpid()} got {name.name}", sigval=name)
+
     try:
-        run.main(["--signals-to-handle", _SIGNALS, *arguments])
+        for number in _SIGNALS:
+            signal.signal(number, stop)
+        if preemption.requested():
+            return preemption.EXIT_STATUS
+        run.main(list(arguments))
     except ChildFailedError as error:
         statuses = [failure.exitcode for failure in error.failures.values()]
         if preemption.EXIT_STATUS in statuses:
@@ -44,4 +55,5 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    versions.require()
     sys.exit(launch(sys.argv[1:]))

@@ -3,6 +3,11 @@
 Runs that differ in their seed alone are one row: mean and sample standard deviation over them.
 """
 
+from image_classification import versions
+
+if __name__ == "__main__":
+    versions.require()
+
 import argparse
 import json
 import statistics

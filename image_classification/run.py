@@ -84,7 +84,7 @@ class Run:
         self._totals: dict[str, float] = {}  # summary of the epochs so far
         self._saved: Path | None = None  # the checkpoint that stands
         self._ballot = distributed.Ballot()
-        self._gpu = GpuMonitor()
+        self._gpu = GpuMonitor(trainer.world.device)
 
     def fit(self) -> None:
         """Run the epochs that are left and log the run's summary.

@@ -1,17 +1,22 @@
 # shellcheck shell=bash
 # Makes .venv where it is missing or older than the requirements: bash scripts/venv.sh. Sourced by
 # other scripts it also defines PYTHON. A marker holds the hash of the requirements it was made
-# from. A PYTHON that is set already is used as it is.
+# from. A PYTHON that is set already is used as it is. With OLDEST=yes the environment is
+# .venv-oldest, and every package for which requirements.txt names a lowest version has that one.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit
 if [ -z "${PYTHON:-}" ]; then
-    PYTHON=$ROOT/.venv/bin/python
+    venv=.venv${OLDEST:+-oldest}
+    PYTHON=$ROOT/$venv/bin/python
     wanted=$(cat requirements.txt requirements-dev.txt | sha256sum | cut -d' ' -f1)
-    if [ "$(cat .venv/requirements.sha256 2>/dev/null)" != "$wanted" ]; then
-        echo "installing the requirements into .venv (a few minutes, once)"
-        [ -x "$PYTHON" ] || "${BASE_PYTHON:-python3}" -m venv .venv
-        "$PYTHON" -m pip install --quiet -r requirements-dev.txt
-        echo "$wanted" >.venv/requirements.sha256
+    if [ "$(cat "$venv/requirements.sha256" 2>/dev/null)" != "$wanted" ]; then
+        echo "installing the requirements into $venv (a few minutes, once)"
+        lowest=()
+        [ -z "${OLDEST:-}" ] ||
+            mapfile -t lowest < <(sed -n 's/^\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p' requirements.txt)
+        [ -x "$PYTHON" ] || "${BASE_PYTHON:-python3}" -m venv "$venv"
+        "$PYTHON" -m pip install --quiet -r requirements-dev.txt "${lowest[@]}"
+        echo "$wanted" >"$venv/requirements.sha256"
     fi
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

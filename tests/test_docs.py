@@ -177,6 +177,7 @@ RULES: dict[str, Rule] = {
     r"bash docker/\w+\.sh": "tests/docker/test_scripts.py",
     r"bash tests/docker/engine\.sh bash scripts/test\.sh -m docker tests/docker": ".ci/run",
     r"bash scripts/test\.sh": ".ci/run",
+    r"bash scripts/constraints\.sh": "tests/test_requirements.py",
     r"bash \.ci/run": ".github/workflows/ci.yml",
     r"sbatch .*scripts/slurm/train\.sbatch scripts/\S+\.sh": "tests/test_slurm.py",
     r"pytest": paths_exist,

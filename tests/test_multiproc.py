@@ -26,10 +26,11 @@ from pathlib import Path
 rank = os.environ["RANK"]
 
 def stop(number, frame):
-    Path(f"stopped_{rank}").touch()
+    Path(f"{signal.Signals(number).name}_{rank}").touch()
     sys.exit(0)
 
-signal.signal(signal.SIGTERM, stop)
+for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
+    signal.signal(getattr(signal, name), stop)
 Path(f"ready_{rank}").touch()
 time.sleep(120)
 """
@@ -119,7 +120,13 @@ def wait_for(*paths: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_signal_to_the_launcher_reaches_every_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGUSR2, 128 + signal.SIGUSR2)],
+)
+def test_a_signal_to_the_launcher_reaches_every_process(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(WAIT)
     launcher = subprocess.Popen(
@@ -130,9 +137,31 @@ def test_a_signal_to_the_launcher_reaches_every_process(tmp_path: Path) -> None:
     )
     try:
         wait_for(tmp_path / "ready_0", tmp_path / "ready_1")
-        launcher.send_signal(signal.SIGTERM)
-        wait_for(tmp_path / "stopped_0", tmp_path / "stopped_1")
-        assert launcher.wait(timeout=60) == 75
+        launcher.send_signal(number)
+        wait_for(tmp_path / f"{number.name}_0", tmp_path / f"{number.name}_1")
+        assert launcher.wait(timeout=60) == status
+    finally:
+        launcher.kill()
+
+
+@pytest.mark.distributed
+def test_a_signal_before_the_processes_have_started_ends_the_launcher(tmp_path: Path) -> None:
+    """It waits for a second node that never comes."""
+    script = tmp_path / "script.py"
+    script.write_text(REPORT)
+    launcher = subprocess.Popen(
+        command("--nnodes=2", "--node_rank=1", f"--master_port={free_port()}", script),
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        signals = Path(f"/proc/{launcher.pid}/status")
+        while not int(signals.read_text().split("SigCgt:")[1].split()[0], 16) >> 9 & 1:
+            time.sleep(0.01)  # until SIGUSR1 has a handler
+        time.sleep(4)
+        launcher.send_signal(signal.SIGUSR1)
+        assert launcher.wait(timeout=20) == 75
     finally:
         launcher.kill()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -55,7 +56,7 @@ class TorchvisionSource:
         if not batches:
             return
         self._keys.keys = [(epoch, indices) for indices in batches]
-        with _held_back():
+        with _forking():
             loaded = iter(self._loader)
         for indices, (images, bad) in zip(batches, loaded, strict=True):
             good = [index for index in indices.tolist() if index not in bad]
@@ -145,12 +146,18 @@ class _BatchDataset(Dataset[Loaded], Sized):
 
 
 @contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    """Hold signals back from this thread and from the processes that are forked meanwhile."""
+def _forking() -> Iterator[None]:
+    """Keep from processes that are forked meanwhile what is for this one alone.
+
+    That is signals, and the finalizers of its garbage: a DALI pipeline that was left in a cycle
+    waits in a forked process for threads that are not there.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

@@ -44,13 +44,13 @@ class GpuMonitor:
     """Reads the load of one GPU, that of other programs included, through NVML.
 
     Args:
-        device: The GPU; None for the current one. It is found by its UUID, so that the numbering of
-            CUDA_VISIBLE_DEVICES does not matter.
+        device: The GPU; None for the current one; of the CPU nothing is read. It is found by its
+            UUID, so that the numbering of CUDA_VISIBLE_DEVICES does not matter.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._readers: dict[str, Callable[[], float]] = {}
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() or (device is not None and device.type == "cpu"):
             return
         import pynvml
 

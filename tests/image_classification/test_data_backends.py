@@ -1,7 +1,9 @@
 """The loaders of every backend, on real files."""
 
+import gc
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -350,6 +352,33 @@ for backend in {FOLDER_BACKENDS}:
         timeout=120,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+class Cycle:
+    """Garbage whose finalizer tells in which process it ran."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.itself = folder, self
+
+    def __del__(self) -> None:
+        (self.folder / str(os.getpid())).touch()
+
+
+def test_workers_do_not_finalize_garbage_of_the_training(numbered, tmp_path):
+    collects = [True]
+    os.register_at_fork(after_in_child=lambda: collects[0] and gc.collect())
+    gc.disable()
+    try:
+        Cycle(tmp_path)
+        loader = create_train_loader(config(numbered, "pytorch", workers=2))
+        batches(loader)
+        loader.close()
+        assert not list(tmp_path.iterdir())
+    finally:
+        collects[0] = False
+        gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 @pytest.mark.parametrize("backend", data.BACKENDS[1:])
