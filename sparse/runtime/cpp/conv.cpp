@@ -39,8 +39,9 @@ int64_t cut(int64_t begin, int64_t end, int64_t index, int64_t count) {
 }  // namespace
 
 TileFunction find_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x) {
-  if (stride_x == 2) return group == 1 ? pick<1, 2>(vectors, rows) : nullptr;
-  if (stride_x != 1) return nullptr;
+  if (stride_x > 1 && group > 1) return nullptr;
+  if (stride_x == 2) return pick<1, 2>(vectors, rows);
+  if (stride_x > 2) return pick<1, 0>(vectors, rows);
   switch (group) {
     case 1: return pick<1, 1>(vectors, rows);
     case 2: return pick<2, 1>(vectors, rows);
