@@ -275,11 +275,10 @@ def can_share(step: Step) -> bool:
 
 def default_choice(step: Step) -> Choice:
     """Return a choice without measuring."""
-    assert isinstance(step.target, Map)
     assert step.layer is not None
     if step.layer.groups == 1 and density(step.layer) >= DENSE_DENSITY:
         return dense_choices(step)[-1]
-    return tiles(step.target, MAX_TILE)[-1]
+    return tiles(step, MAX_TILE)[-1]
 
 
 def dense_choices(step: Step) -> list[Choice]:
@@ -295,16 +294,20 @@ def dense_choices(step: Step) -> list[Choice]:
     return [Choice(dense=True, tile_rows=count) for count in rows]
 
 
-def tiles(target: Map, most: int) -> list[Choice]:
+def tiles(step: Step, most: int) -> list[Choice]:
     """Return sensible tiles of at most `most` vectors of an output, smallest first.
 
-    A tile is a whole row or a part of one, and as many rows as fit, or fewer.
+    A tile is a whole row or a part of one, and as many rows as fit, or fewer; with a stride above 2
+    one row.
     """
+    target = step.target
+    assert isinstance(target, Map)
+    most_rows = min(target.rows, 7 if step.stride[1] <= 2 else 1)
     found = set()
     least = -(-target.vectors // min(most, 8))
     for count in (least, least + 1):
         vectors = -(-target.vectors // count)
-        for rows in range(1, min(most // vectors, 7, target.rows) + 1):
+        for rows in range(1, min(most // vectors, most_rows) + 1):
             rows = -(-target.rows // -(-target.rows // rows))  # even cuts
             found.add((vectors, rows))
     largest = max(v * r for v, r in found)

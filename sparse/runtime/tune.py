@@ -132,7 +132,7 @@ def _candidates(step: Step, max_tiles: Mapping[int, int]) -> list[Choice]:
         dataclasses.replace(tile, group=group, num_blocks=count, panel=panel)
         for group, most in max_tiles.items()
         if group == 1 or (can_share(step) and density(step.layer) * group >= SHARED_FROM)
-        for tile in tiles(step.target, most)
+        for tile in tiles(step, most)
         for count in _num_blocks(step, tile, group)
         for panel in ((0, PANEL) if count > 1 and step.target.channels > 2 * PANEL else (0,))
     ]
@@ -153,11 +153,10 @@ def _choice(known: Any, step: Step, kernels: native.Kernels) -> Choice | None:
     choice = Choice(**known)
     if choice.dense:
         return choice if choice in dense_choices(step) else None
-    assert isinstance(step.target, Map)
     tile = Choice(tile_vectors=choice.tile_vectors, tile_rows=choice.tile_rows)
     if choice.group not in (kernels.max_tiles if can_share(step) else (1,)):
         return None
-    if tile not in tiles(step.target, kernels.max_tiles[choice.group]):
+    if tile not in tiles(step, kernels.max_tiles[choice.group]):
         return None
     fits = choice.num_blocks in _block_counts(step, tile) and choice.panel in (0, PANEL)
     return choice if fits else None

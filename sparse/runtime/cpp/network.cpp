@@ -136,7 +136,8 @@ class Network {
     std::vector<float> logits(size_t(op.channels));
     const Image image{logits.data(), arenas_[0]->get(), logits.data()};
     const float* in = arenas_[0]->get() + op.in;
-    const int64_t in_floats = op.height * op.in_row;
+    // Up to the first vector of the last channel: what follows may be the end of the arena.
+    const int64_t in_floats = (op.height - 1) * op.in_row + (op.in_channels - 1) * op.in_plane + 1;
     for (int i = 0; i < repetitions; ++i) {
       touch(others_.data(), int64_t(others_.size()));
       touch(in, in_floats);

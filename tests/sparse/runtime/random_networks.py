@@ -189,7 +189,7 @@ class RandomChoices:
                 continue
             groups = list(kernels.max_tiles) if can_share(step) else [1]
             group = self._rng.choice(groups)
-            tile = self._rng.choice(tiles(step.target, kernels.max_tiles[group]))
+            tile = self._rng.choice(tiles(step, kernels.max_tiles[group]))
             plan.choose(
                 step,
                 Choice(

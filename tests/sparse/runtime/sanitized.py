@@ -89,7 +89,7 @@ def main(library: str) -> None:
                     plan.choose(step, dense_choices(step)[-1])
                 elif not dense:
                     group = max(kernels.max_tiles) if can_share(step) else 1
-                    rows = min(3, kernels.max_tiles[group])
+                    rows = min(3, kernels.max_tiles[group]) if step.stride[1] <= 2 else 1
                     plan.choose(step, Choice(group=group, tile_rows=rows, num_blocks=2))
             handle = plan.create(kernels, threads=threads)
             assert handle is not None
