@@ -7,9 +7,9 @@ weights; and against the size of the images, when they come.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from sparse.runtime import memory
 from sparse.runtime.graph import INPUT, Node, folds
 from sparse.runtime.layout import out_size
-from sparse.runtime.memory import limit
 
 MAX_NODES = 10_000
 MAX_EXTENT = 1024
@@ -186,7 +186,7 @@ def check_images(
             raise ValueError(
                 f"{images} are too small for this network: nothing is left after {node.name!r}"
             )
-        if 4 * channels[node.name] * size[0] * size[1] > limit():
+        if 4 * channels[node.name] * size[0] * size[1] > memory.limit():
             raise too_large(height, width, 4 * channels[node.name] * size[0] * size[1])
         sizes[node.name] = size
 
@@ -195,7 +195,7 @@ def too_large(height: int, width: int, num_bytes: int) -> ValueError:
     """Return the error of images whose activations do not fit the memory."""
     return ValueError(
         f"images of {height}x{width} are too large for this network: it would take "
-        f"{num_bytes / 2**30:.1f} GiB, and half of the memory is {limit() / 2**30:.1f}"
+        f"{num_bytes / 2**30:.1f} GiB, and half of the memory is {memory.limit() / 2**30:.1f}"
     )
 
 

@@ -145,7 +145,7 @@ def save(
     }
     text = json.dumps(header, separators=(",", ":"))
     check_tensors(parse(text), tensors)
-    metadata = {"format": FORMAT, "header": text, "sha256": _digest(text, tensors)}
+    metadata = {"format": FORMAT, "header": text, "sha256": digest(text, tensors)}
     write_whole(Path(path), safetensors.torch.save(tensors, metadata))
 
 
@@ -170,7 +170,7 @@ def read(path: str | Path) -> Compact:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a compact sparse network: write one with export.py")
     text = metadata.get("header", "")
-    if metadata.get("sha256") != _digest(text, tensors):
+    if metadata.get("sha256") != digest(text, tensors):
         raise ValueError(f"{path} is damaged: its content does not have the digest it was given")
     try:
         header = parse(text)
@@ -255,13 +255,14 @@ def _with_identity(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[s
     return full
 
 
-def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.encode())
+def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the JSON of a header and of the tensors, which a file carries."""
+    found = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         value = tensors[name]
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from sparse.masks import unpack
-from sparse.runtime import graph
+from sparse.runtime import graph, memory
 from sparse.runtime.check import check, check_shapes
 from sparse.runtime.graph import Node
-from sparse.runtime.memory import limit
 
 DTYPES = {
     "float32": torch.float32,
@@ -151,7 +150,7 @@ def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
     if sorted(known) != sorted(tensors):
         raise ValueError(f"it holds {_surplus(known, tensors)!r} twice, or without need")
     num_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
-    if num_bytes > limit():
+    if num_bytes > memory.limit():
         raise ValueError(f"its weights would take {num_bytes / 2**30:.1f} GiB")
     check_shapes(header.nodes, shapes, in_channels=header.in_channels, folded=header.folded)
     _check_types(header, tensors)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparse.runtime import native
+from sparse.runtime import memory, native
 from sparse.runtime.arrange import Step, arrange
 from sparse.runtime.check import too_large
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Array, Layer
-from sparse.runtime.memory import limit
 from sparse.runtime.schedule import maps_of
 from sparse.runtime.tables import can_pair, dense_table, linear_table, paired_table, sparse_table
 
@@ -63,7 +62,7 @@ class Plan:
 
     def _check_memory(self) -> None:
         largest = max(value.size for step in self.steps for value in maps_of(step))
-        if 4 * self.arena_size > limit() or largest > MAX_FLOATS:
+        if 4 * self.arena_size > memory.limit() or largest > MAX_FLOATS:
             raise too_large(*self._size[1:], 4 * self.arena_size)
 
     def convolutions(self) -> list[Step]:

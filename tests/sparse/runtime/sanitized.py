@@ -7,6 +7,7 @@ and images come from NumPy, and torch computes nothing: its threads are not unde
 import ctypes
 import itertools
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -19,6 +20,7 @@ from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Layer
 from sparse.runtime.plan import Choice, Plan, can_share, dense_choices
+from sparse.runtime.tune import Tuner
 
 
 def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[Layer]:
@@ -108,7 +110,15 @@ def main(library: str) -> None:
             if threads == 1:
                 wanted = logits.copy()
             assert np.allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+    tune(kernels, generator)
     print("clean")
+
+
+def tune(kernels: native.Kernels, generator: np.random.Generator) -> None:
+    """Measure layers whose default kernel is another than some that are tried."""
+    plan = Plan(layers_of(generator, 1, 1), (3, 17, 26), lanes=kernels.num_lanes)
+    with tempfile.TemporaryDirectory() as directory:
+        Tuner(Path(directory)).tune(plan, kernels)
 
 
 if __name__ == "__main__":
