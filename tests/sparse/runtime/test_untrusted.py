@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import export
+from image_classification.models import create_model
 from sparse import runtime
 from sparse.runtime import memory, native
 from tests.sparse.runtime.fuzzed import content, fuzz, rewrite, seeds
@@ -128,6 +130,29 @@ def test_images_that_would_take_too_much_memory_are_refused(
         pytest.raises(ValueError, match="its weights would take"),
     ):
         runtime.load(path, **arguments)
+
+
+@pytest.mark.parametrize("to", ["compact", "onnx"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": {"num_classes": 10**12}}, {"model": {"unknown": 1}}, {"arch": "resnet50"}],
+)
+def test_an_architecture_that_does_not_fit_is_one_line_of_the_program(
+    tmp_path: Path,
+    save: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    to: str,
+) -> None:
+    path = save(create_model("small_cnn", num_classes=7))
+    header, tensors = content(path)
+    rewrite(path, header | {"arch": "small_cnn"} | changes, tensors)
+    assert export.main([str(path), str(tmp_path / "out"), "--to", to]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert "does not have these weights" in captured.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_of_padding_takes_no_memory(tmp_path: Path) -> None:
