@@ -45,9 +45,19 @@ class Trained:
     """True = active; layers without one are dense."""
 
     def model(self) -> nn.Module:
-        """Return the network in evaluation mode."""
-        model = create_model(self.arch, **self.options)
-        model.load_state_dict(dict(self.state))
+        """Return the network in evaluation mode.
+
+        Raises:
+            ValueError: The architecture is another than that of the weights.
+        """
+        try:
+            # Whoever wrote the file chose the options: no memory before the weights fit them.
+            with torch.device("meta"):
+                model = create_model(self.arch, **self.options)
+            model.load_state_dict(dict(self.state), assign=True)
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.arch} does not have these weights: {reason}") from error
         return model.eval()
 
 
@@ -142,13 +152,11 @@ def write_compact(trained: Trained, output: Path, *, dtype: str, fold: bool) -> 
     Raises:
         ValueError: The network does something that the runtime does not know.
     """
-    with torch.device("meta"):
-        model = create_model(trained.arch, **trained.options)
     runtime.save(
         output,
         trained.state,
         trained.masks,
-        nodes=runtime.trace(model.eval()),
+        nodes=runtime.trace(trained.model()),
         arch=trained.arch,
         model=trained.options,
         image_size=trained.image_size,

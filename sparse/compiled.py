@@ -57,6 +57,13 @@ def open_library(path: Path) -> ctypes.CDLL:
         raise BuildError(f"the library cannot be loaded: {error}") from None
 
 
+def _loads(path: Path) -> bool:
+    try:
+        return path.is_file() and bool(open_library(path))
+    except (BuildError, OSError):
+        return False
+
+
 def default_cache() -> Path:
     """Return the directory of compiled libraries and tuning results, beside torch's own caches."""
     return Path(torch.hub.get_dir()).parent / "sparse_runtime"
@@ -77,14 +84,16 @@ class Library:
     def find(self, level: str, cache: Path) -> Path:
         """Return the library of a level: prebuilt with the installation, cached, or compiled now.
 
+        One that the system does not load, damaged or of another system, is passed over.
+
         Raises:
             BuildError: It has to be compiled and cannot be.
         """
         prebuilt = PREBUILT / self._file_name(level, self._arguments(level))
-        return prebuilt if prebuilt.is_file() else self.build(level, cache)
+        return prebuilt if _loads(prebuilt) else self.build(level, cache)
 
     def build(self, level: str, directory: Path, *, flags: tuple[str, ...] = ()) -> Path:
-        """Compile the library into `directory`, unless it is there; return its path.
+        """Compile the library into `directory`, unless one that loads is there; return its path.
 
         The file name carries a digest of sources and flags, so a stale library is never used.
 
@@ -98,7 +107,7 @@ class Library:
         """
         arguments = [*self._arguments(level), *flags]
         library = directory / self._file_name(level, arguments)
-        if library.is_file():
+        if _loads(library):
             return library
         compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
         if compiler is None:
@@ -110,6 +119,8 @@ class Library:
                 made = Path(scratch) / library.name
                 command = [compiler, *arguments, *sources, "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
+                with made.open("rb") as file:
+                    os.fsync(file.fileno())  # half of a library would crash whoever loads it
                 os.replace(made, library)
         except OSError as error:
             raise BuildError(f"the library cannot be written: {error}") from None

@@ -3,13 +3,15 @@
     network = sparse.runtime.load("network.safetensors")
     logits = network(images)
 
-A file is written by `save` (or `export.py`); `graph.trace` gives the graph it needs.
+A file is written by `save` (or `export.py`); `trace` gives the graph it needs.
 """
 
 from sparse.compiled import BuildError
-from sparse.runtime.format import DTYPES, Compact, Header, read, save
-from sparse.runtime.graph import Node, trace
+from sparse.runtime.format import Compact, read, save
+from sparse.runtime.graph import Node
+from sparse.runtime.header import DTYPES, Header
 from sparse.runtime.network import Network, load
+from sparse.runtime.tracing import trace
 
 __all__ = [
     "DTYPES",

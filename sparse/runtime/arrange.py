@@ -182,7 +182,7 @@ class Arrangement:
         if min(height, width) < 1:
             raise ValueError(
                 f"images of {self._size[1]}x{self._size[2]} are too small for this network: "
-                f"nothing is left after layer {layer.name}"
+                f"nothing is left after layer {layer.name!r}"
             )
         grid = self._grid(layer, source, height, width)
         if (sy, sx) != (1, 1) and (kh, kw, py, px) == (1, 1, 0, 0):
@@ -230,6 +230,8 @@ class Arrangement:
                 lanes=self._lanes,
                 vectors=vectors,
             )
+            if grid.bands == 1:
+                grid = plain
             if (height, width) == (source.height, source.width) and layer.stride == (1, 1):
                 grid = source.grid
         # Rows beyond a band are copied from its neighbor only.

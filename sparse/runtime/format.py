@@ -18,7 +18,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +29,11 @@ from torch import Tensor
 from sparse.masks import pack, unpack
 from sparse.runtime import graph
 from sparse.runtime.graph import Node
+from sparse.runtime.header import DTYPES, Header, check_tensors, parse
 
 FORMAT = "compact-sparse-1"
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-}
-"""How values may be stored; BatchNorm and biases are always float32."""
-
+MAX_REASON = 300  # characters
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """What a file says about its network."""
-
-    arch: str
-    model: Mapping[str, Any]
-    """Further arguments of the architecture, such as num_classes."""
-    in_channels: int
-    image_size: int
-    """Side of the square images that the network was trained on."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Images are normalized by (x - mean) / std, x in [0, 1], per channel."""
-    interpolation: str
-    """How they were resized."""
-    dtype: str
-    folded: bool
-    """Whether BatchNorm is folded into the convolutions."""
-    names: tuple[str, ...]
-    """Entries of the state dict, in order."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """Of the entries that are stored as mask and values."""
-    nodes: list[Node]
 
 
 class Compact:
@@ -95,12 +63,12 @@ class Compact:
         shape = self.header.shapes.get(name)
         if shape is None:
             value = self._tensors[name]
-            if value.dtype == torch.int8:
+            if value.dtype == torch.int8 and name + ".scale" in self._tensors:
                 return _rescale(value, self._tensors[name + ".scale"])
             return value.float() if value.is_floating_point() else value
         mask = unpack(self._tensors[name + ".mask"], shape)
         values = self._tensors[name + ".values"]
-        dense = torch.zeros(shape, dtype=torch.float32)
+        dense = torch.zeros(shape, dtype=torch.float32, device="cpu")
         dense[mask] = values.float()
         if values.dtype == torch.int8:
             return _rescale(dense, self._tensors[name + ".scale"])
@@ -145,8 +113,8 @@ def save(
             that follows no convolution of its own stays.
 
     Raises:
-        ValueError: A weight that is not 0 where its mask is False, a mask that does not fit, or an
-            unknown dtype.
+        ValueError: A weight that is not 0 where its mask is False, a mask or a weight that does not
+            fit, an unknown dtype, or anything else that `read` would refuse.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -176,15 +144,17 @@ def save(
         "nodes": graph.to_json(nodes),
     }
     text = json.dumps(header, separators=(",", ":"))
-    metadata = {"format": FORMAT, "header": text, "sha256": _digest(text, tensors)}
-    _write(Path(path), safetensors.torch.save(tensors, metadata))
+    check_tensors(parse(text), tensors)
+    metadata = {"format": FORMAT, "header": text, "sha256": digest(text, tensors)}
+    write_whole(Path(path), safetensors.torch.save(tensors, metadata))
 
 
 def read(path: str | Path) -> Compact:
-    """Return the content of a compact file, verified.
+    """Return the content of a compact file, verified: it may come from anybody.
 
     Raises:
-        ValueError: No such file, a damaged one, or one of another format; one line with its name.
+        ValueError: No such file, a damaged one, one of another format, or one whose tensors do not
+            fit its graph; one line with its name.
     """
     path = Path(path)
     try:
@@ -194,31 +164,30 @@ def read(path: str | Path) -> Compact:
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, safetensors.SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged or not a compact sparse network: {reason}") from None
+        raise ValueError(
+            f"{path} is damaged or not a compact sparse network: {_line(error)}"
+        ) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a compact sparse network: write one with export.py")
     text = metadata.get("header", "")
-    if metadata.get("sha256") != _digest(text, tensors):
+    if metadata.get("sha256") != digest(text, tensors):
         raise ValueError(f"{path} is damaged: its content does not have the digest it was given")
     try:
-        return Compact(_parse(json.loads(text)), tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} was written by another version: its header {error}") from None
+        header = parse(text)
+        check_tensors(header, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid compact sparse network: {_line(error)}") from None
+    return Compact(header, tensors)
 
 
-def _parse(header: Mapping[str, Any]) -> Header:
-    values = dict(header)
-    values["nodes"] = graph.from_json(header["nodes"])
-    values["shapes"] = {name: tuple(shape) for name, shape in header["shapes"].items()}
-    for name in ("mean", "std", "names"):
-        values[name] = tuple(header[name])
-    return Header(**values)
+def _line(error: Exception) -> str:
+    """Return an error's first line, or the beginning of a long one: a file may hold any names."""
+    return str(error).partition("\n")[0][:MAX_REASON]
 
 
 def _store(name: str, value: Tensor, mask: Tensor | None, dtype: str) -> dict[str, Tensor]:
     if not value.is_floating_point():
-        return {name: value}
+        return {name: value.clone()}  # tensors of one memory cannot be stored
     if mask is not None:
         if mask.shape != value.shape:
             raise ValueError(
@@ -229,12 +198,12 @@ def _store(name: str, value: Tensor, mask: Tensor | None, dtype: str) -> dict[st
     stored: dict[str, Tensor] = {}
     if dtype == "int8":
         largest = value.flatten(1).abs().amax(1)
-        scale = torch.where(largest > 0, largest / 127, 1.0).float()
+        scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest)).float()
         value = (value.float() / scale.view(-1, *[1] * (value.dim() - 1))).round()
         stored[name + ".scale"] = scale
     value = value.to(DTYPES[dtype])
     if mask is None:
-        return stored | {name: value.contiguous()}
+        return stored | {name: value.clone(memory_format=torch.contiguous_format)}
     return stored | {name + ".mask": pack(mask), name + ".values": value[mask]}
 
 
@@ -242,26 +211,10 @@ def _rescale(value: Tensor, scale: Tensor) -> Tensor:
     return value.float() * scale.view(-1, *[1] * (value.dim() - 1))
 
 
-def _folds(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
-    """Return the pairs of a convolution and the BatchNorm that alone reads it."""
-    by_name = {node.name: node for node in nodes}
-    readers: dict[str, int] = {}
-    for node in nodes:
-        for name in node.inputs:
-            readers[name] = readers.get(name, 0) + 1
-    pairs = []
-    for node in nodes:
-        if node.op == "batch_norm":
-            conv = by_name.get(node.inputs[0])
-            if conv is not None and conv.op == "conv" and readers[conv.name] == 1:
-                pairs.append((conv, node))
-    return pairs
-
-
 def _fold(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state with scaled weights; of a folded BatchNorm only its bias stays."""
     folded = dict(state)
-    for conv, norm in _folds(nodes):
+    for conv, norm in graph.folds(nodes):
         entries = {name: state[norm.parameters + name].double() for name in _BATCH_NORM[:4]}
         scale = entries["weight"] / torch.sqrt(entries["running_var"] + norm.eps)
         shift = entries["bias"] - entries["running_mean"] * scale
@@ -282,7 +235,7 @@ def _with_identity(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[s
 
     Each follows its convolution, as in the state dict of the model.
     """
-    norms = {conv.parameters + "weight": norm for conv, norm in _folds(nodes)}
+    norms = {conv.parameters + "weight": norm for conv, norm in graph.folds(nodes)}
     biases = {norm.parameters + "bias" for norm in norms.values()}
     full: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -296,20 +249,24 @@ def _with_identity(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[s
             full[norm.parameters + "bias"] = bias
             full[norm.parameters + "running_mean"] = torch.zeros_like(bias)
             full[norm.parameters + "running_var"] = torch.full_like(bias, 1 - norm.eps)
-            full[norm.parameters + "num_batches_tracked"] = torch.tensor(0)
+            full[norm.parameters + "num_batches_tracked"] = torch.zeros(
+                (), dtype=torch.int64, device="cpu"
+            )
     return full
 
 
-def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.encode())
+def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the JSON of a header and of the tensors, which a file carries."""
+    found = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         value = tensors[name]
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, or replace it: whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             file.write(data)

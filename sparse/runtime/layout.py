@@ -84,6 +84,11 @@ class Map:
     position: int = field(default=-1, init=False)
     """Of row 0, channel 0, vector 0 in the arena; set by `place`."""
 
+    def __post_init__(self) -> None:
+        # `mask` has one row for all with one band: there must be none below the image.
+        assert self.grid.holds(self.height, self.width)
+        assert self.grid.bands > 1 or self.grid.rows == self.height
+
     @property
     def vectors(self) -> int:
         return self.grid.vectors

@@ -51,7 +51,7 @@ class Layer:
 
 
 def lower(nodes: Sequence[Node], state: dict[str, Tensor], *, in_channels: int) -> list[Layer]:
-    """Return the layers of a graph, with folded weights.
+    """Return the layers of a graph that `check` accepts, with folded weights.
 
     Folding is done in float64: y = (x - mean) * scale + shift, scale = weight / sqrt(var + eps).
 
@@ -61,10 +61,10 @@ def lower(nodes: Sequence[Node], state: dict[str, Tensor], *, in_channels: int) 
             are not in memory twice.
         in_channels: Of the images.
 
-    Raises:
-        ValueError: The graph does something to vectors that is neither a linear layer nor its ReLU.
+    Non-finite weights and statistics give non-finite results, as in torch, without a warning.
     """
-    return _Lowering(nodes, state, in_channels).layers
+    with np.errstate(all="ignore"):
+        return _Lowering(nodes, state, in_channels).layers
 
 
 class _Lowering:
@@ -133,7 +133,6 @@ class _Lowering:
 
     def _depthwise(self, node: Node, weight: Array, bias: Array | None = None) -> Layer:
         """Append a depthwise convolution of a node's window; weight (channels,)."""
-        self._require_map(node)
         window = np.broadcast_to(weight[:, None, None, None], (len(weight), 1, *node.kernel))
         shift = np.zeros(len(weight)) if bias is None else bias
         layer = self._convolution(node, window.astype(np.float32), shift.astype(np.float32))
@@ -143,11 +142,6 @@ class _Lowering:
 
     def _ones(self, node: Node) -> Array:
         return np.ones(self._channels[self._source(node)])
-
-    def _require_map(self, node: Node) -> None:
-        value = self._source(node)
-        if value != INPUT and self.layers[self._index[value]].kind in ("mean_pool", "linear"):
-            raise ValueError(f"the runtime has no {node.op} of vectors (node {node.name!r})")
 
     def _batch_norm(self, node: Node) -> None:
         names = ("weight", "bias", "running_mean", "running_var")
@@ -191,15 +185,11 @@ class _Lowering:
         self._pool(node, "mean_pool")
 
     def _pool(self, node: Node, kind: str) -> None:
-        self._require_map(node)
         layer = self._convolution(node, self._ones(node), self._ones(node))
         layer.kind, layer.weight, layer.bias = kind, None, None
         self._append(node, layer)
 
     def _linear(self, node: Node) -> None:
-        value = self._source(node)
-        if value == INPUT or self.layers[self._index[value]].kind not in ("mean_pool", "linear"):
-            raise ValueError(f"the runtime has no linear layer of images (node {node.name!r})")
         weight = self._weight(node)
         layer = self._convolution(node, weight, self._bias(node, len(weight)))
         layer.kind = "linear"

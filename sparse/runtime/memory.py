@@ -1,9 +1,29 @@
-"""Where the values of a network lie in memory."""
+"""Where the values of a network lie in memory, and how much of it they may take."""
 
+import functools
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from sparse.runtime.layout import Value
 from sparse.runtime.schedule import Piece, Stage, may_overwrite
+
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@functools.cache
+def limit() -> int:
+    """Return the bytes that a network may take: half of the machine's or the container's memory."""
+    try:
+        sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, OSError, ValueError):
+        sizes = [8 * 2**30]  # where the system does not say
+    for path in CGROUPS:
+        try:
+            sizes.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # no control group, or "max"
+            continue
+    return min(sizes) // 2
 
 
 class Arena:

@@ -23,7 +23,8 @@ class Op(ctypes.Structure):
         *((name, _INT) for name in "res_row res_plane rows vectors channels halo".split()),
         *((name, _INT) for name in "stride_y stride_x relu tile_rows tile_vectors group".split()),
         *((name, _INT) for name in "num_parts num_blocks depth width height".split()),
-        *((name, _INT) for name in "in_channels pad pad_top pad_bottom mask_row".split()),
+        *((name, _INT) for name in "in_channels window_y window_x".split()),
+        *((name, _INT) for name in "pad_y pad_x pad_top pad_bottom mask_row".split()),
         *(
             (name, _POINTER)
             for name in "mask moves row_begin row_channel counts part_begin part_stream".split()
@@ -62,6 +63,7 @@ class Kernels:
         size = int(function("op_size", _INT)())
         assert size == ctypes.sizeof(Op), f"Op has {size} bytes in {path}"
         self.create = function("create", _POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _INT)
+        self.threads = function("threads", _INT, _POINTER)
         self.destroy = function("destroy", None, _POINTER)
         self.run = function("run", _INT, _POINTER, _POINTER, _INT, _POINTER, _INT, _INT)
         self.time = function("time", ctypes.c_double, _POINTER, _POINTER, _INT)

@@ -1,8 +1,10 @@
 """A network that runs: `load(path)(images)`."""
 
 import math
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from sparse.compiled import BuildError, check_level, cpu_level, default_cache
 from sparse.runtime import graph, native
-from sparse.runtime.format import Header, read
+from sparse.runtime.check import check_images, check_shapes
+from sparse.runtime.format import read
+from sparse.runtime.header import Header
 from sparse.runtime.lower import Layer, lower
 from sparse.runtime.plan import Plan
 from sparse.runtime.tune import Tuner
@@ -23,6 +27,9 @@ Images = Tensor | npt.NDArray[np.float32]
 
 class Network:
     """A trained network, ready to classify images; made by `load`.
+
+    Several threads may call it at a time. Each call has activations of its own, so that they run
+    side by side; a size of images is planned and tuned once.
 
     Attributes:
         header: What the file says about the network.
@@ -45,13 +52,19 @@ class Network:
         self._nodes = compact.header.nodes
         self._state: dict[str, Tensor] | None = None
         self._layers: Sequence[Layer] = ()
-        self._programs: dict[tuple[int, int, int], Program] = {}
+        self._programs: dict[tuple[int, int], Program] = {}
+        self._planning = threading.Lock()
+        state = compact.state_dict()
+        self._channels = check_shapes(
+            self._nodes,
+            {name: tuple(value.shape) for name, value in state.items()},
+            in_channels=self.header.in_channels,
+            folded=False,
+        )
         if kernels is None:
-            self._state = compact.state_dict()
+            self._state = state
         else:
-            self._layers = lower(
-                self._nodes, compact.state_dict(), in_channels=self.header.in_channels
-            )
+            self._layers = lower(self._nodes, state, in_channels=self.header.in_channels)
 
     def __call__(self, images: Images) -> Any:
         """Return the logits (N, K) of images (N, C, H, W) or of one image (C, H, W).
@@ -61,7 +74,8 @@ class Network:
                 a tensor, and the logits are the same.
 
         Raises:
-            ValueError: Not float32, or another shape than the network's.
+            ValueError: Not float32, another shape than the network's, or images that are too small
+                or too large for it.
         """
         tensor = images if isinstance(images, Tensor) else torch.from_numpy(images)
         tensor = tensor.detach()
@@ -79,17 +93,26 @@ class Network:
         """Return what runs images of a size; planned and tuned now, unless it was before.
 
         Raises:
-            ValueError: The images are too small, or the backend is torch, which plans nothing.
+            ValueError: The images are too small or too large, or the backend is torch, which plans
+                nothing.
         """
         if self._kernels is None:
             raise ValueError("the torch backend has no program of its own")
+        found = self._programs.get((height, width))
+        if found is not None:
+            return found
+        with self._planning:
+            if (height, width) not in self._programs:
+                self._programs[height, width] = self._plan(self._kernels, height, width)
+            return self._programs[height, width]
+
+    def _plan(self, kernels: native.Kernels, height: int, width: int) -> "Program":
+        check_images(self._nodes, self._channels, height, width)
         size = (self.header.in_channels, height, width)
-        if size not in self._programs:
-            plan = Plan(self._layers, size, lanes=self._kernels.num_lanes, num_parts=self._threads)
-            if self._tuner is not None:
-                self._tuner.tune(plan, self._kernels)
-            self._programs[size] = Program(plan, self._kernels, self._threads)
-        return self._programs[size]
+        plan = Plan(self._layers, size, lanes=kernels.num_lanes, num_parts=self._threads)
+        if self._tuner is not None:
+            self._tuner.tune(plan, kernels)
+        return Program(plan, kernels, self._threads)
 
     def _check(self, images: Tensor) -> None:
         if images.dtype != torch.float32 or images.device.type != "cpu":
@@ -104,35 +127,66 @@ class Network:
     def _run(self, images: Tensor) -> Tensor:
         if self._kernels is None:
             assert self._state is not None
+            check_images(self._nodes, self._channels, *images.shape[2:])
             with torch.inference_mode():
                 return graph.run(self._nodes, self._state, images).clone()
         return self.program(*images.shape[2:]).run(images.contiguous())
 
 
 class Program:
-    """A plan in the hands of the kernels: owns arenas and threads."""
+    """A plan in the hands of the kernels.
+
+    Attributes:
+        threads: That the system has started for a call; fewer than asked for, with a warning, where
+            it starts no more.
+    """
 
     def __init__(self, plan: Plan, kernels: native.Kernels, threads: int) -> None:
-        self.plan, self._kernels = plan, kernels
-        self._handle = plan.create(kernels, threads=threads)
-        if not self._handle:
-            raise MemoryError(f"no memory or threads for {4 * plan.arena_size} bytes")
+        self.plan, self._kernels, self._wanted = plan, kernels, threads
+        # Arenas and threads that no call is using: as many as there were calls at a time.
+        self._idle = [self._create()]
+        self.threads = int(kernels.threads(self._idle[0]))
+        if self.threads < threads:
+            warnings.warn(
+                f"the system has started {self.threads} of {threads} threads: the network runs "
+                "on them",
+                stacklevel=6,
+            )
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._kernels.destroy(self._handle)
+        for handle in getattr(self, "_idle", []):
+            self._kernels.destroy(handle)
+
+    def _create(self) -> int:
+        handle = self.plan.create(self._kernels, threads=self._wanted)
+        if not handle:
+            raise MemoryError(f"no memory for {4 * self.plan.arena_size} bytes of activations")
+        return handle
+
+    @contextmanager
+    def _handle(self) -> Iterator[int]:
+        """Lend arenas and threads to one call; another call at the same time gets its own."""
+        try:
+            handle = self._idle.pop()
+        except IndexError:
+            handle = self._create()
+        try:
+            yield handle
+        finally:
+            self._idle.append(handle)
 
     def run(self, images: Tensor) -> Tensor:
         """Return the logits of contiguous images (N, C, H, W)."""
-        logits = torch.empty(len(images), *self.plan.out_shape)
-        failed = self._kernels.run(
-            self._handle,
-            images.data_ptr(),
-            images[:1].numel(),
-            logits.data_ptr(),
-            math.prod(self.plan.out_shape),
-            len(images),
-        )
+        logits = torch.empty(len(images), *self.plan.out_shape, dtype=torch.float32, device="cpu")
+        with self._handle() as handle:
+            failed = self._kernels.run(
+                handle,
+                images.data_ptr(),
+                images[:1].numel(),
+                logits.data_ptr(),
+                math.prod(self.plan.out_shape),
+                len(images),
+            )
         if failed:
             raise MemoryError("no memory for the activations of another thread")
         return logits
@@ -140,10 +194,9 @@ class Program:
     def profile(self, image: Tensor) -> list[float]:
         """Return the processor seconds of each step of the plan, for one image."""
         seconds = np.zeros(len(self.plan.steps))
-        logits = torch.empty(self.plan.out_shape)
-        self._kernels.profile(
-            self._handle, image.data_ptr(), logits.data_ptr(), seconds.ctypes.data
-        )
+        logits = torch.empty(self.plan.out_shape, dtype=torch.float32, device="cpu")
+        with self._handle() as handle:
+            self._kernels.profile(handle, image.data_ptr(), logits.data_ptr(), seconds.ctypes.data)
         return [float(s) for s in seconds]
 
 
@@ -165,9 +218,10 @@ def load(
             on a machine that cannot compile the kernels.
         level: Instruction set of the kernels, one of `sparse.compiled.LEVELS`; by default the
             processor's best.
-        tune: Measure, once per machine and layer, how each layer is computed fastest. Without it
-            a fixed rule decides.
+        tune: Measure, once per kind of processor and layer, how each layer is computed fastest.
+            Without it a fixed rule decides.
         cache: Directory of compiled kernels and measurements; by default beside torch's caches.
+            Where it cannot be written, measurements last as long as the process.
 
     Raises:
         ValueError: A damaged or foreign file, or an argument out of range; one line.

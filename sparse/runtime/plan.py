@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparse.runtime import native
+from sparse.runtime import memory, native
 from sparse.runtime.arrange import Step, arrange
+from sparse.runtime.check import too_large
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Array, Layer
+from sparse.runtime.schedule import maps_of
 from sparse.runtime.tables import can_pair, dense_table, linear_table, paired_table, sparse_table
 
 MAX_TILE = 14  # kMaxTile of conv.h
+MAX_FLOATS = 2**31 - 1  # of a value: tables hold places in 4 bytes
 MIN_TILE = 4  # vectors: fewer sums do not hide the latency of an addition
 DENSE_DENSITY = 0.5  # untuned choice: at and above this, the dense kernel
 
@@ -43,7 +46,7 @@ class Plan:
         num_parts: Ranges of output channels that can be computed at the same time.
 
     Raises:
-        ValueError: An image too small for the network.
+        ValueError: An image too small for the network, or too large for the memory.
     """
 
     def __init__(
@@ -53,8 +56,14 @@ class Plan:
         self.steps, self.pieces = arrangement.steps, arrangement.pieces
         self.arena_size, self.out_shape = arrangement.arena_size, arrangement.out_shape
         self._size, self._lanes, self._num_parts = size, lanes, num_parts
+        self._check_memory()
         for step in self.steps:
             self._fill(step)
+
+    def _check_memory(self) -> None:
+        largest = max(value.size for step in self.steps for value in maps_of(step))
+        if 4 * self.arena_size > memory.limit() or largest > MAX_FLOATS:
+            raise too_large(*self._size[1:], 4 * self.arena_size)
 
     def convolutions(self) -> list[Step]:
         """Return the steps that can be tuned."""
@@ -146,14 +155,16 @@ class Plan:
         assert isinstance(step.source, Map)
         assert isinstance(step.target, Map)
         assert step.layer is not None
-        window, pad = step.layer.kernel[0], step.layer.padding[0]
-        step.op.depth, step.op.pad = window, pad
-        count = (step.target.vectors - 1) * step.stride[1] + window
-        columns = step.source.columns(-pad, count) >= 0
-        rows = step.source.row_numbers(-pad, (step.target.rows - 1) * step.stride[0] + window) >= 0
-        valid = np.concatenate([columns, rows])
+        (window_y, window_x), (pad_y, pad_x) = step.layer.kernel, step.layer.padding
+        step.op.window_y, step.op.window_x = window_y, window_x
+        step.op.pad_y, step.op.pad_x = pad_y, pad_x
+        num_columns = (step.target.vectors - 1) * step.stride[1] + window_x
+        num_rows = (step.target.rows - 1) * step.stride[0] + window_y
+        columns = step.source.columns(-pad_x, num_columns)
+        rows = step.source.row_numbers(-pad_y, num_rows)
+        valid = np.concatenate([columns, rows]) >= 0
         step.op.offsets = self._keep(step, np.where(valid, -1, 0).astype(np.int32))
-        step.op.width = count
+        step.op.width = num_columns
 
     def _fill_mean_pool(self, step: Step) -> None:
         assert isinstance(step.source, Map)
@@ -187,6 +198,8 @@ class Plan:
         assert step.layer is not None
         op, layer = step.op, step.layer
         del step.tables[_num_fixed(op) :]
+        op.row_channel = op.counts = op.part_begin = op.part_stream = None
+        op.connections = op.weights = op.offsets = None
         parts = min(self._num_parts, -(-layer.channels // 16))
         if choice.panel:
             parts = max(parts, -(-layer.channels // choice.panel))
@@ -254,38 +267,46 @@ def density(layer: Layer) -> float:
     return layer.num_active / layer.weight.size
 
 
-def can_be_sparse(step: Step, group: int = 1) -> bool:
-    """Tell whether there is a sparse kernel of this stride, for groups of output channels."""
-    return step.stride[1] <= (2 if group == 1 else 1)
+def can_share(step: Step) -> bool:
+    """Tell whether sparse kernels of this stride compute several output channels together."""
+    return step.stride[1] == 1
 
 
 def default_choice(step: Step) -> Choice:
     """Return a choice without measuring."""
-    assert isinstance(step.target, Map)
     assert step.layer is not None
-    if not can_be_sparse(step) or (step.layer.groups == 1 and density(step.layer) >= DENSE_DENSITY):
+    if step.layer.groups == 1 and density(step.layer) >= DENSE_DENSITY:
         return dense_choices(step)[-1]
-    return tiles(step.target, MAX_TILE)[-1]
+    return tiles(step, MAX_TILE)[-1]
 
 
 def dense_choices(step: Step) -> list[Choice]:
-    """Return the ways to compute a convolution with all its weights: by rows or pairs of rows."""
+    """Return the ways to compute a convolution with all its weights: by rows or pairs of rows.
+
+    None if it has groups, which the dense kernels do not know.
+    """
     assert isinstance(step.target, Map)
     assert step.layer is not None
+    if step.layer.groups > 1:
+        return []
     rows = (1, 2) if can_pair(step.layer, step.target.rows) else (1,)
     return [Choice(dense=True, tile_rows=count) for count in rows]
 
 
-def tiles(target: Map, most: int) -> list[Choice]:
+def tiles(step: Step, most: int) -> list[Choice]:
     """Return sensible tiles of at most `most` vectors of an output, smallest first.
 
-    A tile is a whole row or a part of one, and as many rows as fit, or fewer.
+    A tile is a whole row or a part of one, and as many rows as fit, or fewer; with a stride above 2
+    one row.
     """
+    target = step.target
+    assert isinstance(target, Map)
+    most_rows = min(target.rows, 7 if step.stride[1] <= 2 else 1)
     found = set()
     least = -(-target.vectors // min(most, 8))
     for count in (least, least + 1):
         vectors = -(-target.vectors // count)
-        for rows in range(1, min(most // vectors, 7, target.rows) + 1):
+        for rows in range(1, min(most // vectors, most_rows) + 1):
             rows = -(-target.rows // -(-target.rows // rows))  # even cuts
             found.add((vectors, rows))
     largest = max(v * r for v, r in found)

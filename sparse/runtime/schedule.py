@@ -131,7 +131,8 @@ def _chunk_size(steps: Sequence[Stage], members: range) -> tuple[int, float]:
         assert isinstance(target, Map)
         if steps[i].residual is None:  # else it mostly takes the place of its residual
             row_bytes += 4 * target.row * target.rows / last.rows
-    return -(-MIN_CHUNK_VECTORS // last.vectors), row_bytes
+    # All of them may be sums.
+    return -(-MIN_CHUNK_VECTORS // last.vectors), row_bytes or 4 * last.row
 
 
 def schedule(steps: Sequence[Stage], groups: Sequence[range]) -> list[Piece]:

@@ -42,7 +42,7 @@ def offsets(layer: Layer, source: Map) -> Array:
     vector = (np.arange(kw) * layer.dilation[1] - layer.padding[1]) * source.lanes
     result = channel + row + vector[None, None, :]
     if abs(result).max() >= 2**31:
-        raise ValueError(f"layer {layer.name}: the image is too large for the runtime")
+        raise ValueError(f"layer {layer.name!r}: the image is too large for the runtime")
     return result
 
 
@@ -139,7 +139,8 @@ def dense_table(layer: Layer, source: Map, *, num_parts: int) -> DenseTable:
     """Return all weights of an ungrouped convolution, zeros included, in the order of memory."""
     taps = offsets(layer, source).ravel()
     order = np.argsort(taps, kind="stable")
-    flat = expand_groups(layer).reshape(layer.channels, -1)[:, order]
+    assert layer.weight is not None
+    flat = layer.weight.reshape(layer.channels, -1)[:, order]
     return DenseTable(
         weights=_by_channels(flat),
         offsets=taps[order].astype(np.int32),
@@ -160,7 +161,8 @@ def paired_table(layer: Layer, source: Map, *, num_parts: int) -> DenseTable:
     the products in the order m1, m2, m0, m3; every term of theirs is of one or two rows of input.
     """
     taps = offsets(layer, source)
-    weight = expand_groups(layer).astype(np.float64)
+    assert layer.weight is not None
+    weight = layer.weight.astype(np.float64)
     stride, down = layer.stride[0], layer.stride[0] * source.row
     products: list[list[tuple[Array, Array, int, Array]]] = [[], [], [], []]
     for phase in range(stride):
@@ -196,19 +198,6 @@ def _by_channels(flat: Array) -> Array:
     padded[: len(flat)] = flat
     packed = padded.reshape(-1, DENSE_CHANNELS, flat.shape[1]).transpose(0, 2, 1)
     return np.ascontiguousarray(packed)
-
-
-def expand_groups(layer: Layer) -> Array:
-    """Return the weight (out, in, kh, kw) of the same convolution with one group."""
-    assert layer.weight is not None
-    if layer.groups == 1:
-        return layer.weight
-    out, per_group, kh, kw = layer.weight.shape
-    full = np.zeros((out, per_group * layer.groups, kh, kw), np.float32)
-    for c in range(out):
-        first = c // (out // layer.groups) * per_group
-        full[c, first : first + per_group] = layer.weight[c]
-    return full
 
 
 def linear_table(weight: Array) -> tuple[Array, Array]:

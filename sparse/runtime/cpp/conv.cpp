@@ -39,8 +39,9 @@ int64_t cut(int64_t begin, int64_t end, int64_t index, int64_t count) {
 }  // namespace
 
 TileFunction find_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x) {
-  if (stride_x == 2) return group == 1 ? pick<1, 2>(vectors, rows) : nullptr;
-  if (stride_x != 1) return nullptr;
+  if (stride_x > 1 && group > 1) return nullptr;
+  if (stride_x == 2) return pick<1, 2>(vectors, rows);
+  if (stride_x > 2) return rows == 1 ? pick<1, 1, 0>(vectors) : nullptr;
   switch (group) {
     case 1: return pick<1, 1>(vectors, rows);
     case 2: return pick<2, 1>(vectors, rows);
@@ -318,10 +319,10 @@ void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, 
 }
 
 int64_t scratch_floats(const Op& op) {
+  if (op.kind != kSparseConv && op.kind != kDenseConv) return 0;
+  // For either kind: tuning tries both in the memory that was made for one of them.
   const int64_t channels = op.channels + kDenseChannels;  // whole groups
-  if (op.kind == kSparseConv) return channels * kMaxTile * kLanes;
-  if (op.kind == kDenseConv) return (kDenseDepth + 2 * channels) * kDenseVectors * kLanes;
-  return 0;
+  return std::max(channels * kMaxTile, (kDenseDepth + 2 * channels) * kDenseVectors) * kLanes;
 }
 
 }  // namespace sparse_runtime

@@ -57,7 +57,8 @@ inline int32_t offset_at(const float* p) {
 }
 
 // P output channels, their group, by VX x VY vectors. Connections of a group are sorted by which of
-// its channels they lead to, their pattern: an input is loaded once for all of them.
+// its channels they lead to, their pattern: an input is loaded once for all of them. SX is the
+// stride between vectors, 0 if the operation tells it.
 template <int P, int VX, int VY, int SX>
 struct SparseTile {
   static constexpr int kSize = VX * VY;
@@ -66,14 +67,19 @@ struct SparseTile {
   static constexpr int kSums = P > 1 ? 1 : kSize <= 2 ? 4 : kSize <= 6 ? 2 : 1;
   using Sums = Vec[P][kSize];
 
-  static inline SPARSE_INLINE Vec input(const float* in, int64_t in_row, int i) {
-    return load(in + (i / VX) * in_row + (i % VX) * SX * kLanes);
+  // Distances between the rows and between the vectors of the input.
+  struct Steps {
+    int64_t row, vector;
+  };
+
+  static inline SPARSE_INLINE Vec input(const float* in, Steps steps, int i) {
+    return load(in + (i / VX) * steps.row + (i % VX) * steps.vector);
   }
 
   // The connection at `p`: an offset, and a weight for every channel of the pattern.
   template <int kPattern>
   static inline SPARSE_INLINE void add(Sums& sum, const float* p, const float* in,
-                                                        int64_t in_row) {
+                                                        Steps steps) {
     in += offset_at(p);
     Vec weight[P];
     int next = 1;
@@ -81,7 +87,7 @@ struct SparseTile {
       if constexpr (kPattern >> c & 1) weight[c] = broadcast(p[next++]);
     });
     for_each<kSize>([&](auto i) SPARSE_INLINE {
-      Vec x = input(in, in_row, i);
+      Vec x = input(in, steps, i);
       if constexpr (P > 1) hold(x);
       for_each<P>([&](auto c) SPARSE_INLINE {
         if constexpr (kPattern >> c & 1) sum[c][i] += weight[c] * x;
@@ -93,30 +99,30 @@ struct SparseTile {
   template <int kPattern>
   static inline SPARSE_INLINE const float* dot(Sums& sum, const float* p,
                                                                 int64_t n, const float* in,
-                                                                int64_t in_row) {
+                                                                Steps steps) {
     constexpr int step = 1 + num_bits(kPattern);
     if constexpr (kSums > 1) {
       Vec more[kSums - 1][1][kSize];
       for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { other[0][i] = Vec{}; });
       for (; n >= 4; n -= 4, p += 4 * step) {
         __builtin_prefetch(p + kStreamAhead);
-        add<kPattern>(sum, p, in, in_row);
-        add<kPattern>(more[0], p + step, in, in_row);
-        add<kPattern>(kSums == 4 ? more[kSums / 4] : sum, p + 2 * step, in, in_row);
-        add<kPattern>(more[kSums - 2], p + 3 * step, in, in_row);
+        add<kPattern>(sum, p, in, steps);
+        add<kPattern>(more[0], p + step, in, steps);
+        add<kPattern>(kSums == 4 ? more[kSums / 4] : sum, p + 2 * step, in, steps);
+        add<kPattern>(more[kSums - 2], p + 3 * step, in, steps);
       }
       for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { sum[0][i] += other[0][i]; });
     }
     if constexpr (P == 1) {
       for (; n >= 2; n -= 2, p += 2 * step) {
         __builtin_prefetch(p + kStreamAhead);
-        add<kPattern>(sum, p, in, in_row);
-        add<kPattern>(sum, p + step, in, in_row);
+        add<kPattern>(sum, p, in, steps);
+        add<kPattern>(sum, p + step, in, steps);
       }
     }
     for (; n > 0; --n, p += step) {
       if (P > 1) __builtin_prefetch(p + kStreamAhead);
-      add<kPattern>(sum, p, in, in_row);
+      add<kPattern>(sum, p, in, steps);
     }
     return p;
   }
@@ -149,7 +155,7 @@ struct SparseTile {
     const int32_t* channel = op.row_channel + first;
     const float* p = op.connections + op.part_stream[part];
     const int32_t* count = op.counts + op.num_blocks * kPatterns * (first / P);
-    const int64_t in_row = op.in_row * op.stride_y;
+    const Steps steps{op.in_row * op.stride_y, (SX > 0 ? SX : op.stride_x) * kLanes};
     for (int64_t block = 0; block < op.num_blocks; ++block) {
       const bool is_first = block == 0, is_last = block + 1 == op.num_blocks;
       float* partial = scratch;
@@ -171,7 +177,7 @@ struct SparseTile {
           }
         });
         for_each<kPatterns>([&](auto k) SPARSE_INLINE {
-          p = dot<k + 1>(sum, p, count[k], in, in_row);
+          p = dot<k + 1>(sum, p, count[k], in, steps);
         });
         for_each<P>([&](auto c) SPARSE_INLINE {
           if (!is_last) {

@@ -63,18 +63,18 @@ void max_pool(const Op& op, float* arena, int64_t y0, int64_t y1) {
       float* out = arena + op.out + y * op.out_row + c * op.out_plane;
       for (int64_t i = 0; i < op.vectors; ++i) {
         Vec best = lowest;
-        for (int64_t dy = 0; dy < op.depth; ++dy) {
+        for (int64_t dy = 0; dy < op.window_y; ++dy) {
           const int64_t row = y * op.stride_y + dy;
           const int64_t first = i * op.stride_x;
           const Mask valid_row = load_mask(valid_rows + row * kLanes);
-          const float* p = in + (row - op.pad) * op.in_row + (first - op.pad) * kLanes;
+          const float* p = in + (row - op.pad_y) * op.in_row + (first - op.pad_x) * kLanes;
           const int32_t* valid = op.offsets + first * kLanes;
           for (int64_t dx = 0; dx < op.stride_x; ++dx) {
             __builtin_prefetch(p + kAhead * op.in_plane + dx * kLanes);
           }
-          for (int64_t dx = 0; dx < op.depth; ++dx) {
+          for (int64_t dx = 0; dx < op.window_x; ++dx) {
             const Vec v = load(p + dx * kLanes);
-            best = maximum((load_mask(valid + dx * kLanes) & valid_row) ? v : lowest, best);
+            best = larger((load_mask(valid + dx * kLanes) & valid_row) ? v : lowest, best);
           }
         }
         if (op.mask) best = keep(best, load_mask(op.mask + y * op.mask_row + i * kLanes));

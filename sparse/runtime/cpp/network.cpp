@@ -99,7 +99,7 @@ class Network {
         pool_(threads) {
     int64_t scratch = 0;
     for (const Op& op : ops_) scratch = std::max(scratch, scratch_floats(op));
-    for (int i = 0; i < threads; ++i) scratch_.push_back(std::make_unique<Floats>(scratch));
+    for (int i = 0; i < pool_.size(); ++i) scratch_.push_back(std::make_unique<Floats>(scratch));
     arenas_.push_back(std::make_unique<Floats>(arena_floats));
   }
 
@@ -126,6 +126,8 @@ class Network {
     }
   }
 
+  int threads() const { return pool_.size(); }
+
   // Least processor time, in seconds, of one operation on what the arena holds. As in a network at
   // work, the input has just been in the cache and the weights have not.
   double time(const Op& op, int repetitions) {
@@ -134,7 +136,8 @@ class Network {
     std::vector<float> logits(size_t(op.channels));
     const Image image{logits.data(), arenas_[0]->get(), logits.data()};
     const float* in = arenas_[0]->get() + op.in;
-    const int64_t in_floats = op.height * op.in_row;
+    // Up to the first vector of the last channel: what follows may be the end of the arena.
+    const int64_t in_floats = (op.height - 1) * op.in_row + (op.in_channels - 1) * op.in_plane + 1;
     for (int i = 0; i < repetitions; ++i) {
       touch(others_.data(), int64_t(others_.size()));
       touch(in, in_floats);
@@ -213,7 +216,7 @@ int64_t sparse_runtime_lanes() { return sparse_runtime::kLanes; }
 int64_t sparse_runtime_max_tile(int64_t group) { return sparse_runtime::max_tile(int(group)); }
 int64_t sparse_runtime_op_size() { return int64_t(sizeof(Op)); }
 
-// The tables that the operations point to stay the caller's. Null: no memory or no threads.
+// The tables that the operations point to stay the caller's. Null: no memory.
 void* sparse_runtime_create(const Op* ops, int64_t num_ops, const Piece* pieces,
                             int64_t num_pieces, int64_t arena_floats, int64_t threads) {
   try {
@@ -221,6 +224,11 @@ void* sparse_runtime_create(const Op* ops, int64_t num_ops, const Piece* pieces,
   } catch (...) {
     return nullptr;
   }
+}
+
+// Threads that the system has started, the caller's included.
+int64_t sparse_runtime_threads(const void* network) {
+  return static_cast<const Network*>(network)->threads();
 }
 
 void sparse_runtime_destroy(void* network) { delete static_cast<Network*>(network); }

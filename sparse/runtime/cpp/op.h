@@ -40,10 +40,10 @@ struct Op {
   int64_t tile_rows, tile_vectors;  // of a convolution; dense: 1 row, or 2 by F(2, 3)
   int64_t group;                    // output channels computed together: 1, 2 or 4
   int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections
-  int64_t depth;                    // terms per output: dense convolution, linear; pool: window;
-                                    // repack: 1 if vectors move whole
-  int64_t width, height, in_channels;  // of the input; pool: columns from -pad to the last read
-  int64_t pad;                      // of a pool
+  int64_t depth;                    // terms per output: dense convolution, linear, mean; repack: 1
+                                    // if vectors move whole
+  int64_t width, height, in_channels;  // of the input; max-pool: columns from -pad_x to the last read
+  int64_t window_y, window_x, pad_y, pad_x;  // of a max-pool
   int64_t pad_top, pad_bottom;      // rows of the output that repeat others: with bands only
   int64_t mask_row;                 // distance between rows of the mask, 0 if one serves all
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are
@@ -60,8 +60,8 @@ struct Op {
   const int32_t* offsets;           // dense: [depth], of 2 rows: [depth][3] two and the sign of
                                     // the second; input: [vectors][lanes] pixel of row 0, or
                                     // -1; output, repack: [rows][vectors][lanes] where in the
-                                    // channel, or -1; pool: [width][lanes] valid input columns,
-                                    // then valid rows, from -pad on
+                                    // channel, or -1; max-pool: [width][lanes] valid input
+                                    // columns, then valid rows, from -pad_x and -pad_y on
   const float* bias;                // [channels]
 };
 

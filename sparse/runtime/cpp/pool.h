@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 #ifdef __linux__
@@ -17,9 +18,12 @@ namespace sparse_runtime {
 
 class Pool {
  public:
-  // `threads` counts the caller, who works too.
+  // `threads` counts the caller, who works too. The pool is smaller if the system starts fewer.
   explicit Pool(int threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+    try {
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+    } catch (const std::system_error&) {
+    }
   }
 
   ~Pool() {

@@ -26,6 +26,9 @@ inline Vec broadcast(float x) { return x - Vec{}; }
 // A NaN in `a` stays, as torch has it.
 inline Vec maximum(Vec a, Vec b) { return b > a ? b : a; }
 
+// The larger one, or a NaN if either is one.
+inline Vec larger(Vec a, Vec b) { return ((a > b) | (a != a)) ? a : b; }
+
 // Keep a value in a register: GCC loads it once per use otherwise, where it can.
 inline void hold(Vec& v) {
 #if defined(__x86_64__)

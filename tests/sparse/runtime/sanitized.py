@@ -7,6 +7,7 @@ and images come from NumPy, and torch computes nothing: its threads are not unde
 import ctypes
 import itertools
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -18,7 +19,8 @@ from sparse.runtime import plan as plans
 from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Layer
-from sparse.runtime.plan import Choice, Plan, can_be_sparse, dense_choices
+from sparse.runtime.plan import Choice, Plan, can_share, dense_choices
+from sparse.runtime.tune import Tuner
 
 
 def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[Layer]:
@@ -76,7 +78,7 @@ def main(library: str) -> None:
     sizes = {(17, 26): None, (40, 49): None, (61, 70): None}
     sizes |= {(48, 64): banded_grids(48, 64, lanes=kernels.num_lanes)[0]}
     for ((height, width), grid), stride, groups in itertools.product(
-        sizes.items(), (1, 2), (1, 2, 12)
+        sizes.items(), (1, 2, 3), (1, 2, 12)
     ):
         layers = layers_of(generator, stride, groups)
         images = generator.standard_normal((5, 3, height, width)).astype(np.float32)
@@ -85,11 +87,11 @@ def main(library: str) -> None:
                 plan = Plan(layers, (3, height, width), lanes=kernels.num_lanes, num_parts=threads)
             for step in plan.convolutions():
                 assert isinstance(step.target, Map)
-                if dense:
+                if dense and dense_choices(step):
                     plan.choose(step, dense_choices(step)[-1])
-                elif can_be_sparse(step):
-                    group = 1 if step.stride[1] > 1 else max(kernels.max_tiles)
-                    rows = min(3, kernels.max_tiles[group])
+                elif not dense:
+                    group = max(kernels.max_tiles) if can_share(step) else 1
+                    rows = min(3, kernels.max_tiles[group]) if step.stride[1] <= 2 else 1
                     plan.choose(step, Choice(group=group, tile_rows=rows, num_blocks=2))
             handle = plan.create(kernels, threads=threads)
             assert handle is not None
@@ -108,7 +110,15 @@ def main(library: str) -> None:
             if threads == 1:
                 wanted = logits.copy()
             assert np.allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+    tune(kernels, generator)
     print("clean")
+
+
+def tune(kernels: native.Kernels, generator: np.random.Generator) -> None:
+    """Measure layers whose default kernel is another than some that are tried."""
+    plan = Plan(layers_of(generator, 1, 1), (3, 17, 26), lanes=kernels.num_lanes)
+    with tempfile.TemporaryDirectory() as directory:
+        Tuner(Path(directory)).tune(plan, kernels)
 
 
 if __name__ == "__main__":

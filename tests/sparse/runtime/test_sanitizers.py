@@ -15,34 +15,56 @@ SCRIPT = Path(__file__).with_name("sanitized.py")
 ROOT = Path(native.__file__).parents[2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["address,undefined", "thread"])
-def test_kernels_are_clean_under(name: str, tmp_path: Path) -> None:
+def sanitized(name: str, directory: Path) -> tuple[Path, dict[str, str]]:
+    """Return kernels compiled with a sanitizer, and the environment in which they run."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++ and its sanitizers")
-    runtime = {"address,undefined": "libasan.so", "thread": "libtsan.so"}[name]
-    found = subprocess.run(
-        [compiler, f"-print-file-name={runtime}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+
+    def library(file: str) -> str:
+        command = [compiler, f"-print-file-name={file}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    found = library({"address,undefined": "libasan.so", "thread": "libtsan.so"}[name])
     if not os.path.isabs(found):
-        pytest.skip(f"{compiler} comes without {runtime}")
+        pytest.skip(f"{compiler} comes without {found}")
     flags = (f"-fsanitize={name}", "-O1", "-g", "-fno-omit-frame-pointer")
-    library = native.LIBRARY.build(compiled.cpu_level(), tmp_path, flags=flags)
+    return native.LIBRARY.build(compiled.cpu_level(), directory, flags=flags), {
+        **os.environ,
+        # Sanitizers look for what throws exceptions when they start.
+        "LD_PRELOAD": f"{found} {library('libstdc++.so.6')}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        # Python itself leaves memory to the end of the process.
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1:report_bugs=1",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["address,undefined", "thread"])
+def test_kernels_are_clean_under(name: str, tmp_path: Path) -> None:
+    library, environment = sanitized(name, tmp_path)
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(library)],
-        env={
-            **os.environ,
-            "LD_PRELOAD": found,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            # Python itself leaves memory to the end of the process.
-            "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
-            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-            "TSAN_OPTIONS": "halt_on_error=1:report_bugs=1",
-        },
+        env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "clean\n"
+
+
+@pytest.mark.slow
+def test_files_of_strangers_touch_no_memory_but_their_own(tmp_path: Path) -> None:
+    library, environment = sanitized("address,undefined", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sparse.runtime.fuzzed", str(library), "3000", str(tmp_path)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.endswith("clean\n")

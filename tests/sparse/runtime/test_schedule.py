@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from image_classification.models import create_model
-from sparse.runtime import graph, native, schedule
+from sparse.runtime import native, schedule, trace
 from sparse.runtime.arrange import Arrangement, Step, arrange, banded_grids
 from sparse.runtime.layout import Grid, Map
 from sparse.runtime.lower import Layer, lower
@@ -25,7 +25,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 def layers_of(name: str, density: float = 0.05) -> list[Layer]:
     model = NETWORKS[name]().eval()
     prune_(model, density)
-    return lower(graph.trace(model), model.state_dict(), in_channels=3)
+    return lower(trace(model), model.state_dict(), in_channels=3)
 
 
 def plan_of(name: str, size: int, lanes: int = 8, grid: Grid | None = None) -> Arrangement:

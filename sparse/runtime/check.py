@@ -1,0 +1,217 @@
+"""What a graph has to be so that the runtime can compute it: every rule, in one place.
+
+A graph is checked when it is traced and when it is read, on its own, then against the shapes of its
+weights; and against the size of the images, when they come.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from sparse.runtime import memory
+from sparse.runtime.graph import INPUT, Node, folds
+from sparse.runtime.layout import out_size
+
+MAX_NODES = 10_000
+MAX_EXTENT = 1024
+"""Pixels that a window spans, that it moves on by, and that its input is padded with."""
+MAX_WINDOWS = 2**24
+"""Weights that no file stores: windows of average-pools, scales of lone BatchNorms, sums, ReLUs."""
+
+Shape = tuple[int, ...]
+
+_PARAMETERS = ("conv", "batch_norm", "linear")
+_WINDOWS = ("conv", "max_pool", "avg_pool")
+_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def check(nodes: Sequence[Node]) -> None:
+    """Check a graph on its own.
+
+    Raises:
+        ValueError: Names the node that the runtime cannot compute, and why.
+    """
+    if not 1 <= len(nodes) <= MAX_NODES:
+        raise ValueError(f"the graph must have 1 to {MAX_NODES} operations, it has {len(nodes)}")
+    readers = Counter(name for node in nodes for name in node.inputs)
+    vectors: dict[str, str] = {}  # name -> operation, of the values that are one vector per image
+    known = {INPUT}
+    for node in nodes:
+        where = f"operation {node.name!r} ({node.op})"
+        if node.name in known:
+            raise ValueError(f"{where} has the name of another value")
+        if len(node.inputs) != (2 if node.op == "add" else 1) or not known.issuperset(node.inputs):
+            raise ValueError(f"{where} reads {node.inputs!r}, which was not computed before")
+        _check_geometry(node, where)
+        _check_kind(node, where, vectors, readers)
+        known.add(node.name)
+    unread = known - readers.keys() - {INPUT, nodes[-1].name}
+    if unread:
+        raise ValueError(f"no operation reads the value of {min(unread)!r}")
+
+
+def _check_geometry(node: Node, where: str) -> None:
+    plain = Node(name="", op="", inputs=())
+    allowed = {"parameters": node.op in _PARAMETERS, "eps": node.op == "batch_norm"}
+    allowed |= {"ceil_mode": node.op == "max_pool"}
+    allowed |= dict.fromkeys(("dilation", "groups"), node.op == "conv")
+    allowed |= dict.fromkeys(("kernel", "stride", "padding"), node.op in _WINDOWS)
+    for name, has_effect in allowed.items():
+        if not has_effect and getattr(node, name) != getattr(plain, name):
+            raise ValueError(f"{where} has no {name}, the graph says {getattr(node, name)!r}")
+    for name in ("kernel", "stride", "dilation"):
+        if min(getattr(node, name)) < 1:
+            raise ValueError(f"{where}: {name} must be at least 1, got {getattr(node, name)}")
+    if min(node.padding) < 0 or node.groups < 1 or not 0 <= node.eps < 1:
+        raise ValueError(
+            f"{where}: padding {node.padding}, groups {node.groups} or eps {node.eps} out of range"
+        )
+    extents = [d * (k - 1) + 1 for k, d in zip(node.kernel, node.dilation, strict=True)]
+    if max(*extents, *node.stride, *node.padding) > MAX_EXTENT:
+        raise ValueError(
+            f"{where}: kernel {node.kernel}, stride {node.stride}, padding {node.padding} or "
+            f"dilation {node.dilation} spans more than {MAX_EXTENT} pixels"
+        )
+    if node.op in ("max_pool", "avg_pool") and any(
+        2 * p > k for k, p in zip(node.kernel, node.padding, strict=True)
+    ):
+        raise ValueError(
+            f"{where}: padding {node.padding} is more than half of the kernel {node.kernel}"
+        )
+
+
+def _check_kind(node: Node, where: str, vectors: dict[str, str], readers: Counter[str]) -> None:
+    """Check whether a node reads maps or a vector, and note it if its value is a vector."""
+    read = [vectors[name] for name in node.inputs if name in vectors]
+    if node.op == "linear" and not read:
+        raise ValueError(f"the runtime has no linear layer of images ({where})")
+    if node.op == "relu" and read:
+        if read != ["linear"] or readers[node.inputs[0]] > 1:
+            raise ValueError(f"the runtime has no ReLU of vectors but right after linear ({where})")
+    elif node.op != "linear" and read:
+        raise ValueError(f"the runtime has no {node.op} of vectors ({where})")
+    if read or node.op == "mean_pool":
+        vectors[node.name] = node.op
+
+
+def check_shapes(
+    nodes: Sequence[Node], shapes: Mapping[str, Shape], *, in_channels: int, folded: bool
+) -> dict[str, int]:
+    """Check the shapes of a state dict against a graph; return the channels of every value.
+
+    Args:
+        nodes: A graph that `check` accepts.
+        shapes: Of the entries of the state dict.
+        in_channels: Of the images.
+        folded: Whether BatchNorm is folded into the convolutions (format.py).
+
+    Raises:
+        ValueError: Names the entry that is missing or does not fit.
+    """
+    only_bias = {norm.name for _, norm in folds(nodes)} if folded else set[str]()
+    channels = {INPUT: in_channels}
+    derived = 0
+    for node in nodes:
+        read = [channels[name] for name in node.inputs]
+        if len(set(read)) > 1:
+            raise ValueError(
+                f"the sum {node.name!r} adds values of {read[0]} and {read[1]} channels"
+            )
+        channels[node.name] = read[0]
+        if node.op in ("conv", "linear"):
+            channels[node.name] = _check_weight(node, read[0], shapes)
+        elif node.op == "batch_norm":
+            for name in _NORM:
+                if name == "bias" or node.name not in only_bias:
+                    _expect(shapes, node.parameters + name, (read[0],))
+                elif node.parameters + name in shapes:
+                    raise ValueError(f"{node.parameters + name!r} should have been folded")
+        if node.op not in ("conv", "linear", "max_pool", "mean_pool"):
+            derived += read[0] * node.kernel[0] * node.kernel[1]
+    if derived > MAX_WINDOWS:
+        raise ValueError(
+            f"the windows of average-pools and sums would take {derived} weights, "
+            f"more than {MAX_WINDOWS}"
+        )
+    return channels
+
+
+def _check_weight(node: Node, channels: int, shapes: Mapping[str, Shape]) -> int:
+    """Check weight and bias of a convolution or a linear layer; return its output channels."""
+    weight = node.parameters + "weight"
+    if weight not in shapes:
+        raise ValueError(f"there is no {weight!r}, which {node.name!r} needs")
+    out = shapes[weight][0] if shapes[weight] else 0
+    if out < 1 or out % node.groups or channels % node.groups:
+        raise ValueError(
+            f"{node.groups} groups do not divide {channels} input and {out} output channels "
+            f"of {weight!r}"
+        )
+    window = node.kernel if node.op == "conv" else ()
+    _expect(shapes, weight, (out, channels // node.groups, *window))
+    if node.parameters + "bias" in shapes:
+        _expect(shapes, node.parameters + "bias", (out,))
+    return out
+
+
+def _expect(shapes: Mapping[str, Shape], name: str, wanted: Shape) -> None:
+    if shapes.get(name) != wanted:
+        raise ValueError(f"{name!r} is {shapes.get(name, 'missing')}, the graph needs {wanted}")
+
+
+def check_images(
+    nodes: Sequence[Node], channels: Mapping[str, int], height: int, width: int
+) -> None:
+    """Check that a network can compute images of a size.
+
+    Raises:
+        ValueError: Names the size, and the operation it is too small or too large for.
+    """
+    images = f"images of {height}x{width}"
+    sizes = {INPUT: (height, width)}
+    if min(height, width) < 1:
+        raise ValueError(f"{images} have no pixels")
+    for node in nodes:
+        first, *others = (sizes[name] for name in node.inputs)
+        for other in others:
+            if other != first:
+                raise ValueError(
+                    f"{images} do not fit this network: the sum {node.name!r} adds "
+                    f"{first[0]}x{first[1]} and {other[0]}x{other[1]}"
+                )
+        size = (1, 1)
+        if node.op not in ("mean_pool", "linear"):
+            window = zip(node.kernel, node.stride, node.padding, node.dilation, strict=True)
+            down, right = (
+                out_size(s, *w, ceil_mode=node.ceil_mode)
+                for s, w in zip(first, window, strict=True)
+            )
+            size = (down, right)
+        if min(size) < 1:
+            raise ValueError(
+                f"{images} are too small for this network: nothing is left after {node.name!r}"
+            )
+        if 4 * channels[node.name] * size[0] * size[1] > memory.limit():
+            raise too_large(height, width, 4 * channels[node.name] * size[0] * size[1])
+        sizes[node.name] = size
+
+
+def too_large(height: int, width: int, num_bytes: int) -> ValueError:
+    """Return the error of images whose activations do not fit the memory."""
+    return ValueError(
+        f"images of {height}x{width} are too large for this network: it would take "
+        f"{num_bytes / 2**30:.1f} GiB, and half of the memory is {memory.limit() / 2**30:.1f}"
+    )
+
+
+def in_channels(nodes: Sequence[Node], shapes: Mapping[str, Shape]) -> int:
+    """Return the channels of the images that a graph reads; 1 if it reads any number of them."""
+    same = {INPUT}  # values with the channels of the images
+    for node in nodes:
+        if node.inputs[0] not in same:
+            continue
+        if node.op in _PARAMETERS:
+            shape = shapes.get(node.parameters + "weight", ())
+            axis = 0 if node.op == "batch_norm" else 1
+            return shape[axis] * node.groups if len(shape) > axis else 1
+        same.add(node.name)
+    return 1

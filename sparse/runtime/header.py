@@ -1,0 +1,211 @@
+"""What a compact file says about its network, and whether its tensors are what it says.
+
+A file may come from anybody. Nothing that it says is believed: types, names, shapes and numbers are
+checked here and in check.py before any tensor is used.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse.masks import unpack
+from sparse.runtime import graph, memory
+from sparse.runtime.check import check, check_shapes
+from sparse.runtime.graph import Node
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+"""How values may be stored; BatchNorm and biases are always float32."""
+
+MAX_IMAGE_SIZE = 2**14
+MAX_CHANNELS = 2**16
+MAX_DIMENSIONS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a file says about its network."""
+
+    arch: str
+    model: Mapping[str, Any]
+    """Further arguments of the architecture, such as num_classes."""
+    in_channels: int
+    image_size: int
+    """Side of the square images that the network was trained on."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Images are normalized by (x - mean) / std, x in [0, 1], per channel."""
+    interpolation: str
+    """How they were resized."""
+    dtype: str
+    folded: bool
+    """Whether BatchNorm is folded into the convolutions."""
+    names: tuple[str, ...]
+    """Entries of the state dict, in order."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the entries that are stored as mask and values."""
+    nodes: list[Node]
+
+
+def parse(text: str) -> Header:
+    """Return the header of its JSON, every field of its type and in its range.
+
+    Raises:
+        ValueError: What is missing, unknown or out of range; of one line.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header is no JSON: {error}") from None
+    names = {field.name for field in fields(Header)}
+    if not isinstance(found, dict) or found.keys() != names:
+        differing = sorted(names ^ found.keys()) if isinstance(found, dict) else [found]
+        raise ValueError(f"its header lacks or adds {', '.join(map(repr, differing[:3]))}")
+    for name, (wanted, is_valid) in _FIELDS.items():
+        if not is_valid(found[name]):
+            raise ValueError(f"its header has a {name} that is not {wanted}")
+    for name in ("mean", "std"):
+        if len(found[name]) != found["in_channels"]:
+            raise ValueError(f"its header has a {name} that is not of in_channels numbers")
+        found[name] = tuple(float(value) for value in found[name])
+    found["names"] = tuple(found["names"])
+    found["shapes"] = {name: tuple(shape) for name, shape in found["shapes"].items()}
+    found["nodes"] = graph.from_json(found["nodes"])
+    check(found["nodes"])
+    return Header(**found)
+
+
+def _is_number(value: Any) -> bool:
+    # Larger integers become no floats.
+    return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
+
+
+def _are_plain(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        v is None or type(v) is bool or graph.is_text(v) or _is_number(v) for v in value.values()
+    )
+
+
+def _are_shapes(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _is_list(shape, lambda n: type(n) is int and n >= 1) and 1 <= len(shape) <= MAX_DIMENSIONS
+        for shape in value.values()
+    )
+
+
+def _is_list(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_valid, value))
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "arch": ("a string", graph.is_text),
+    "model": ("a mapping of numbers and strings", _are_plain),
+    "in_channels": (f"1 to {MAX_CHANNELS}", lambda n: type(n) is int and 1 <= n <= MAX_CHANNELS),
+    "image_size": (f"1 to {MAX_IMAGE_SIZE}", lambda n: type(n) is int and 1 <= n <= MAX_IMAGE_SIZE),
+    "mean": ("numbers", lambda value: _is_list(value, _is_number)),
+    "std": ("numbers above 0", lambda value: _is_list(value, lambda v: _is_number(v) and v > 0)),
+    "interpolation": ("a string", graph.is_text),
+    "dtype": (
+        f"one of {', '.join(DTYPES)}",
+        lambda value: graph.is_text(value) and value in DTYPES,
+    ),
+    "folded": ("true or false", lambda value: type(value) is bool),
+    "names": ("a list of strings", lambda value: _is_list(value, graph.is_text)),
+    "shapes": ("a mapping of shapes", _are_shapes),
+}
+
+
+def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Check that the tensors of a file are those of its header, and fit its graph.
+
+    Raises:
+        ValueError: Names the tensor that is missing, unknown or does not fit.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    known: list[str] = []
+    masked = {name for name in header.names if name in header.shapes}
+    if len(masked) < len(header.shapes):
+        raise ValueError(f"there is no {min(header.shapes.keys() - masked)!r} for its shape")
+    for name in header.names:
+        if name in masked:
+            shapes[name], stored = header.shapes[name], name + ".values"
+            known += [name + ".mask", stored]
+            _check_masked(name, shapes[name], tensors)
+        else:
+            stored = name
+            known.append(stored)
+            shapes[name] = tuple(_find(tensors, stored).shape)
+        if tensors[stored].dtype == torch.int8 and (name in masked or name + ".scale" in tensors):
+            known.append(name + ".scale")
+            _expect(tensors, name + ".scale", torch.float32, shapes[name][:1])
+    if sorted(known) != sorted(tensors):
+        raise ValueError(f"it holds {_surplus(known, tensors)!r} twice, or without need")
+    num_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
+    if num_bytes > memory.limit():
+        raise ValueError(f"its weights would take {num_bytes / 2**30:.1f} GiB")
+    check_shapes(header.nodes, shapes, in_channels=header.in_channels, folded=header.folded)
+    _check_types(header, tensors)
+
+
+def _surplus(known: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
+    seen: set[str] = set()
+    for name in known:
+        if name in seen:
+            return name
+        seen.add(name)
+    return min(tensors.keys() - seen)
+
+
+def _check_masked(name: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> None:
+    _expect(tensors, name + ".mask", torch.uint8, ((math.prod(shape) + 7) // 8,))
+    values = _find(tensors, name + ".values")
+    num_active = int(unpack(tensors[name + ".mask"], shape).sum())
+    if values.dtype not in DTYPES.values() or values.shape != (num_active,):
+        raise ValueError(
+            f"{name + '.values'!r} is {values.dtype} of {tuple(values.shape)}, "
+            f"the mask has {num_active} active weights"
+        )
+
+
+def _check_types(header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Check that what the graph computes with is stored in one of `DTYPES`."""
+    read = {
+        node.parameters + name
+        for node in header.nodes
+        if node.op in ("conv", "linear", "batch_norm")
+        for name in ("weight", "bias", "running_mean", "running_var")
+    }
+    for name in header.names:
+        if name in header.shapes:
+            continue
+        dtype = tensors[name].dtype
+        is_scaled = name + ".scale" in tensors
+        if name in read and (
+            dtype not in DTYPES.values() or (dtype == torch.int8 and not is_scaled)
+        ):
+            raise ValueError(f"{name!r} is {dtype}, which is none of {', '.join(DTYPES)}")
+
+
+def _find(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"there is no {name!r}")
+    return tensors[name]
+
+
+def _expect(
+    tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    found = _find(tensors, name)
+    if found.dtype != dtype or found.shape != shape:
+        raise ValueError(
+            f"{name!r} is {found.dtype} of {tuple(found.shape)}, not {dtype} of {shape}"
+        )

@@ -1,0 +1,189 @@
+"""Files that somebody made to do harm: random changes of valid ones, with a digest that fits.
+
+`python fuzzed.py LIBRARY COUNT DIRECTORY` does it with kernels given on the command line;
+test_sanitizers.py starts that with the sanitizer's library preloaded.
+"""
+
+import itertools
+import json
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from sparse import runtime
+from sparse.runtime import memory, native
+from sparse.runtime.format import FORMAT, digest
+from sparse.runtime.network import Network
+
+MEMORY = 2**26  # bytes: what a case may take
+KINDS = tuple(itertools.product((True, False), ("float32", "bfloat16", "int8")))
+NUMBERS = (*(-1, 0, 1, 1, 2, 2, 3, 3, 4, 5, 8, 12, 16), 1000, 10**6, 2**31, 2**63, 10**400)
+VALUES = (*(None, True, "", "input", "conv", "add", "a\nb", "\ud800", 0.5, 1e308), [], {}, [1, 1])
+
+
+class Seed(nn.Module):
+    """A small network with every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, stride=2, padding=1, bias=False)
+        self.norm, self.lone = nn.BatchNorm2d(12), nn.BatchNorm2d(12)
+        self.pool, self.mean = nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 1)
+        self.wide = nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=3)
+        self.fc = nn.Linear(12, 20)
+        self.last = nn.Linear(20, 7, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.norm(self.stem(x)).relu())
+        x = self.mean((self.wide(x) + self.lone(x)).relu()).mean((2, 3))
+        return self.last(self.fc(x).relu())
+
+
+def seeds(directory: Path) -> list[Path]:
+    """Write valid files of all kinds."""
+    torch.manual_seed(0)
+    model = Seed().eval()
+    masks = {}
+    for name in ("stem.weight", "wide.weight", "fc.weight"):
+        weight = model.get_parameter(name).data
+        masks[name] = torch.rand(weight.shape) < 0.4
+        weight *= masks[name]
+    paths = []
+    for fold, dtype in KINDS:
+        paths.append(directory / f"{fold}-{dtype}")
+        runtime.save(
+            paths[-1],
+            model.state_dict(),
+            masks,
+            nodes=runtime.trace(model),
+            arch="seed",
+            model={"num_classes": 7},
+            image_size=9,
+            mean=(0.5,) * 3,
+            std=(0.2,) * 3,
+            dtype=dtype,
+            fold=fold,
+        )
+    return paths
+
+
+def content(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Return the header and the tensors of a file."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["header"]), tensors
+
+
+def rewrite(path: Path, header: Any, tensors: dict[str, Tensor]) -> None:
+    """Write a file with a digest that fits whatever it holds."""
+    text = header if isinstance(header, str) else json.dumps(header)
+    metadata = {"format": FORMAT, "header": text, "sha256": digest(text, tensors)}
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+def mutate(rng: random.Random, header: Any, tensors: dict[str, Tensor]) -> None:
+    """Change one thing of a file."""
+    if rng.random() < 0.5:
+        nodes = header.get("nodes")
+        places = [header, nodes, rng.choice(nodes) if isinstance(nodes, list) and nodes else None]
+        _mutate_json(rng, rng.choice([p for p in places if isinstance(p, list | dict)]))
+    else:
+        _mutate_tensors(rng, tensors)
+
+
+def _mutate_json(rng: random.Random, value: Any) -> None:
+    """Change an entry of a list or mapping, or of one below it."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    if not keys:
+        return
+    key = rng.choice(keys)
+    if isinstance(value[key], list | dict) and value[key] and rng.random() < 0.8:
+        _mutate_json(rng, value[key])
+    elif rng.random() < 0.1:
+        del value[key]
+    elif rng.random() < 0.2 and isinstance(value, list):
+        value.insert(rng.choice(keys), value[key])
+    elif rng.random() < 0.1 and isinstance(value, dict):
+        value["unknown"] = value[key]
+    elif rng.random() < 0.2:
+        value[key] = value[rng.choice(keys)]
+    else:
+        value[key] = rng.choice(NUMBERS if rng.random() < 0.7 else VALUES)
+
+
+def _mutate_tensors(rng: random.Random, tensors: dict[str, Tensor]) -> None:
+    name = rng.choice(sorted(tensors))
+    value = tensors[name]
+    changes: list[Callable[[], Tensor]] = [
+        lambda: value.flatten(),
+        lambda: value[..., :-1] if value.dim() else value[None],
+        lambda: torch.cat([value, value]) if value.dim() else value[None],
+        lambda: value.repeat_interleave(rng.choice([2, 1000]), -1) if value.dim() else value,
+        lambda: value.to(rng.choice([torch.float64, torch.int8, torch.uint8, torch.float16])),
+        lambda: value.to(rng.choice([torch.bool, torch.complex64, torch.int64, torch.bfloat16])),
+        lambda: torch.full_like(value, rng.choice([0, 1, 3, 127])),
+        lambda: value * rng.choice([-1, 100, float("inf"), float("nan")]),
+        lambda: tensors[rng.choice(sorted(tensors))].clone(),
+    ]
+    if rng.random() < 0.1:
+        del tensors[name]
+    elif rng.random() < 0.1:
+        tensors[rng.choice(["x", *tensors]) + rng.choice(["", ".mask", ".scale"])] = value.clone()
+    else:
+        tensors[name] = rng.choice(changes)().contiguous()
+
+
+def attempt(path: Path, kernels: native.Kernels, threads: int) -> None:
+    """Load and run a file.
+
+    Raises:
+        AssertionError: It computes something else than torch.
+    """
+    network = Network(path, threads=threads, kernels=kernels, tuner=None)
+    channels, size = network.header.in_channels, min(network.header.image_size, 32)
+    images = torch.randn(2, channels, size, size)
+    found = network(images)
+    wanted = Network(path, threads=1, kernels=None, tuner=None)(images)
+    assert found.shape == wanted.shape
+    if torch.isfinite(wanted).all():
+        error = float((found - wanted).abs().max())
+        assert error <= 1e-2 * max(1e-2, float(wanted.abs().max())), error
+
+
+def fuzz(kernels: native.Kernels, count: int, directory: Path, seed: int = 0) -> dict[str, int]:
+    """Run `count` cases; return how many were right and how many refused."""
+    originals = [content(path) for path in seeds(directory)]
+    path = directory / "case"
+    outcomes = {"right": 0, "refused": 0}
+    with mock.patch.object(memory, "limit", return_value=MEMORY), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for case in range(seed, seed + count):
+            rng = random.Random(case)
+            torch.manual_seed(case)
+            original, stored = rng.choice(originals)
+            header, tensors = json.loads(json.dumps(original)), dict(stored)
+            for _ in range(rng.choice([1, 1, 1, 2, 3])):
+                mutate(rng, header, tensors)
+            rewrite(path, header, tensors)
+            try:
+                attempt(path, kernels, threads=rng.choice([1, 2]))
+                outcomes["right"] += 1
+            except Exception as error:
+                if not isinstance(error, ValueError) or not str(error).isprintable():
+                    raise AssertionError(f"case {case}: {header} {error!r}") from error
+                outcomes["refused"] += 1
+    return outcomes
+
+
+if __name__ == "__main__":
+    print(fuzz(native.Kernels(Path(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])))
+    print("clean")

@@ -1,0 +1,37 @@
+"""Random networks over everything that can be traced: the runtime computes what torch computes."""
+
+from pathlib import Path
+
+import pytest
+
+from sparse import compiled
+from sparse.runtime import native
+from tests.sparse.runtime.conftest import SIXTEEN_LANES
+from tests.sparse.runtime.random_networks import compare
+
+FEW, MANY = 50, 850  # networks per kind of kernels
+
+
+def test_random_networks_equal_torch(each_kernels: native.Kernels, tmp_path: Path) -> None:
+    runs = [compare(seed, each_kernels, tmp_path / "network") for seed in range(FEW)]
+    assert sum(runs) > 3 * FEW
+
+
+def levels() -> list[str]:
+    """Return the levels that this processor runs."""
+    found = list(compiled.LEVELS)
+    return found[found.index(compiled.cpu_level()) :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [*levels(), "sixteen"])
+def test_many_random_networks_equal_torch(level: str, kernel_cache: Path, tmp_path: Path) -> None:
+    if level == "sixteen":
+        path = native.LIBRARY.build("portable", kernel_cache, flags=SIXTEEN_LANES)
+    else:
+        path = native.LIBRARY.find(level, kernel_cache)
+    kernels = native.Kernels(path)
+    first = 1000 * (1 + [*compiled.LEVELS, "sixteen"].index(level))
+    runs = [compare(first + i, kernels, tmp_path / "network") for i in range(MANY)]
+    print(f"{sum(runs)} runs of {MANY} networks")
+    assert sum(runs) > 3 * MANY

@@ -1,0 +1,174 @@
+"""Compact files of strangers: whatever they hold, they load right or are refused in one line."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import export
+from image_classification.models import create_model
+from sparse import runtime
+from sparse.runtime import memory, native
+from tests.sparse.runtime.fuzzed import content, fuzz, rewrite, seeds
+
+Change = Callable[[Any, dict[str, Tensor]], None]
+
+
+def test_changed_files_run_right_or_are_refused(kernels: native.Kernels, tmp_path: Path) -> None:
+    outcomes = fuzz(kernels, 150, tmp_path)
+    assert outcomes["right"] > 10
+    assert outcomes["refused"] > 90
+
+
+MASKED = ("stem.weight", "wide.weight", "fc.weight")
+
+
+def node(op: str, field: str, value: object) -> Change:
+    """Change a field of the first node of an operation."""
+
+    def change(header: Any, tensors: dict[str, Tensor]) -> None:
+        next(n for n in header["nodes"] if n["op"] == op)[field] = value
+
+    return change
+
+
+def field(name: str, value: object) -> Change:
+    return lambda header, tensors: header.update({name: value})
+
+
+def tensor(name: str, value: Tensor) -> Change:
+    return lambda header, tensors: tensors.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # wider than what it reads: reads beyond its input
+        (
+            tensor("last.weight", torch.ones(7, 4000)),
+            r"'last.weight' is \(7, 4000\), the graph needs",
+        ),
+        (tensor("fc.bias", torch.ones(1)), r"'fc.bias' is \(1,\), the graph needs \(20,\)"),
+        (tensor("fc.bias", torch.ones(20, dtype=torch.int64)), "'fc.bias' is torch.int64"),
+        (tensor("lone.weight", torch.ones(11)), "'lone.weight' is .11,., the graph needs .12,."),
+        (tensor("stem.weight.values", torch.ones(3)), "the mask has [0-9]+ active weights"),
+        (tensor("stem.weight.mask", torch.ones(3, dtype=torch.uint8)), "'stem.weight.mask' is"),
+        (tensor("more", torch.ones(3)), "holds 'more' twice, or without need"),
+        (node("conv", "groups", 5), "5 groups do not divide"),
+        (node("conv", "groups", 0), "groups 0 or eps"),
+        (node("conv", "stride", [0, 1]), "stride must be at least 1"),
+        (node("conv", "dilation", [1, -1]), "dilation must be at least 1"),
+        (node("conv", "padding", [-1, 0]), "padding .-1, 0., groups"),
+        (node("conv", "padding", [10**6, 0]), "spans more than 1024 pixels"),
+        (node("conv", "kernel", [3, 5]), "the graph needs .12, 3, 3, 5."),
+        (node("conv", "kernel", [3.0, 3]), "whose kernel is .3.0, 3."),
+        (node("max_pool", "padding", [2, 0]), "more than half of the kernel"),
+        (node("max_pool", "dilation", [2, 2]), "max_pool. has no dilation"),
+        (node("relu", "kernel", [3, 3]), "relu. has no kernel"),
+        (node("add", "inputs", ["input", "input"]), "no operation reads the value"),
+        (node("add", "inputs", ["add", "add"]), "which was not computed before"),
+        (node("mean_pool", "op", "conv"), "no linear layer of images .operation 'fc'"),
+        (node("linear", "op", "relu"), "relu. has no parameters"),
+        (node("conv", "name", "a\nb"), "whose name is 'a.nb'"),
+        (field("in_channels", 4), "mean that is not of in_channels numbers"),
+        (field("in_channels", 0), "in_channels that is not 1 to"),
+        (field("image_size", 10**9), "image_size that is not 1 to"),
+        (field("mean", [0.5, 0.5, "0"]), "mean that is not numbers"),
+        (field("std", [1, 1, 0]), "std that is not numbers above 0"),
+        (field("std", [1, 1, float("nan")]), "std that is not numbers above 0"),
+        (field("model", {"num_classes": [7]}), "model that is not a mapping"),
+        (field("arch", "\ud800"), "arch that is not a string"),
+        (field("dtype", "float8"), "dtype that is not one of"),
+        (field("folded", 1), "folded that is not true or false"),
+        (field("folded", True), "'norm.weight' should have been folded"),
+        (field("names", []), "there is no 'fc.weight' for its shape"),
+        (field("shapes", {n: [2**40] * 2 for n in MASKED}), "weight.mask' is torch.uint8"),
+        (field("nodes", {}), "no list of nodes"),
+        (field("nodes", []), "it has 0"),
+        (field("later", 1), "lacks or adds 'later'"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, change: Change, message: str) -> None:
+    path = seeds(tmp_path)[3]  # not folded, float32
+    header, tensors = content(path)
+    change(header, tensors)
+    rewrite(path, header, tensors)
+    with pytest.raises(ValueError, match=message) as error:
+        runtime.load(path, backend="torch")
+    assert str(error.value).startswith(f"{path} is no valid compact sparse network: ")
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["", "3", "null", "[" * 100_000, "{", '{"a": 1}', "9" * 10_000])
+def test_headers_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+    path = seeds(tmp_path)[0]
+    rewrite(path, text, content(path)[1])
+    with pytest.raises(ValueError, match="no valid compact sparse network: its header") as error:
+        runtime.read(path)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_images_that_would_take_too_much_memory_are_refused(
+    tmp_path: Path, kernel_cache: Path, backend: str
+) -> None:
+    path = seeds(tmp_path)[0]
+    arguments = {"backend": backend, "tune": False, "cache": kernel_cache}
+    network = runtime.load(path, **arguments)
+    with (
+        mock.patch.object(memory, "limit", return_value=2**16),
+        pytest.raises(ValueError, match=r"images of 99x99 are too large .* GiB"),
+    ):
+        network(torch.zeros(1, 3, 99, 99))
+    with (
+        mock.patch.object(memory, "limit", return_value=2**8),
+        pytest.raises(ValueError, match="its weights would take"),
+    ):
+        runtime.load(path, **arguments)
+
+
+@pytest.mark.parametrize("to", ["compact", "onnx"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": {"num_classes": 10**12}}, {"model": {"unknown": 1}}, {"arch": "resnet50"}],
+)
+def test_an_architecture_that_does_not_fit_is_one_line_of_the_program(
+    tmp_path: Path,
+    save: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    to: str,
+) -> None:
+    path = save(create_model("small_cnn", num_classes=7))
+    header, tensors = content(path)
+    rewrite(path, header | {"arch": "small_cnn"} | changes, tensors)
+    assert export.main([str(path), str(tmp_path / "out"), "--to", to]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert "does not have these weights" in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_padding_takes_no_memory(tmp_path: Path) -> None:
+    path = seeds(tmp_path)[3]
+    header, tensors = content(path)
+    pool = next(n for n in header["nodes"] if n["op"] == "max_pool")
+    # Each of them doubles the image, and none has weights.
+    for i in range(40):
+        grown = copy.deepcopy(pool)
+        grown |= {"name": f"grown{i}", "kernel": [1024, 1024], "stride": [1, 1]}
+        grown |= {"padding": [512, 512], "inputs": [f"grown{i - 1}" if i else "input"]}
+        header["nodes"].insert(i, grown)
+    header["nodes"][40]["inputs"] = ["grown39"]
+    rewrite(path, header, tensors)
+    network = runtime.load(path, backend="torch")
+    with mock.patch.object(memory, "limit", return_value=2**20):
+        with pytest.raises(ValueError, match="too large"):
+            network(torch.zeros(1, 3, 512, 512))
+        assert network(torch.zeros(1, 3, 9, 9)).shape == (1, 7)
