@@ -26,6 +26,9 @@ DTYPES = {
 }
 """How values may be stored; BatchNorm and biases are always float32."""
 
+_OTHER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
+"""Of entries that the graph does not compute with, such as counters."""
+
 MAX_IMAGE_SIZE = 2**14
 MAX_CHANNELS = 2**16
 MAX_DIMENSIONS = 8
@@ -177,7 +180,7 @@ def _check_masked(name: str, shape: tuple[int, ...], tensors: Mapping[str, Tenso
 
 
 def _check_types(header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Check that what the graph computes with is stored in one of `DTYPES`."""
+    """Check that what the graph computes with is stored in one of `DTYPES`, and no entry oddly."""
     read = {
         node.parameters + name
         for node in header.nodes
@@ -188,10 +191,9 @@ def _check_types(header: Header, tensors: Mapping[str, Tensor]) -> None:
         if name in header.shapes:
             continue
         dtype = tensors[name].dtype
-        is_scaled = name + ".scale" in tensors
-        if name in read and (
-            dtype not in DTYPES.values() or (dtype == torch.int8 and not is_scaled)
-        ):
+        if dtype in DTYPES.values() and (dtype != torch.int8 or name + ".scale" in tensors):
+            continue
+        if name in read or dtype not in _OTHER_DTYPES:
             raise ValueError(f"{name!r} is {dtype}, which is none of {', '.join(DTYPES)}")
 
 

@@ -247,11 +247,16 @@ def num_rows(step: Stage) -> int:
 
 
 def _reads_all(step: Stage) -> bool:
-    """Tell whether any rows of a step's output need all of its input, as where bands change."""
+    """Tell whether any rows of a step's output need all of its input, as where bands change.
+
+    Bands of other rows begin with other rows of the image.
+    """
     source, target = step.source, step.target
     if not (isinstance(source, Map) and isinstance(target, Map)):
         return True
-    return source.grid.bands != target.grid.bands
+    if source.grid.bands != target.grid.bands:
+        return True
+    return source.grid.bands > 1 and source.rows != target.rows * step.stride[0]
 
 
 def _by_rows(step: Stage) -> bool:

@@ -1,5 +1,6 @@
 """No write out of bounds, no data race: the kernels under the compilers' sanitizers."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ SCRIPT = Path(__file__).with_name("sanitized.py")
 ROOT = Path(native.__file__).parents[2]
 
 
+@functools.cache
 def sanitized(name: str, directory: Path) -> tuple[Path, dict[str, str]]:
     """Return kernels compiled with a sanitizer, and the environment in which they run."""
     compiler = shutil.which("g++")
@@ -44,8 +46,8 @@ def sanitized(name: str, directory: Path) -> tuple[Path, dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["address,undefined", "thread"])
-def test_kernels_are_clean_under(name: str, tmp_path: Path) -> None:
-    library, environment = sanitized(name, tmp_path)
+def test_kernels_are_clean_under(name: str, kernel_cache: Path) -> None:
+    library, environment = sanitized(name, kernel_cache)
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(library)],
         env=environment,
@@ -57,8 +59,10 @@ def test_kernels_are_clean_under(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_files_of_strangers_touch_no_memory_but_their_own(tmp_path: Path) -> None:
-    library, environment = sanitized("address,undefined", tmp_path)
+def test_files_of_strangers_touch_no_memory_but_their_own(
+    kernel_cache: Path, tmp_path: Path
+) -> None:
+    library, environment = sanitized("address,undefined", kernel_cache)
     done = subprocess.run(
         [sys.executable, "-m", "tests.sparse.runtime.fuzzed", str(library), "3000", str(tmp_path)],
         env=environment,

@@ -55,8 +55,11 @@ def rows_of(step: Step, value: Map, begin: int, end: int) -> range:
     if step.layer is not None:
         kernel, padding = step.layer.kernel[0], step.layer.padding[0]
         dilation = step.layer.dilation[0]
-    if isinstance(step.target, Map) and step.target.grid.bands != value.grid.bands:
-        return range(value.rows)
+    if isinstance(step.target, Map):
+        if step.target.grid.bands != value.grid.bands:
+            return range(value.rows)
+        if value.grid.bands > 1 and step.target.rows * step.stride[0] != value.rows:
+            return range(value.rows)  # the bands begin with other rows of the image
     first = begin * step.stride[0] - padding
     last = (end - 1) * step.stride[0] + (kernel - 1) * dilation - padding
     if value.grid.bands > 1:
@@ -113,6 +116,19 @@ def rows_and_copies(value: Map, y: int) -> list[int]:
         rows += [y - value.rows] if y >= value.rows - value.pad_top else []
         rows += [y + value.rows] if y < value.pad_bottom else []
     return rows
+
+
+def test_bands_of_other_rows_wait_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "core_cache", lambda: 4096)
+    monkeypatch.setattr(schedule, "MAX_WORK", 1e9)
+    model = nn.Sequential(nn.Conv2d(1, 8, (2, 3), stride=3, padding=1)).eval()
+    layers = lower(trace(model), model.state_dict(), in_channels=1)
+    grid = Grid(vectors=12, rows=16, lanes=8, bands=2)
+    plan = Arrangement(layers, (1, 28, 33), lanes=8, grid=grid)
+    repacked = plan.steps[1].target
+    assert isinstance(repacked, Map)
+    assert (repacked.grid.bands, repacked.rows) == (2, 15)
+    follow(plan, layerwise=False, grouped=False)
 
 
 def test_a_sum_takes_the_place_of_what_it_adds_only_when_nobody_else_reads_it() -> None:
