@@ -1,4 +1,4 @@
-"""Devices: a body that a GPU runs is run by the CPU, too. Properties: the same examples each time."""
+"""One body for the CPU and for GPUs, and the same examples of properties each time."""
 
 import hypothesis
 import pytest
