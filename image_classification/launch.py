@@ -21,7 +21,8 @@ _SIGNALS = (*preemption.SIGNALS, signal.SIGUSR2)
 def launch(arguments: Sequence[str]) -> int:
     """Run torchrun with `arguments` and return the exit status.
 
-    Signals that arrive before the workers are started end it as well, with nothing lost.
+    Signals that arrive before the workers are started end it as well, with nothing lost; those that
+    arrive while it tries to reach the store of another node, when it has or has given up.
     """
     preemption.listen()  # while torch is imported
     # A store of their own for the workers of every rendezvous: with one store for all, a node that

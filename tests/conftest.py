@@ -1,7 +1,12 @@
-"""Devices: a body that a GPU runs is run by the CPU, too."""
+"""One body for the CPU and for GPUs, and the same examples of properties each time."""
 
+import hypothesis
 import pytest
 import torch
+
+# A busy machine breaks no deadline. --hypothesis-profile=default looks for new examples.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

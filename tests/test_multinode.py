@@ -214,7 +214,7 @@ def test_bytes_on_the_wire(pair: tuple[Host, Host]) -> None:
         for rank, host in enumerate(pair)
     ]
     for output in finish(processes):
-        sent = json.loads(output)
+        sent = json.loads(output.splitlines()[-1])  # gloo of torch 2.9 prints a line of its own
         dense = min(sent["None"])
         assert dense > 4 * 25_557_032
         assert sent["0.9"][0] > 0.95 * dense  # the update of step 0 needs every gradient

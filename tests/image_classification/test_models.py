@@ -141,13 +141,22 @@ class TestArchitectures:
 
 
 class TestTraining:
-    @pytest.mark.parametrize(("arch", "size"), [*[(arch, 32) for arch in OWN], ("small_cnn", 8)])
-    def test_learns_a_batch_in_channels_last(self, arch: str, size: int) -> None:
+    # At 0.05 mobilenet_v1 diverges or not by seed and rounding: BatchNorm sees eight images.
+    @pytest.mark.parametrize(
+        ("arch", "size", "lr"),
+        [
+            ("mobilenet_v1", 32, 0.01),
+            ("wrn22_2", 32, 0.05),
+            ("small_cnn", 32, 0.05),
+            ("small_cnn", 8, 0.05),
+        ],
+    )
+    def test_learns_a_batch_in_channels_last(self, arch: str, size: int, lr: float) -> None:
         torch.manual_seed(0)
         model = create_model(arch, num_classes=4).to(memory_format=torch.channels_last)
         images = torch.randn(8, 3, size, size).to(memory_format=torch.channels_last)
         labels = torch.arange(8) % 4
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         losses = []
         for _ in range(15):
             optimizer.zero_grad()

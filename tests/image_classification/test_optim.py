@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -321,7 +321,6 @@ class TestLrSchedule:
         assert [lrs(4 * e) for e in (0, 1, 2)] == [0.4, 0.8, 1.0]
         assert lrs(4 * 3) == pytest.approx(1 - 0.5 / 7.5)
 
-    @settings(deadline=None)  # the machine may be busy
     @given(
         kind=st.sampled_from(["step", "cosine", "linear"]),
         per_step=st.booleans(),

@@ -16,7 +16,6 @@ TOLERANCE = 1e-4
 
 FEW = settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
