@@ -26,7 +26,7 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
         ValueError: There is no torch optimizer inside.
     """
     inner: Any = optimizer
-    while "_optimizer_load_state_dict_post_hooks" not in vars(inner):
+    while "_optimizer_load_state_dict_post_hooks" not in getattr(inner, "__dict__", ()):
         inner = next((getattr(inner, name) for name in _INNER if hasattr(inner, name)), None)
         if inner is None:
             raise ValueError(

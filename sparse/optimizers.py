@@ -109,12 +109,14 @@ def lay_out_state(optimizer: Optimizer) -> None:
 def only_sets_up_state(optimizer: Optimizer) -> bool:
     """Say whether the coming step is one with which a loop makes the optimizer create its state.
 
-    torch.distributed.checkpoint takes such steps. They can move nothing: the learning rates and all
-    gradients are 0, and there is no state yet. Waits for the device only if the rates are 0.
+    torch.distributed.checkpoint takes such steps. They can move nothing: the learning rates, plain
+    numbers or tensors on the CPU, and all gradients are 0, and there is no state yet. Waits for the
+    device only if the rates are 0.
     """
     if any(state_holder(optimizer).state.values()):
         return False
-    if any(group.get("lr", 1.0) != 0 for group in optimizer.param_groups):
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    if any((isinstance(rate, Tensor) and not rate.is_cpu) or rate != 0 for rate in rates):
         return False
     gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
     return not any(is_fake(gradient) or bool(gradient.any()) for gradient in gradients)
