@@ -1,6 +1,6 @@
 # The image nvidia_rn50: docker/build.sh builds it, docker/run.sh runs it (docs/docker.md).
 #
-# BASE_IMAGE brings Python 3.11 or newer with pip. Its torch is kept as it is; where it has none,
+# BASE_IMAGE contains Python 3.11 or newer with pip. If it has torch, this torch is kept; otherwise
 # the release on PyPI is installed.
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.05-py3
 
@@ -13,20 +13,21 @@ ENV PIP_CONSTRAINT= \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 
-# On top of the packages of the base image, whose pip is used: distributions forbid to add to them.
+# A virtual environment, because Linux distributions do not let pip add packages to the system's
+# Python. It sees the packages of the base image and uses the pip of the base image.
 RUN python3 -m venv --system-site-packages --without-pip /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
 WORKDIR /opt/requirements
 COPY requirements.txt requirements-dev.txt ./
 
-# A torch of the base image that is too old is an error here: replacing it would leave two of them.
+# If the torch of the base image is too old, this is an error: replacing it would leave two torches.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip list --format=freeze >installed.txt \
     && sed -n '/^torch\(vision\)\{0,1\}==/p' installed.txt >constraints.txt \
     && python -m pip install --constraint constraints.txt --requirement requirements-dev.txt
 
-# Both are optional: without them the project writes the log and runs SGD itself.
+# dllogger and apex are optional: without them the project writes the log itself and uses torch's SGD.
 ARG WITH_DLLOGGER=0
 ARG DLLOGGER_REF=v1.1.0
 RUN if [ "$WITH_DLLOGGER" = 1 ]; then \
@@ -53,7 +54,7 @@ RUN mkdir sparse/prebuilt \
 
 FROM ${BASE_IMAGE}
 
-# Base images may have a user of this number already; docker/run.sh may choose any other.
+# The base image may have a user with this UID already; docker/run.sh may choose any other UID.
 ARG USER_ID=1000
 ARG GROUP_ID=1000
 RUN groupadd --non-unique --gid "$GROUP_ID" trainer \
@@ -89,6 +90,6 @@ LABEL org.opencontainers.image.title="nvidia_rn50" \
 
 USER $USER_ID:$GROUP_ID
 
-# Rarely: it starts a Python with torch beside the training.
+# The check runs rarely, because it starts a Python with torch beside the training.
 HEALTHCHECK --interval=30m --timeout=2m CMD ["python", "main.py", "--version"]
 CMD ["bash"]

@@ -105,7 +105,7 @@ def load_image(
 
     Args:
         path: Image file.
-        image_size: Side of the image; the shorter side of the file stands for 256 / 224 of it.
+        image_size: Side of the image. The shorter side of the file is resized to 256 / 224 of it.
         interpolation: As main.py takes it.
         mean: Normalization, per channel, of values in [0, 1].
         std: The same.

@@ -1,4 +1,4 @@
-"""What main.py joins to the trainer: a sparse method, its records, the costs of a checkpoint."""
+"""Join a sparse method to the trainer: its log records, its checkpoint state, its costs."""
 
 import functools
 import inspect
@@ -97,7 +97,7 @@ def attach(
     masked_at = -1
 
     def prepare_ema(averaged: nn.Module) -> None:
-        # Averages at zero of weights at zero stay there until the masks move.
+        # While the masks do not change, averages of zero weights stay zero.
         nonlocal masked_at
         if sparsifier.num_updates != masked_at:
             sparsifier.apply_to(averaged)

@@ -1,4 +1,4 @@
-"""The sparse flags of main.py: what they are, what they ask of `sparse`, what they will cost."""
+"""The sparse flags of main.py, the factory arguments they give, and the planned costs."""
 
 import dataclasses
 import math
@@ -85,7 +85,7 @@ METHOD_FLAGS = {  # the flags that have an effect, named as the arguments of spa
     "gmp": LAYER_FLAGS + "scope prune_start prune_end prune_every t_end_fraction",
 }
 
-SENDS_ALL = {  # the methods for which it saves nothing to send active weights only
+SENDS_ALL = {  # methods for which sending only active weights saves nothing
     "dense": "whose weights are all active",
     "snfs": "which needs the gradients of all weights at every step",
 }

@@ -1,4 +1,4 @@
-"""What the masks of a checkpoint ask of the run that starts from it."""
+"""Check that a run fits the masks of the checkpoint from which it starts."""
 
 import copy
 from collections.abc import Mapping

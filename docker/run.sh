@@ -39,7 +39,7 @@ use_gpus() {
     fi
 }
 
-# The caller's numbers, whatever the engine makes of them.
+# Run as the caller's UID and GID, whatever the engine maps them to.
 become_caller() {
     local user
     user=$(id -u):$(id -g)
@@ -47,7 +47,7 @@ become_caller() {
         flags+=(--security-opt=label=disable) # SELinux would forbid the mounts
         (($(id -u) == 0)) || flags+=(--userns=keep-id)
     elif [[ $(docker info --format '{{.SecurityOptions}}') == *name=rootless* ]]; then
-        user=0:0 # which is the caller's number outside
+        user=0:0 # which is the caller's UID and GID outside of the container
     fi
     flags+=(--user="$user")
 }

@@ -129,7 +129,7 @@ class Start:
 
 
 def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Start:
-    """Find all that can be wrong with a run before any process group or device is started.
+    """Check all that can be checked before a process group or a device is started.
 
     Args:
         config: The flags.
@@ -202,7 +202,7 @@ def _read_pretrained(config: Config, model: nn.Module) -> tuple[Mapping[str, Any
 
 
 def _check_resume(config: Config, model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
-    """Compare a checkpoint with what a run takes from it besides the weights."""
+    """Check that a run can take from a checkpoint what it needs besides the weights."""
     if state.get("optimizer") is None:
         raise ValueError(
             f"{path} holds weights alone, which cannot be resumed: start from them with "
@@ -270,7 +270,7 @@ def build(
     model = create_model(config, dataset).to(world.device)
     model = model.to(memory_format=_memory_format(config))
     if config.pretrained_from_file:
-        # compared with the network before; what is missing is the new head
+        # `prepare` compared the names; only a new head may be missing here
         model.load_state_dict(start.pretrained["state_dict"], strict=False)
     steps = start.steps
     optimizer = create_optimizer(config, model, world.device)

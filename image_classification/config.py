@@ -173,7 +173,7 @@ PER_INVOCATION = frozenset(
     "checkpoint_filename gather_checkpoints raport_file tensorboard print_freq".split()
 )
 
-# Flags of the originals that no longer mean anything, and what does their work today.
+# Flags of the originals that are refused -> what to use instead.
 RETIRED = {
     "--jit": "use --compile",
     "--fp16": "use --amp",
@@ -396,7 +396,7 @@ class Steps:
 
 
 def _largest_part(wanted: int, batch_size: int, world_size: int) -> int:
-    """Return the largest micro-batch of at most `batch_size` that `wanted` images can be cut into.
+    """Return the largest micro-batch of at most `batch_size` images into which `wanted` divides.
 
     Raises:
         ValueError: The processes do not divide them.
@@ -417,9 +417,9 @@ def cut(config: Config, *, num_train: int, world_size: int, kept_batch: int | No
         config: The flags.
         num_train: Training images.
         world_size: Processes.
-        kept_batch: Images per optimizer step of the run that is continued. They are kept on
-            another number of processes, unless --optimizer-batch-size says otherwise: by
-            accumulation, and by smaller micro-batches where that is not enough.
+        kept_batch: Images per optimizer step of the run that is continued. Unless
+            --optimizer-batch-size says otherwise, this number stays the same on another number of
+            processes: by accumulation, and by smaller micro-batches if accumulation is not enough.
 
     Raises:
         ValueError: The images of an optimizer step are no multiple of those of one micro-batch

@@ -106,8 +106,8 @@ def start(*, cpu: bool = False, deterministic: bool = False) -> World:
     if launch.world_size > 1 or (launch.launcher == "torchrun" and "MASTER_ADDR" in os.environ):
         address = _slurm_address(os.environ) if launch.launcher == "slurm" else "env://"
         store, *_ = next(rendezvous(address, launch.rank, launch.world_size))
-        # torchrun may keep its store when it starts the workers again, and with it the addresses
-        # of those that are gone.
+        # When torchrun restarts the workers it may keep its store, which then has addresses of
+        # processes that are gone. A prefix per attempt separates the addresses.
         attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{launch.world_size}"
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
@@ -127,8 +127,9 @@ def stop() -> None:
     """Leave the process group, if one was joined."""
     global _left
     if dist.is_initialized():
-        # Whoever lets go of the group last ends its threads. DDP would do so with Python's lock
-        # held, for which they may be waiting: torch 2.9 hangs. This reference outlives DDP.
+        # Dropping the last reference to the group ends its threads. DDP would drop it while it
+        # holds Python's lock, for which the threads may be waiting, and torch 2.9 would hang. The
+        # reference kept here outlives DDP's.
         _left = dist.group.WORLD
         dist.destroy_process_group()
 
@@ -188,11 +189,11 @@ def barrier() -> None:
 
 
 class Ballot:
-    """Lets any rank stop all ranks at the same place, without keeping them waiting.
+    """Lets any rank stop all ranks at the same step, without making them wait.
 
     `cast` starts to sum the votes in the background, on the host, and returns the outcome of the
-    call before. All ranks see the same outcomes in the same order and therefore act on the same
-    call; the devices are not asked. Every rank must call as often as the others.
+    previous call. All ranks see the same outcomes in the same order and therefore act after the
+    same call. The devices take no part. Every rank must call `cast` equally often.
     """
 
     def __init__(self) -> None:
@@ -203,7 +204,7 @@ class Ballot:
         self._under_way: dist.Work | None = None
 
     def cast(self, vote: bool) -> bool:
-        """Vote; tell whether any rank voted yes in the call before (alone: in this one)."""
+        """Vote; tell whether any rank voted yes in the previous call (alone: in this call)."""
         if self._group is None:
             return vote
         outcome = self._count()
@@ -212,7 +213,7 @@ class Ballot:
         return outcome
 
     def decide(self, vote: bool) -> bool:
-        """Vote and wait: tell whether any rank voted yes in this call or the one before."""
+        """Vote and wait; tell whether any rank voted yes in this call or the previous one."""
         before = self.cast(vote)
         return before or (vote if self._group is None else self._count())
 

@@ -61,7 +61,7 @@ def evaluate(
     iteration = 0
     progress = logger.progress(batches, prefix)
     for iteration, (images, targets) in enumerate(loader.epoch(0), start=1):
-        if len(images):  # none of a batch may be readable
+        if len(images):  # 0 if no image of the batch can be read
             clock.start()
             with precision.autocast(images.device):
                 output = model(images)
@@ -76,7 +76,7 @@ def evaluate(
         if iteration == batches:
             break
     progress.close()
-    for _ in range(iteration, rounds):  # others may have more batches, or more that can be read
+    for _ in range(iteration, rounds):  # other ranks may have more batches
         after_batch()
     sums = torch.cat([sums, torch.tensor([float(images_seen)], device=world.device)])
     top1, top, loss, count = distributed.all_reduce_sum(sums).tolist()

@@ -26,7 +26,7 @@ TF_ARCHES = ("tf_resnet50", "mobilenet_v1")
 
 # In front of all names: DistributedDataParallel, AveragedModel, a module that holds the network.
 _OUTER = re.compile(r"(?:(?:module|model)\.)+")
-# Wherever a part of a network was wrapped: torch.compile, FSDP, activation checkpointing.
+# Anywhere in a name, where a part was wrapped: torch.compile, FSDP, activation checkpointing.
 _WRAPPER = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -94,7 +94,7 @@ def _our_name(name: str) -> str:
 
 
 def from_port(state_dict: Mapping[str, Any], pruner: Mapping[str, Any]) -> Network:
-    """Bring in a checkpoint of the PyTorch port of RigL.
+    """Convert a checkpoint of the PyTorch port of RigL.
 
     Args:
         state_dict: Its weights.
@@ -132,7 +132,7 @@ def masked(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Networ
 
 
 def from_tf(variables: Mapping[str, Tensor], arch: str) -> Network:
-    """Bring in a checkpoint of the RigL repository (TensorFlow 1).
+    """Convert a checkpoint of the RigL repository (TensorFlow 1).
 
     Kernels change from (height, width, in, out) to (out, in, height, width). A mask stands beside
     its kernel, and in the scope that both share. The max-pooling of that graph pads at the end

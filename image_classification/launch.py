@@ -1,8 +1,9 @@
 """torchrun that tells a stop from a failure: `python -m image_classification.launch ... main.py`.
 
-Takes torchrun's flags and starts its workers. torchrun ends with status 1 whatever status they had,
-so that nobody could tell a run that only wants to be started again; this one ends with 75 if a
-worker did, or if it was itself stopped by SIGTERM or SIGUSR1, which it passes on to the workers.
+Takes torchrun's flags and starts its workers. torchrun itself ends with status 1 whatever status
+the workers had, so a run that only has to be started again looks like a failure. This launcher ends
+with 75 if a worker did, or if SIGTERM or SIGUSR1 stopped the launcher, which passes these signals
+on to the workers.
 """
 
 import os
@@ -14,19 +15,21 @@ from typing import NoReturn
 
 from image_classification import preemption, versions
 
-# Of clusters. torchrun passes on SIGTERM, SIGINT, SIGHUP and SIGQUIT once its workers are started.
+# Signals of clusters. torchrun passes on SIGTERM, SIGINT, SIGHUP and SIGQUIT itself, once its
+# workers are started.
 _SIGNALS = (*preemption.SIGNALS, signal.SIGUSR2)
 
 
 def launch(arguments: Sequence[str]) -> int:
     """Run torchrun with `arguments` and return the exit status.
 
-    Signals that arrive before the workers are started end it as well, with nothing lost; those that
-    arrive while it tries to reach the store of another node, when it has or has given up.
+    Signals that arrive before the workers are started end the launcher too, and nothing is lost.
+    While the launcher tries to reach the store of another node, a signal waits until it has, or has
+    given up.
     """
     preemption.listen()  # while torch is imported
-    # A store of their own for the workers of every rendezvous: with one store for all, a node that
-    # comes back finds the addresses of processes that are gone.
+    # The workers of every rendezvous get a store of their own. If all attempts shared one store, a
+    # node that comes back would find the addresses of processes that are gone.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException

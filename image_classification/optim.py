@@ -121,9 +121,10 @@ def create_optimizer(
 def _start_momentum_at_zero(optimizer: SGD) -> None:
     """Allocate the momentum of fused SGD before its first step.
 
-    Without it the first step allocates the buffers unfilled, and when GradScaler finds that this
-    step overflowed, as the first often do, they stay so: the next step adds whatever the memory
-    held. From zero the first step yields the very same numbers: m * 0 + g = g.
+    Otherwise the first step allocates the buffers without initializing them. If GradScaler finds
+    that this step overflowed, as first steps often do, they stay uninitialized, and the next step
+    adds whatever the memory held. Starting from zero gives the same numbers in the first step:
+    m * 0 + g = g.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -158,7 +159,7 @@ class LrSchedule:
     Per epoch these are the formulas of NVIDIA's ConvNets harness. From the end of training on, the
     value of e = E is kept. Having no state, it needs nothing in a checkpoint but the step.
 
-    Deviations: a warm-up of a broken number of epochs never exceeds b.
+    Deviations: a warm-up of a fractional number of epochs never exceeds b.
     """
 
     kind: Literal["step", "cosine", "linear"]

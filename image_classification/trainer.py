@@ -93,11 +93,11 @@ class Trainer:
         self.step = 0
         """Optimizer steps tried so far; the position in the schedule."""
         self.epoch = -1
-        """The epoch that was entered last."""
+        """The current epoch, or the last one."""
         self.epoch_step = 0
-        """Its optimizer steps so far."""
+        """Optimizer steps taken in `epoch`."""
         self.meter = Meter(world)
-        """Its sums so far."""
+        """Sums over `epoch` so far."""
         self._ddp = _wrap(model, world)
         if self._ddp is not None:
             prepare_ddp(self._ddp)
@@ -106,7 +106,7 @@ class Trainer:
             self._forward = torch.compile(self._forward)
 
     def backward(self, images: Tensor, targets: Tensor, *, last: bool) -> Tensor:
-        """Add a micro-batch's share of the gradient; `last` of a step, all ranks average theirs.
+        """Add the gradient of a micro-batch; with the `last` of a step, average over all ranks.
 
         Returns:
             The mean loss of the micro-batch, detached, on the device; 0 without images.
@@ -165,8 +165,8 @@ class Trainer:
     ) -> dict[str, float]:
         """Train until `steps` optimizer steps are taken on the images of `epoch`.
 
-        An epoch that was entered before (`epoch`, `epoch_step`, `meter` and the position of the
-        loader come from a checkpoint) goes on where it was.
+        If a checkpoint was loaded within the epoch (it sets `epoch`, `epoch_step`, `meter` and the
+        position of the loader), training continues at that position.
 
         Args:
             loader: Batches of this process.
@@ -259,10 +259,10 @@ class Meter:
         self._bad_steps = torch.zeros((), device=world.device)  # in a row, up to now
         self._most_bad_steps = torch.zeros((), device=world.device)  # since the last record
         self.bad_steps = 0
-        """The longest row of steps without a finite loss, on any rank, in the last record."""
+        """Most steps in a row without a finite loss, on any rank, in the last record."""
 
     def fetch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Take a batch, and the time that this takes."""
+        """Get a batch, and add the time that it took."""
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
@@ -280,7 +280,7 @@ class Meter:
             self._step_loss = torch.zeros_like(self._step_loss)
 
     def record(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Close an interval; return what the console shows and what only the raport keeps."""
+        """End the interval; return metrics for the console, and metrics only for the raport."""
         loss, images = distributed.all_reduce_sum(self._sums).tolist()
         self.bad_steps = int(distributed.all_reduce_max(self._most_bad_steps))
         now = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Read files of weights, whoever wrote them, and hold them to a network.
+"""Read files of weights, whoever wrote them, and check them against a network.
 
-Understood are the files of torch.save and of safetensors: bare state dicts, and checkpoints of
-torchvision's and NVIDIA's trainers, of timm, of the PyTorch port of RigL, and our own; further
-TensorFlow checkpoints of the RigL repository. Nothing in a file is executed.
+Reads files of torch.save and of safetensors: bare state dicts, and checkpoints of torchvision's and
+NVIDIA's trainers, of timm, of the PyTorch port of RigL, and our own. Also reads TensorFlow
+checkpoints of the RigL repository. Nothing in a file is executed.
 """
 
 import argparse
@@ -27,8 +27,9 @@ ENTRIES = ("state_dict", "model_state_dict", "model", "net", "module")
 AVERAGED_ENTRIES = ("ema", "state_dict_ema", "model_ema", "ema_state_dict")
 
 _NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]
-# What trainers store beside the weights: their flags, an accuracy of NumPy's. Rebuilding these runs
-# nothing of the file's choosing. The second spellings are those of other versions.
+# Objects that trainers store beside the weights, such as their flags and an accuracy as a NumPy
+# number. Rebuilding these objects runs no code that a file could choose. The second spellings are
+# those of other versions.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     pathlib.PosixPath,
@@ -49,7 +50,7 @@ class Weights(Network):
     arch: str | None = None
     """The network, where the file names it."""
     entry: str | None = None
-    """Where in the file the weights stood; None: they are all of it."""
+    """Entry of the file that had the weights; None: the file is the state dict."""
     left: tuple[str, ...] = ()
     """Entries with averaged weights that were not asked for."""
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -16,8 +16,8 @@
 #
 #   NNODES       nodes; MIN:MAX for as many as there are
 #   NODE_RANK    0 on the node of MASTER_ADDR, another number on the others
-#   MASTER_ADDR, MASTER_PORT   where they meet (default port 29500)
-#   NODE_ADDR    this node's own address; needed where its host name does not lead to it
+#   MASTER_ADDR, MASTER_PORT   where the nodes find each other (default port 29500)
+#   NODE_ADDR    this node's own address; needed if its host name does not resolve to it
 #
 # Under SLURM the processes are the tasks of the job: one per GPU. Works from an srun step or, with
 # the same line, from a batch script. --dry-run prints the plan and needs neither data nor GPU.
@@ -51,8 +51,8 @@ elif [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_NUM_TASKS:-} ]] && ((${SLURM_NTA
     world=$SLURM_NTASKS
     launch=(srun "$PYTHON")
 elif ((max_nodes > 1)); then
-    # Said outright, because torchrun's own guess whether it is the host fails where a name resolves
-    # to 127.0.0.1, and all nodes then wait for each other.
+    # is_host is given explicitly: torchrun's own guess fails if the host name resolves to 127.0.0.1,
+    # and all nodes would then wait for each other.
     is_host=$((${NODE_RANK:?is needed with NNODES} == 0))
     launch+=(-m image_classification.launch --nnodes "$nnodes" --nproc-per-node "$nproc"
         --rdzv-backend c10d --rdzv-id "$row" --rdzv-conf "is_host=$is_host"

@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# Makes .venv where it is missing or older than the requirements: bash scripts/venv.sh. Sourced by
-# other scripts it also defines PYTHON. A marker holds the hash of the requirements it was made
-# from. A PYTHON that is set already is used as it is. With OLDEST=yes the environment is
-# .venv-oldest, and every package for which requirements.txt names a lowest version has that one.
+# Creates .venv if it is missing or older than the requirements: bash scripts/venv.sh. If another
+# script sources this file, it also defines PYTHON. A marker file holds the hash of the requirements
+# from which .venv was made. If PYTHON is set already, that interpreter is used and nothing is
+# installed. With OLDEST=yes the environment is .venv-oldest, and every package has the lowest
+# version that requirements.txt names, if it names one.
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit
 if [ -z "${PYTHON:-}" ]; then

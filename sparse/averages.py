@@ -16,8 +16,9 @@ def average_gradients(
 ) -> None:
     """Blend the present gradients in: average <- decay * average + (1 - decay) * gradient.
 
-    Averages start at 0 and are at least float32. Gradients are unscaled first if a GradScaler left
-    that to a fused optimizer, and leave no trace if it found an overflow.
+    Averages start at 0 and are at least float32. If a GradScaler leaves the unscaling to a fused
+    optimizer, the gradients are unscaled first. If it found an overflow, the averages do not
+    change.
     """
     unscale, overflow = inverse_scale(optimizer), found_inf(optimizer)
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""The state of a sparse run as plain numbers and tensors, and back with every doubt raised."""
+"""Save the state of a sparse run as plain numbers and tensors; check it on loading."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from sparse.masks import pack, unpack
 Tensors = Mapping[str, Tensor]
 
 _VERSION = 1
-_FORMER_NAMES = {"snfs-fixed": "snfs"}  # of methods, in states that were written by then
+_FORMER_NAMES = {"snfs-fixed": "snfs"}  # former name of a method, in older states -> its name
 _KEYS = ("step", "num_updates", "last_update", "masks", "averages", "method_state", "explored")
 
 

@@ -1,8 +1,8 @@
 """Count optimizer steps when a GradScaler may have skipped some of them unseen.
 
-A fused optimizer runs its step hooks although its kernel skipped the step; whether it did is a
-number on the device. Reading it at every step would stall the device, so skipped steps add up there
-and are read only when the count matters.
+A fused optimizer runs its step hooks even when its kernel skipped the step. Whether the kernel did
+is a number on the device. Reading this number at every step would stall the device. Therefore the
+number of skipped steps is summed on the device, and it is read only when the count matters.
 """
 
 import torch
@@ -21,7 +21,8 @@ class Clock:
     def bound(self) -> int:
         """An upper bound of the count, known without asking the device.
 
-        Only `tick` and `settle` change it, which all ranks call together: it is the same on all.
+        Only `tick` and `settle` change the bound. All ranks call them together, so the bound is the
+        same on all ranks.
         """
         return self._bound
 
@@ -30,7 +31,7 @@ class Clock:
         return self._bound - (0 if self._skipped is None else int(self._skipped.item()))
 
     def settle(self) -> int:
-        """Make the bound exact and give it; waits as `read` does."""
+        """Make the bound exact and return it; waits for the device as `read` does."""
         self._bound, self._skipped = self.read(), None
         return self._bound
 
@@ -49,6 +50,6 @@ def found_inf(optimizer: Optimizer) -> Tensor | None:
 
 
 def inverse_scale(optimizer: Optimizer) -> Tensor | None:
-    """Give what unscales the gradients of a fused step, None if they are not scaled."""
+    """Give the factor that unscales the gradients of a fused step, None if they are not scaled."""
     scale = getattr(optimizer, "grad_scale", None)
     return scale.double().reciprocal().float() if isinstance(scale, Tensor) else None

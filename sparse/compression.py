@@ -1,7 +1,7 @@
 """Send between the ranks of DistributedDataParallel only the gradients that training uses.
 
-Masks are the same on all ranks and so is what is active: no index travels. Every bucket's active
-entries are packed into a buffer, all-reduced, and put back.
+The masks are the same on all ranks, so no index has to be sent. The active entries of every bucket
+are packed into a buffer, all-reduced, and written back.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,21 @@ def compress_gradients(
 ) -> "GradientCompression":
     """All-reduce the gradients of active weights only; call it once, before the first backward.
 
-    Gradients of inactive weights are 0 after `backward`, on all ranks. In steps that need them (an
-    update of RigL, the scoring of SNIP, all steps of SNFS) everything is sent. Weights and masks
-    become what they become without it: to the bit on two ranks; on more ranks up to the order in
-    which the backend adds, which depends on where in a buffer an entry lies.
+    Gradients of inactive weights are 0 after `backward`, on all ranks. Steps that need these
+    gradients send all gradients: an update of RigL, the scoring of SNIP, all steps of SNFS. Weights
+    and masks become the same as without compression: bit for bit on two ranks; on more ranks up to
+    the order in which the backend adds, which depends on the place of an entry in the backend's
+    buffer.
 
-    Deviations from the plain run, for gradients of inactive weights in the other steps: an inf or
-    NaN there is not seen by a GradScaler, which then takes the step that it would have skipped, and
-    a norm taken between `backward` and `step` (clipping) does not contain them.
+    Deviations from the plain run, for gradients of inactive weights in the other steps: a
+    GradScaler does not see an inf or NaN in them and takes a step that it would have skipped; a
+    norm that is computed between `backward` and `step` (clipping) does not contain them.
 
     Args:
         model: The wrapped model, with no other communication hook.
         sparsifier: Its masks.
-        dtype: Type in which gradients travel (torch.bfloat16 halves the bytes of float32 and rounds
-            every gradient); their own by default.
+        dtype: Type in which gradients are sent (torch.bfloat16 halves the bytes of float32 and
+            rounds every gradient); by default the gradients' own type.
 
     Returns:
         The state of the hook; nothing needs to be done with it.
@@ -72,7 +73,7 @@ def unpack(values: Tensor, positions: Tensor, buffer: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Packing:
-    """How a bucket travels: as `wire`, which holds `values`, its entries at `positions`."""
+    """How a bucket is sent: as `wire`, which holds `values`, the entries at `positions`."""
 
     positions: Tensor | None  # None: all entries
     values: Tensor
@@ -95,7 +96,7 @@ class GradientCompression:
         num_rebuilds: How often the active entries of a bucket were listed: once for every bucket,
             and again when DDP has rebuilt its buckets (after the first step) or masks changed.
         num_bytes: Bytes handed to the all-reduce so far.
-        num_dense_bytes: What they would have been without compression.
+        num_dense_bytes: Bytes that a run without compression would have sent.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class GradientCompression:
         self.num_rebuilds = self.num_bytes = self.num_dense_bytes = 0
         self._sparsifier, self._group, self._dtype = sparsifier, group, dtype
         self._names = {id(weight): name for name, weight in sparsifier.maskable.items()}
-        # By the number of the bucket: what its packing depends on, and its packing.
+        # Number of a bucket -> what its packing depends on, and the packing.
         self._packings: dict[int, tuple[list[int], _Packing | None]] = {}
 
     def reduce(self, bucket: "GradBucket") -> Future[Tensor]:

@@ -30,7 +30,7 @@ class NewConnections:
     Attributes:
         init: Their weight: "zeros"; "gradient", one plain gradient step from zero; "random", normal
             with the standard deviation of the layer's active weights.
-        momentum_scale: SGD's momentum of theirs, in units of their gradient.
+        momentum_scale: Momentum that SGD gives to them, as a multiple of their gradient.
         seed: Seed of "random".
     """
 
@@ -64,7 +64,7 @@ class NewConnections:
     ) -> None:
         """Give weight and momentum of the connections marked by `fresh` their first values.
 
-        They are 0 already, so that "zeros" and a momentum scale of 0 are nothing to do.
+        New connections are 0 already, so "zeros" and a momentum scale of 0 need no work.
         """
         if self.init == "random":
             deviation = (weight.square().sum() / (weight != 0).sum().clamp(min=1)).sqrt()
@@ -77,9 +77,9 @@ class NewConnections:
 
 
 def disconnect(optimizer: Optimizer, weight: nn.Parameter, gate: Gate, mask: Tensor) -> None:
-    """Give a layer a new mask: gate it, zero weight and optimizer state of what is inactive.
+    """Give a layer a new mask, and zero the weight and optimizer state of inactive connections.
 
-    New connections then are 0, because they were inactive before.
+    New connections are 0 afterwards, because they were inactive before.
     """
     gate.update(mask)
     zero_inactive((tensor, gate) for tensor in (weight, *state_of(optimizer, weight).values()))

@@ -19,15 +19,15 @@ def has_ranks() -> bool:
 
 
 def is_first_rank() -> bool:
-    """Say whether this process is the one that speaks for all."""
+    """Say whether this process is rank 0, or the only process."""
     return not has_ranks() or distributed.get_rank() == 0
 
 
 def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
     """Compare a digest of every mask across ranks.
 
-    All ranks must call it together. It reads the result on the host, the one time an update waits
-    for the device.
+    All ranks must call this function together. The host reads the result. This is the only place
+    where an update waits for the device.
 
     Raises:
         SparsityError: A mask differs from that of rank 0; names the layer and the ranks.

@@ -81,12 +81,13 @@ def training_ratio(
 ) -> float:
     """Return the FLOPs of a training run, relative to a dense run of length 1.
 
-    A dense step costs 3 forward passes: one forward, two backward. With f the inference ratio of
-    the sparse network, a step costs 3 f with fixed masks or random growth; SNFS needs the dense
-    weight gradient in every step, 2 f + 1; RigL in one step of delta_t + 1, amortized over the
-    whole run as in the published tables, (3 f delta_t + 2 f + 1) / (delta_t + 1). Gradual pruning
-    starts dense; operations are linear in the density, so its mean cost follows from the mean of
-    its ramp. The single dense gradient of SNIP is not counted.
+    A dense step costs 3 forward passes: one forward, two backward. Let f be the inference ratio of
+    the sparse network. A step costs 3 f with fixed masks or random growth. A step of SNFS costs
+    2 f + 1, because it needs the dense weight gradient. RigL needs the dense gradient in one step
+    of delta_t + 1, which gives (3 f delta_t + 2 f + 1) / (delta_t + 1) on average; this is
+    amortized over the whole run, as in the published tables. Gradual pruning starts dense;
+    operations are linear in the density, so its mean cost follows from the mean of its ramp. The
+    single dense gradient of SNIP is not counted.
 
     Args:
         method: dense, static, set, snip, rigl_reset, snfs, rigl or gmp.
@@ -116,10 +117,11 @@ def training_ratio(
 
 
 def gmp_mean_ramp(*, start: int, end: int, every: int, total_steps: int) -> float:
-    """Return the mean, over a run, of the share of its final sparsity that gradual pruning has.
+    """Return the mean of sparsity / final sparsity over a run of gradual pruning.
 
-    Between two prunings the sparsity stands still: after t steps it is that of the last pruning,
-    1 - (1 - p)^3 of the final one with p = (t' - start) / (end - start).
+    Between two prunings the sparsity does not change. After t steps it is the sparsity of the last
+    pruning, at step t': the share 1 - (1 - p)^3 of the final sparsity, with
+    p = (t' - start) / (end - start).
 
     Args:
         start: Step of the first pruning, which removes nothing.

@@ -69,7 +69,7 @@ def layer_sparsities(
         power_scale: Exponent of the ERK ratio; only ERK has one.
         dense_layers: Globs of layers that stay dense and take no part in the budget. None means the
             default of the distribution: the first layer for "uniform", none for "er" and "erk".
-            A glob is held against the name with and without a trailing ".weight".
+            A glob is compared with the name, with and without a trailing ".weight".
         sparsity_map: Glob -> fixed sparsity in [0, 1). These layers take no part in the budget
             either; where globs overlap the later one counts.
         rounding: How the zeros are rounded in the ER and ERK budget equation: "floor" as in the

@@ -7,13 +7,13 @@ Arguments that several factories share mean the same in all of them:
   t_start + delta_t, ... <= t_end, counted from 0 (see `Window`).
 * drop_fraction, drop_anneal, drop_power: the share of active connections an update replaces, and
   how it falls (see `DropFraction`).
-* drop_noise: standard deviation of normal noise on |w| when dropping; the RigL repository's 1e-5
-  breaks ties, here the lower index wins without any.
+* drop_noise: standard deviation of normal noise on |w| when dropping. The RigL repository breaks
+  ties with a noise of 1e-5; here the lower index wins a tie, so that no noise is needed.
 * grow_init: weight of new connections, "zeros", "gradient" or "random" (see `NewConnections`).
 * seed: seed of masks and all other random choices; the same on all ranks.
 * hooks, track_exploration: see `Sparsifier`.
 
-All of them return a `Sparsifier` and raise ValueError for an argument that cannot be.
+Every factory returns a `Sparsifier` and raises ValueError for an invalid argument.
 """
 
 from collections.abc import Mapping, Sequence

@@ -67,8 +67,8 @@ def prunable_modules(model: nn.Module) -> dict[str, nn.Module]:
 def weight_of(name: str, module: nn.Module) -> Tensor:
     """Give the weight of a module: a parameter, or a stand-in where it is computed from others.
 
-    The stand-in has the shape of the weight and no memory: to compute the weight may change what
-    computes it, as spectral normalization does.
+    The stand-in has the shape of the weight and takes no memory. The weight is not computed,
+    because computing it may change the state it is computed from, as in spectral normalization.
 
     Raises:
         ValueError: The weight is sharded, not yet created, or no floating-point tensor of 16, 32 or

@@ -1,7 +1,7 @@
-"""What the library knows about optimizers: nothing about their classes, except whom to refuse.
+"""Optimizers: all classes are treated alike, except for those that are refused.
 
-Every state tensor of a weight's own shape (momentum buffers, Adam's moments, averages) belongs to
-single connections and is treated as the weight is.
+A state tensor of a weight's own shape (momentum buffers, Adam's moments, averages) has one entry
+per connection and is masked like the weight.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +20,9 @@ _REFUSED = {
 }
 
 
-# State that every optimizer keeps at 0 where weight and gradient are 0. Other state rests elsewhere
-# (Adamax's exp_inf at its eps, Rprop's step_size at the learning rate) and moves no weight.
+# State that every optimizer keeps at 0 where weight and gradient are 0. Other state stays at
+# another value (Adamax's exp_inf at eps, Rprop's step_size at the learning rate) and moves no
+# weight.
 _MOMENTS = frozenset(
     "momentum_buffer exp_avg exp_avg_sq max_exp_avg_sq square_avg grad_avg acc_delta sum".split()
 )
@@ -96,8 +97,8 @@ def moments_of(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
 def lay_out_state(optimizer: Optimizer) -> None:
     """Lay out state tensors in memory as their parameters are.
 
-    State that was loaded keeps the layout in which it was saved. Fused optimizers go through memory
-    and would pair entries of different connections.
+    Loaded state keeps the memory layout in which it was saved. Fused optimizers read weight and
+    state in the order of memory and would combine entries of different connections.
     """
     for parameter in parameters_of(optimizer):
         for key, value in state_of(optimizer, parameter).items():
@@ -107,11 +108,11 @@ def lay_out_state(optimizer: Optimizer) -> None:
 
 
 def only_sets_up_state(optimizer: Optimizer) -> bool:
-    """Say whether the coming step is one with which a loop makes the optimizer create its state.
+    """Say whether a loop takes the coming step only to make the optimizer create its state.
 
-    torch.distributed.checkpoint takes such steps. They can move nothing: the learning rates, plain
-    numbers or tensors on the CPU, and all gradients are 0, and there is no state yet. Waits for the
-    device only if the rates are 0.
+    torch.distributed.checkpoint takes such steps. A step of this kind moves no weight: the learning
+    rates (plain numbers, or tensors on the CPU) and all gradients are 0, and there is no state yet.
+    Waits for the device only if the rates are 0.
     """
     if any(state_holder(optimizer).state.values()):
         return False
@@ -143,8 +144,9 @@ def momentum_buffer(optimizer: Optimizer, weight: Tensor) -> Tensor:
 def create_momentum_buffers(optimizer: Optimizer) -> None:
     """Give SGD the momentum buffers it lacks, made of zeros.
 
-    Its fused kernel allocates them without a value, and leaves them so if a GradScaler makes it
-    skip the first step: training would go on from whatever the memory held.
+    SGD's fused kernel allocates the buffers without initializing them. If a GradScaler makes the
+    kernel skip the first step, they stay uninitialized, and training would continue from whatever
+    the memory held.
     """
     for parameter in parameters_of(state_holder(optimizer)):
         if parameter.grad is not None:

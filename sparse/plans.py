@@ -1,4 +1,4 @@
-"""What a factory makes of its arguments about layers."""
+"""Turn the layer arguments of a factory into numbers of active weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -46,8 +46,8 @@ def plan_layers(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs.
         sparsity_map: Glob -> sparsity.
-        scope: "layer", or "global" for methods that rank the weights of all layers together: they
-            share one sparsity, and what is said about single layers is refused.
+        scope: "layer", or "global" for methods that rank the weights of all layers together. With
+            "global" all layers share one sparsity, and arguments about single layers are refused.
 
     Raises:
         ValueError: An argument is out of range or has no effect.

@@ -179,7 +179,7 @@ def num_regrown(
 
 
 def _adjust(state: dict[str, Tensor], deviation: Tensor) -> None:
-    """Smooth the deviation from the baseline, which the next update is to make good.
+    """Smooth the deviation from the baseline, for which the next update compensates.
 
     adjustment <- 0.25 * adjustment + 0.75 * deviation + mean of all deviations so far.
     """

@@ -26,7 +26,7 @@ _Array = TypeVar("_Array", bound=Any)  # an int32 tensor or NumPy array; both ha
 
 @dataclass(frozen=True)
 class Draw:
-    """A tensor of random integers uniform on [0, 2^31) that exists only where it is looked at.
+    """A tensor of random integers uniform on [0, 2^31), computed only where it is read.
 
     The hash is murmur3's 32-bit finalizer with key material mixed in before each multiplication
     (and without its last round, which only improves low bits): a bijection of the element's index
@@ -82,7 +82,7 @@ class Draw:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Say whether a tensor only pretends to have data (tracing), so that NumPy cannot see it."""
+    """Say whether a tensor is a fake one (tracing), without data that NumPy could read."""
     return type(tensor) is not Tensor
 
 

@@ -55,8 +55,8 @@ class Sparsifier:
     Attributes:
         method: The method.
         num_updates: Topology updates so far.
-        masks_version: Changes whenever the masks may have changed, for those who keep something
-            made of them.
+        masks_version: Changes whenever the masks may have changed. Code that caches something
+            computed from the masks compares it.
     """
 
     def __init__(
@@ -124,9 +124,9 @@ class Sparsifier:
         self._update_follows = False  # an update is to happen after the step under way
         self._counts_step = True  # the step under way is one to count
         self._verified = False
-        self._sets_up_state = False  # the step under way is none of training's
+        self._sets_up_state = False  # the step under way is not one of training
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        # What was loaded and masked since the last step: tensor, gate, values as they were loaded.
+        # Tensors that were loaded and masked since the last step: tensor, gate, the loaded values.
         self._loaded: list[tuple[Tensor, Gate, Tensor]] = []
         self._invariant = Invariant()
         if masks is None:
@@ -355,7 +355,7 @@ class Sparsifier:
         self._last_update = dict(state["last_update"])
         self.num_updates = state["num_updates"]
         self._clock = Clock(state["step"])
-        for tensor, gate, values in self._loaded:  # the masks before were not theirs
+        for tensor, gate, values in self._loaded:  # they were masked by the masks before
             tensor.copy_(torch.where(gate.inactive & (tensor == 0), values, tensor))
         self._loaded.clear()
         self._invariant.forget()
@@ -385,9 +385,9 @@ class Sparsifier:
             self._mask_loaded([(tensor, gate) for tensor in state.values()])
 
     def _mask_loaded(self, pairs: list[tuple[Tensor, Gate]]) -> None:
-        """Mask what was loaded, but keep it until the next step.
+        """Mask loaded tensors, but keep the loaded values until the next step.
 
-        Masks that belong to it may be about to be loaded, too.
+        The masks that belong to these values may be loaded after them.
         """
         self._loaded += [(tensor, gate, tensor.detach().clone()) for tensor, gate in pairs]
         zero_inactive(pairs)

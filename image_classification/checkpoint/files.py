@@ -208,8 +208,8 @@ def _write(target: Path, state: dict[str, Any], *, keep_previous: bool) -> None:
 class _DigestingStream:
     """The file that torch.save writes to: digests what passes and holds the first error back.
 
-    An error inside a write would surface as an internal error of the archive writer, which names
-    no cause; kept until `finish`, it keeps its own words.
+    An error inside a write would surface as an internal error of the archive writer, which names no
+    cause. Therefore the first error is kept and raised by `finish`, with its own message.
     """
 
     def __init__(self, file: BinaryIO) -> None:

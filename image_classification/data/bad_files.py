@@ -19,7 +19,7 @@ class DataError(ValueError):
 class BadFiles:
     """Keep account of the files of a split that could not be read.
 
-    A rank notes what it meets; `share_bad_files` makes it known to all ranks.
+    A rank notes the bad files that it meets. `share_bad_files` tells all ranks.
 
     Args:
         directory: Directory of the split.
@@ -38,7 +38,7 @@ class BadFiles:
         self._found = found
         self._known: dict[str, str] = {}
         self.fresh = dict(found)
-        """What this rank met and has not shared yet: file name -> reason."""
+        """Bad files that this rank met and has not shared yet: file name -> reason."""
 
     def __len__(self) -> int:
         """Return the number of bad files that all ranks know of."""
@@ -52,7 +52,7 @@ class BadFiles:
         """Take in what all ranks met.
 
         Returns:
-            One warning for each file that nobody knew of, as far as they are allowed.
+            One warning for each new bad file, up to the number of files that are allowed.
         """
         new = {name: reason for files in met for name, reason in sorted(files.items())}
         new = {name: reason for name, reason in new.items() if name not in self._known}
@@ -88,12 +88,12 @@ class BadFiles:
 def share_bad_files(
     splits: Sequence[BadFiles], *, device: torch.device, warn: Callable[[str], None]
 ) -> int:
-    """Make what each rank met known to all; every rank calls it at the same time.
+    """Tell all ranks the bad files that each rank met; all ranks call this together.
 
     Args:
         splits: The accounts, in the same order on all ranks.
         device: Where numbers are summed over ranks.
-        warn: Takes one line for each file that nobody knew of.
+        warn: Takes one line for each new bad file.
 
     Returns:
         The number of bad files of all splits.

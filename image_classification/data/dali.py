@@ -1,15 +1,17 @@
 """The DALI backends: decoding and resizing in threads (dali-cpu) or on the GPU (dali-gpu).
 
-The pipelines hold no random operator and no reader. They are fed the file names of each batch and
-the random numbers of its crops, so that order and augmentation are those of the plan, with no state
-to save: any batch of any epoch can be made at any time, alone.
+The pipelines hold no random operator and no reader. They are given the file names of each batch and
+the random numbers of its crops, so order and augmentation are those of the plan. A pipeline has no
+state to save: any batch of any epoch can be made on its own.
 
-What an image is, `read_image` decides for all backends. DALI disagrees in three ways. It ends a
-pipeline for a file that it cannot decode: the culprits of the batch are looked for, and a new
-pipeline goes on with the same batch, without them. It does so for the odd file that is an image:
-that one is copied to a PNG file, and so are TIFF files of which it would complain on the terminal.
-And it takes a crop of a file that is cut off below the crop: the first and the last bytes of a file
-tell which ones to look at.
+`read_image` decides for all backends whether a file is an image. DALI differs in three ways:
+
+- A file that DALI cannot decode ends the pipeline. The bad files of the batch are then searched
+  for, and a new pipeline continues with the same batch without them.
+- DALI cannot decode a few files that are images. These are copied to PNG files, and so are TIFF
+  files about which DALI would print complaints on the terminal.
+- DALI decodes only the crop of a file, and does not notice if the file is cut off below the crop.
+  The first and the last bytes of a file tell which files have to be checked.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class DaliSource:
         self._batches: Sequence[IntArray] = ()
         self._feeds: Iterator[Feed] = iter(())
         self._bad: dict[int, str] = {}  # index -> reason
-        self._whole: set[int] = set()  # looked suspicious, but are images
+        self._whole: set[int] = set()  # checked because they looked suspicious: they are images
         self._copies: dict[int, bytes] = {}  # index -> name of the PNG file
         self._directory: tempfile.TemporaryDirectory[str] | None = None  # of the copies
         self._pipeline = self._build()
@@ -77,7 +79,7 @@ class DaliSource:
         self._clear()
         self._epoch, self._batches = epoch, batches
         self._feeds = self._feeds_from(0)
-        under_way: deque[Callable[[], Batch]] = deque()  # crops of the coming batch are resized
+        under_way: deque[Callable[[], Batch]] = deque()  # batches whose crops are being resized
         ahead = 0 if self._resizer is None else 1
         for number in range(len(batches) + ahead):
             if number < len(batches):
@@ -97,7 +99,7 @@ class DaliSource:
         return _build(self._config, training=self._training, feed=self._next_feed)
 
     def _next_feed(self) -> Feed:
-        return next(self._feeds)  # at the end of the epoch StopIteration tells DALI so
+        return next(self._feeds)  # StopIteration tells DALI that the epoch has ended
 
     def _feeds_from(self, number: int) -> Iterator[Feed]:
         for indices in self._batches[number:]:
@@ -118,12 +120,12 @@ class DaliSource:
     def _readable(self, indices: IntArray) -> IntArray:
         """Return the indices without the files known to be bad, which no later batch changes."""
         for index in self._images.irregular.intersection(indices.tolist()):
-            self._is_image(index)  # DALI would wait for a pipe
+            self._is_image(index)  # DALI would wait for a pipe to be written
         self._admit_tiffs(indices)
         return indices[[index not in self._bad for index in indices.tolist()]]
 
     def _admit_tiffs(self, indices: IntArray) -> None:
-        """Look at TIFF files before DALI does, which complains of good ones; copy the odd ones."""
+        """Check TIFF files before DALI sees them; copy those about which DALI would complain."""
         named = zip(indices.tolist(), self._images.paths[indices].tolist(), strict=True)
         tiffs = [index for index, path in named if path.lower().endswith(_TIFF)]
         fresh = [index for index in tiffs if index not in self._whole and index not in self._bad]
@@ -134,7 +136,7 @@ class DaliSource:
                 self._copy(index)
 
     def _is_image(self, index: int) -> bool:
-        """Look at a suspicious file, once."""
+        """Check a suspicious file, only once."""
         if index not in self._whole and index not in self._bad:
             self._look_at([index])
         return index in self._whole
@@ -154,14 +156,14 @@ class DaliSource:
         on_gpu = self._config.backend == "dali-gpu"
         failed = False
         while len(good := self._readable(self._batches[number])):
-            # Bound to the stream that uses it, a buffer goes back to DALI in the order of that
-            # stream.
+            # A buffer is bound to the stream that uses it. It goes back to DALI in the order of
+            # this stream.
             stream = torch.cuda.current_stream(self._config.device) if on_gpu else None
             try:
                 outputs = self._pipeline.run(stream)
             except RuntimeError as error:
-                self._pipeline = None  # DALI does not go on after an error
-                # Nothing to blame may be a server that did not answer: once more.
+                self._pipeline = None  # a DALI pipeline cannot run after an error
+                # If no file is to blame, a file server may have failed to answer: try again once.
                 if not self._found_culprit(good) and failed:
                     raise RuntimeError(f"DALI failed: {_gist(error)}") from error
                 failed = True
@@ -199,7 +201,7 @@ class DaliSource:
         return self._config.device if on_gpu else torch.device("cpu")
 
     def _found_culprit(self, fed: IntArray) -> bool:
-        """Find what DALI failed on, which it does not tell: bad files, else odd ones to copy."""
+        """Find the files on which DALI failed: bad files, else images that it cannot decode."""
         self._look_at(fed.tolist())
         return not self._bad.keys().isdisjoint(fed.tolist()) or self._copied_undecodable(fed)
 
@@ -231,14 +233,14 @@ class DaliSource:
         return True
 
     def _clear(self) -> None:
-        """Make the pipeline ready for an epoch, whatever is left in it of the one before."""
+        """Empty the pipeline of what the previous epoch left in it."""
         self._feeds = iter(())
         try:
             while self._pipeline is not None:
                 self._pipeline.run()
         except StopIteration:
             self._pipeline.reset()
-        except RuntimeError:  # by a file of a batch that nobody waits for
+        except RuntimeError:  # a bad file in a batch that is no longer wanted
             self._pipeline = None
         if self._pipeline is None:
             self._pipeline = self._build()
@@ -247,8 +249,8 @@ class DaliSource:
 def _is_suspicious(heads: npt.NDArray[np.uint8], tails: npt.NDArray[np.uint8]) -> Any:
     """Return which files DALI may take a crop of although they are cut off.
 
-    Those are JPEG files that do not end with the marker of the end, and TIFF files. DALI reads all
-    other formats to the end.
+    These are JPEG files that do not end with the end-of-image marker, and TIFF files. DALI reads
+    all other formats to the end.
 
     Args:
         heads: First two bytes of each file, [n, 2].

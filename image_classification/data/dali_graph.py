@@ -102,8 +102,9 @@ def _validation_graph(config: DataConfig, feed: Callable[[], Any], on_gpu: bool)
     # down, the start of the crop to the nearest even number when it lies between two.
     smaller = math.min(height, width)
     new_height, new_width = height * shorter // smaller, width * shorter // smaller
-    # The slice is the whole image. Thus the decoder waits for the shape, and never sees a file that
-    # has none: DALI 2.4 crashes when that happens while other threads open their files.
+    # The slice is the whole image. It makes the decoder wait for the shape, so that the decoder
+    # never sees a file without a shape. DALI 2.4 crashes on such a file while other threads open
+    # theirs.
     whole = fn.cast(shape[:2], dtype=types.INT32)
     images = _decode(encoded, on_gpu, start=[0, 0], shape=whole)
     images = fn.resize(

@@ -19,7 +19,7 @@ class Source(Protocol):
     def read(self, epoch: int, batches: Sequence[IntArray]) -> Generator[Batch, None, None]:
         """Yield a batch for each batch of indices, without the images that cannot be read.
 
-        Those are told in the batch that lacks them.
+        The `bad_files` of a batch name the files that are missing in it.
         """
         ...
 
@@ -41,7 +41,7 @@ class EpochLoader:
         self._source = source
         self._stage = stage
         self.bad_files = bad_files
-        self._position = (0, 0)  # the epoch, and images of its order handed out on all ranks
+        self._position = (0, 0)  # epoch, and number of its images handed out on all ranks
         self._resume: tuple[int, int] | None = None
         self._running: Generator[tuple[Tensor, Tensor], None, None] | None = None
 
@@ -52,10 +52,9 @@ class EpochLoader:
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, from its beginning or from a loaded position in it.
 
-        A batch is shorter by its images that cannot be read, down to no image at all: the number
-        of batches stays.
-
-        An epoch that was left before its end is given up when the next one is asked for.
+        Images that cannot be read are left out of their batch, which may end up without any image.
+        The number of batches does not change. If the caller left an epoch before its end, the
+        rest of it is given up when the next epoch is started.
         """
         if self._running is not None:
             self._running.close()
@@ -66,10 +65,10 @@ class EpochLoader:
         return self._running
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, in numbers: the epoch and the images handed out on all ranks.
+        """Return the position: the epoch, and the number of images handed out on all ranks.
 
-        The position counts images, so a run goes on from it with another number of ranks or
-        another batch size, too. The bad files are those this rank knows of.
+        The position counts images, so a run can also continue from it with another number of ranks
+        or another batch size. The bad files are those that this rank knows of.
         """
         epoch, samples = self._position
         return {
@@ -81,7 +80,7 @@ class EpochLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position: it applies to the next `epoch` call if the epoch is its own.
+        """Set the position for the next call of `epoch`, if that call is for the same epoch.
 
         Raises:
             ValueError: The position lies within an epoch, and that epoch had another order: the
@@ -111,7 +110,8 @@ class EpochLoader:
         batches = self._plan.batches(epoch, start)
         with contextlib.closing(self._source.read(epoch, batches)) as raw:
             for number, batch in enumerate(self._stage(raw), 1):
-                # Told before the batch goes out: whoever asks then has got it.
+                # Updated before the yield: a caller that asks for the position has this batch
+                # already.
                 self._position = (epoch, start + number * self._plan.global_batch)
                 if number == len(batches):
                     self._position = (epoch + 1, 0)

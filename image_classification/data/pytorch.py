@@ -147,10 +147,10 @@ class _BatchDataset(Dataset[Loaded], Sized):
 
 @contextlib.contextmanager
 def _forking() -> Iterator[None]:
-    """Keep from processes that are forked meanwhile what is for this one alone.
+    """Keep signals and finalizers of this process away from processes forked in this context.
 
-    That is signals, and the finalizers of its garbage: a DALI pipeline that was left in a cycle
-    waits in a forked process for threads that are not there.
+    The finalizers are those of garbage of this process. For example, a DALI pipeline in a reference
+    cycle would wait, in the forked process, for threads that do not exist there.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     gc.freeze()
@@ -162,10 +162,10 @@ def _forking() -> Iterator[None]:
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """Make a worker deaf to signals, except to a SIGTERM of the training process.
+    """Make a worker ignore signals, except a SIGTERM of the training process.
 
-    Launchers, schedulers and terminals signal every process; the training process decides when to
-    stop. It ends its workers with a message, at worst with SIGTERM.
+    Launchers, schedulers and terminals send signals to every process, but only the training process
+    decides when to stop. It ends its workers with a message, or if need be with SIGTERM.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # of the threads to come, too
     parent = multiprocessing.parent_process()

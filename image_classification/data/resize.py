@@ -64,9 +64,9 @@ def _resize_as_tensorflow(image: Tensor, size: int) -> Tensor:
 
 
 class CropResizer:
-    """Resize the crops of whole batches in threads of its own.
+    """Resize the crops of whole batches in a thread pool.
 
-    DALI's resize on the CPU takes four times as long, more than decoding.
+    DALI's resize on the CPU takes four times as long, which is more than decoding.
 
     Args:
         size: Side of the images.

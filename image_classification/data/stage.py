@@ -89,14 +89,15 @@ class DeviceStage:
             ready, ahead = ahead, self._launch(batches, side)
             consumer = torch.cuda.current_stream(self._device)
             consumer.wait_event(ready.done)
-            # The allocator knows these tensors from the side stream only: without a word it would
-            # hand their memory to a coming batch while the consumer still reads it.
+            # The allocator knows these tensors on the side stream only. Without `record_stream` it
+            # could give their memory to a later batch while the consumer still reads it.
             ready.batch.images.record_stream(consumer)
             ready.batch.targets.record_stream(consumer)
             yield ready.batch
 
     def _launch(self, batches: Iterator[Batch], side: torch.cuda.Stream) -> _Launched | None:
-        # The backend runs inside, too: one that decodes on the GPU hands over on this stream.
+        # The backend runs inside this context, too. If it decodes on the GPU, it delivers on this
+        # stream.
         with torch.cuda.stream(side):
             batch = next(batches, None)
             if batch is None:

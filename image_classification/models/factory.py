@@ -37,7 +37,7 @@ def create_model(
 
     Args:
         arch: One of `ARCHES`. `resnet50` is v1.5 (the stride is in the 3x3 convolution);
-            `tf_resnet50` has its weights and the max-pooling of TensorFlow.
+            `tf_resnet50` has the same weights, and the max-pooling of TensorFlow.
         num_classes: Length of the logits, at least 1.
         init: "torchvision" leaves what the architecture's own constructor drew; "classic" and
             "fanin" redraw all convolutions from Kaiming's normal distribution over fan_out or
