@@ -35,9 +35,14 @@ def each_kernels(
         return kernels
     if request.param == "portable":
         return native.load("portable", kernel_cache)
+    return sixteen_lanes(kernel_cache)
+
+
+def sixteen_lanes(cache: Path) -> native.Kernels:
+    """Return kernels with 16 lanes, with the instructions of this processor."""
     machine = compiled.LEVELS[compiled.cpu_level()][1]
     flags = (*machine, *SIXTEEN_LANES)
-    return native.Kernels(native.LIBRARY.build("portable", kernel_cache, flags=flags))
+    return native.Kernels(native.LIBRARY.build("portable", cache, flags=flags))
 
 
 def prune_(model: nn.Module, density: float, seed: int = 0) -> dict[str, Tensor]:

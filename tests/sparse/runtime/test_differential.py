@@ -6,7 +6,7 @@ import pytest
 
 from sparse import compiled
 from sparse.runtime import native
-from tests.sparse.runtime.conftest import SIXTEEN_LANES
+from tests.sparse.runtime.conftest import sixteen_lanes
 from tests.sparse.runtime.random_networks import compare
 
 FEW, MANY = 50, 850  # networks per kind of kernels
@@ -26,11 +26,8 @@ def levels() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [*levels(), "sixteen"])
 def test_many_random_networks_equal_torch(level: str, kernel_cache: Path, tmp_path: Path) -> None:
-    if level == "sixteen":
-        path = native.LIBRARY.build("portable", kernel_cache, flags=SIXTEEN_LANES)
-    else:
-        path = native.LIBRARY.find(level, kernel_cache)
-    kernels = native.Kernels(path)
+    is_level = level in compiled.LEVELS
+    kernels = native.load(level, kernel_cache) if is_level else sixteen_lanes(kernel_cache)
     first = 1000 * (1 + [*compiled.LEVELS, "sixteen"].index(level))
     runs = [compare(first + i, kernels, tmp_path / "network") for i in range(MANY)]
     print(f"{sum(runs)} runs of {MANY} networks")

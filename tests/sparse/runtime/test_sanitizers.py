@@ -59,9 +59,7 @@ def test_kernels_are_clean_under(name: str, kernel_cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_files_of_strangers_touch_no_memory_but_their_own(
-    kernel_cache: Path, tmp_path: Path
-) -> None:
+def test_files_of_strangers_touch_their_own_memory_only(kernel_cache: Path, tmp_path: Path) -> None:
     library, environment = sanitized("address,undefined", kernel_cache)
     done = subprocess.run(
         [sys.executable, "-m", "tests.sparse.runtime.fuzzed", str(library), "3000", str(tmp_path)],
