@@ -206,7 +206,10 @@ def report(
 def demo(output: Path, epochs: int, log_file: Path) -> None:
     """Write the images, train three times, report."""
     write_digits(output / "digits")
-    print(f"1,797 handwritten digits, {epochs} epochs per run; log: {near(log_file)}", flush=True)
+    print(
+        f"1,797 handwritten digits, three runs (epochs: {epochs}); log: {near(log_file)}",
+        flush=True,
+    )
     logs, plans = {}, {}
     with log_file.open("w") as log:
         for method in METHODS:

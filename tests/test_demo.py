@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def demo(output: Path) -> list[str]:
 
 def check(lines: list[str], output: Path) -> None:
     """Check what stands there when the demo has ended."""
-    assert lines[0].startswith("1,797 handwritten digits, 1 epochs per run; log: ")
+    assert lines[0].startswith("1,797 handwritten digits, three runs (epochs: 1); log: ")
     text = "\n".join(lines)
     assert str(output / "demo.log") in text.replace("\n", "")
     runs = [match for line in lines if (match := re.fullmatch(RUN, line))]
@@ -61,17 +62,27 @@ def test_a_pipe_gets_plain_lines_and_the_commands_to_try_next_work(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_terminal_shows_one_live_line_per_run(tmp_path: Path) -> None:
+def test_a_terminal_shows_one_live_line_per_run() -> None:
     terminal = Terminal()
-    assert terminal.run(demo(tmp_path), ROOT, ENVIRONMENT) == 0, terminal.text
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short name, as that of the default
+        assert terminal.run(demo(Path(folder)), ROOT, ENVIRONMENT) == 0, terminal.text
+        check(terminal.lines(), Path(folder))
     assert "DLL" not in terminal.text
-    check(terminal.lines(), tmp_path)
-    assert len(terminal.lines()) < ROWS  # the output's name takes another line here and there
+    assert len(terminal.lines()) < ROWS  # the last is that of the prompt, one is the command's
     for method in METHODS:  # each line was written over and over
         assert re.search(rf"\r\x1b\[K{method} +starting\r", terminal.text)
         assert re.search(rf"\r\x1b\[K{method} +epoch  1/1 .* sparsity .*%\r", terminal.text)
 
 
+def test_flags_that_main_py_refuses_end_the_demo_with_its_words(tmp_path: Path) -> None:
+    terminal = Terminal()
+    assert terminal.run([*demo(tmp_path), "--epochs", "0"], ROOT, ENVIRONMENT) == 2
+    text = "".join(terminal.lines())
+    assert "main.py: error: --epochs must be at least 1, got 0" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:
     (tmp_path / "dense").touch()  # where its workspace should be
     terminal = Terminal()
