@@ -77,6 +77,7 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         raport=Path(c.workspace) / c.raport_file,
         append=c.resume is not None,
         tensorboard=Path(c.tensorboard) if c.tensorboard else None,
+        console=c.console,
         enabled=world.is_main,
     )
     stack.callback(logger.close)

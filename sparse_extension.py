@@ -123,6 +123,8 @@ class CheckpointCosts:
         num_active: Layer name -> number of active weights, of the layers that have a mask.
     """
 
+    SHOWN = ("inference_flops", "inference_ratio", "size_mb")
+
     def __init__(self, model: nn.Module, *, image_size: int, num_active: Mapping[str, int]) -> None:
         self._layers = costs.trace_layers(model, image_size)
         self._sizes = {name: p.numel() for name, p in sparse.prunable(model).items()}
@@ -132,9 +134,11 @@ class CheckpointCosts:
         """Return overall sparsity, FLOPs and size, in the published convention."""
         densities = {name: count / self._sizes[name] for name, count in self._active.items()}
         report = costs.report(self._layers, densities, num_active=self._active)
-        shown = ("inference_flops", "inference_ratio", "size_mb")
         overall = 1 - sum(self._active.values()) / sum(self._sizes.values())
-        return {"sparse.sparsity": overall, **{f"sparse.{name}": report[name] for name in shown}}
+        return {
+            "sparse.sparsity": overall,
+            **{f"sparse.{name}": report[name] for name in self.SHOWN},
+        }
 
     def layers(self) -> dict[str, float]:
         """Return the sparsity of every layer."""
@@ -155,4 +159,5 @@ def report_costs(
 ) -> Extension:
     """Let an evaluation report the sparsity and the costs of its checkpoint."""
     found = CheckpointCosts(model, image_size=image_size, num_active=num_active)
-    return Extension(metrics=found.metrics, epoch_metrics=found.layers)
+    bar = [f"sparse.{name}" for name in ("sparsity", *CheckpointCosts.SHOWN)]
+    return Extension(metrics=found.metrics, epoch_metrics=found.layers, bar=bar)

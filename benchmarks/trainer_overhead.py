@@ -66,7 +66,7 @@ def ours(arch: str, images: Tensor, targets: Tensor) -> Callable[[int], None]:
         world=world, precision=Precision(),
     )  # fmt: skip
     loader: Any = Repeat(images, targets)
-    logger = Logger(raport=None, append=False, console=False)
+    logger = Logger(raport=None, append=False, console=None)
 
     epochs = itertools.count()
 

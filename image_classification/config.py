@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 import jsonargparse
 
+ConsoleFormat = Literal["auto", "summary", "dllogger"]
+"""What a run prints; auto is summary on a terminal and dllogger elsewhere."""
+
 
 def flag(
     default: Any,
@@ -163,6 +166,11 @@ class Config:
     )
     raport_file: str = flag("experiment_raport.json", "log in DLLogger's format, in the workspace")
     tensorboard: str | None = flag(None, "directory of TensorBoard events")
+    console: ConsoleFormat = flag(
+        "auto",
+        "summary: one line per epoch; dllogger: the lines of NVIDIA's harness; auto: the former on "
+        "a terminal, the latter elsewhere",
+    )
     print_freq: int = flag(10, "iterations between log lines", "-p")
 
 
@@ -170,7 +178,7 @@ class Config:
 PER_INVOCATION = frozenset(
     "workers prefetch run_epochs cpu seed resume preempt_grace evaluate training_only prof dry_run "
     "version pretrained_from_file workspace save_checkpoints checkpoint_every_steps "
-    "checkpoint_filename gather_checkpoints raport_file tensorboard print_freq".split()
+    "checkpoint_filename gather_checkpoints raport_file tensorboard console print_freq".split()
 )
 
 # Flags of the originals that are refused -> what to use instead.

@@ -25,7 +25,7 @@ from image_classification.config import Config
 _NOT_THE_EXPERIMENT = {
     *("seed", "data", "workers", "prefetch", "print_freq", "workspace", "raport_file"),
     *("tensorboard", "resume", "run_epochs", "save_checkpoints", "checkpoint_filename"),
-    *("gather_checkpoints", "batch_size", "prof", "dry_run", "version"),
+    *("gather_checkpoints", "batch_size", "prof", "dry_run", "version", "console"),
 }
 
 

@@ -34,7 +34,7 @@ class Extension:
     epoch_metrics: Callable[[], Mapping[str, float]] = dict
     """Further numbers at the end of an epoch, for the raport only."""
     bar: Sequence[str] = ()
-    """Those of `metrics` that the progress bar shows."""
+    """Those of `metrics` that the progress bar and the console's line of an epoch show."""
     prepare_ema: Callable[[nn.Module], object] = lambda model: None
     """Called on the averaged model after each of its updates."""
     prepare_ddp: Callable[[DistributedDataParallel], object] = lambda model: None
@@ -98,6 +98,7 @@ class Run:
         last = config.epochs
         if config.run_epochs != -1:
             last = min(last, self.epoch + config.run_epochs)
+        self.logger.headline(("train.loss", "val.top1", "val_ema.top1", *self.extension.bar))
         self.logger.message(f"RUNNING EPOCHS FROM {self.epoch} TO {last}")
         self._stop_if_requested()
         while self.epoch < last and not self._out_of_patience():
@@ -146,6 +147,9 @@ class Run:
 
     def evaluate(self) -> None:
         """Validate once and log the result as the run's summary."""
+        names = [f"{kind}.{name}" for kind in ("val", "val_ema")
+                 for name in ("top1", f"top{self.config.topk}", "loss")]  # fmt: skip
+        self.logger.headline((*names, *self.extension.bar))
         record = {**self.extension.metrics(), **self.validate()}
         record["data.bad_files"] = self._share_bad_files()
         self.logger.log((), record)
@@ -214,7 +218,7 @@ class Run:
                 keep=0 if self._epoch_step else self.config.gather_checkpoints,
             )
             self._saved = path
-            self.logger.message(f"SAVING {path}")
+            self.logger.saved(path)
         except OSError as error:  # a full disk: the run is worth more than this checkpoint
             self.logger.warning(str(error))
 

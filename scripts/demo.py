@@ -3,10 +3,14 @@
 import argparse
 import json
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import matplotlib
 
@@ -48,8 +52,9 @@ def command(data: Path, method: str, epochs: int) -> list[str]:
 
 
 def records(raport: Path) -> list[dict[str, Any]]:
-    """Return the LOG records of a raport file."""
-    lines = [json.loads(line.removeprefix("DLLL ")) for line in raport.read_text().splitlines()]
+    """Return the LOG records of a raport file; of one that is being written, those so far."""
+    written = raport.read_text().rpartition("\n")[0] if raport.exists() else ""
+    lines = [json.loads(line.removeprefix("DLLL ")) for line in written.splitlines()]
     return [line for line in lines if line["type"] == "LOG" and line["step"] != "PARAMETER"]
 
 
@@ -93,34 +98,146 @@ def draw(logs: dict[str, list[dict[str, Any]]], plan: dict[str, Any], path: Path
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    """Write the images, train three times, report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "demo", help="where files go")
-    parser.add_argument("--epochs", type=int, default=20)
-    arguments = parser.parse_args()
-    data = arguments.output / "digits"
-    write_digits(data)
-    logs, plans = {}, {}
-    for method in METHODS:
-        workspace = arguments.output / method
-        run = command(data, method, arguments.epochs)
-        print("$ main.py", *run[2:], flush=True)
-        plan = subprocess.run([*run, "--dry-run"], check=True, stdout=subprocess.PIPE, text=True)
-        plans[method] = json.loads(plan.stdout)
-        subprocess.run([*run, "--workspace", str(workspace)], check=True)
-        logs[method] = records(workspace / "experiment_raport.json")
-    print(f"\n{'method':8} {'sparsity':>8} {'top-1':>7} {'inference FLOPs':>16} {'size':>9}")
+def standing(method: str, log: list[dict[str, Any]], epochs: int) -> str:
+    """Return where a run stands: method, epoch, loss, top-1 and sparsity, the latest of each."""
+    by_step = [record for record in log if record["step"]]  # the last one sums up the run
+    if not by_step:
+        return f"{method:8} starting"
+    latest: dict[str, float] = {}
+    for record in by_step:
+        latest |= record["data"]
+    top1 = f"{latest['val.top1']:6.2f}%" if "val.top1" in latest else "      -"
+    return (
+        f"{method:8} epoch {by_step[-1]['step'][0] + 1:2}/{epochs}  "
+        f"loss {latest['train.loss']:.4f}  top-1 {top1}  "
+        f"sparsity {latest.get('sparse.sparsity', 0.0):6.1%}"
+    )
+
+
+def width() -> int:
+    """Return the columns of the terminal."""
+    return shutil.get_terminal_size().columns
+
+
+def show(line: str, *, last: bool = False) -> None:
+    """Show where a run stands: in one place on a terminal; elsewhere only how it ended."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{line[: width() - 1]}", end="\n" if last else "", flush=True)
+    elif last:
+        print(line, flush=True)
+
+
+def plan(run: list[str], log: TextIO) -> dict[str, Any]:
+    """Return the plan of a run; its errors go to the log."""
+    done = subprocess.run([*run, "--dry-run"], check=True, stdout=subprocess.PIPE, stderr=log)
+    resolved: dict[str, Any] = json.loads(done.stdout)
+    return resolved
+
+
+def train(
+    run: list[str], workspace: Path, log: TextIO, *, method: str, epochs: int
+) -> list[dict[str, Any]]:
+    """Train with all output in the log, show how it goes, and return the records of the raport."""
+    raport = workspace / "experiment_raport.json"
+    if raport.exists():  # of an earlier demo
+        raport.unlink()
+    command = [*run, "--workspace", str(workspace)]
+    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
+        while process.poll() is None:
+            show(standing(method, records(raport), epochs))
+            time.sleep(0.2)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    show(standing(method, records(raport), epochs), last=True)
+    return records(raport)
+
+
+def failure(log: Path, error: subprocess.CalledProcessError) -> int:
+    """Print the end of the log, half a screen of it; return the status to end with."""
+    status = error.returncode if error.returncode > 0 else 128 - error.returncode
+    lines = log.read_text().splitlines()
+    if sys.stderr.isatty():  # as the terminal will break them
+        lines = [line[i : i + width()] for line in lines for i in range(0, len(line) or 1, width())]
+    print(end="\n" if sys.stdout.isatty() else "", flush=True)
+    print(*lines[-12:], sep="\n", file=sys.stderr)
+    print(f"main.py ended with status {status}; the whole log: {near(log)}", file=sys.stderr)
+    return status
+
+
+def near(path: Path) -> Path:
+    """Return the shortest name of a path."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def suggestion(program: str, *arguments: str | Path) -> str:
+    """Return the command line of a program of the project, broken where the terminal ends."""
+    words = [str(near(Path(sys.executable))), program, *map(str, arguments)]
+    line = " ".join(shlex.quote(word).replace(" ", "\0") for word in words)
+    columns = width() - (3 if len(line) < width() - 2 else 8)  # indented; and with a backslash
+    lines = textwrap.wrap(line, columns, break_long_words=False, break_on_hyphens=False)
+    return " \\\n      ".join(lines).replace("\0", " ")
+
+
+def report(
+    output: Path, logs: dict[str, list[dict[str, Any]]], plans: dict[str, dict[str, Any]]
+) -> None:
+    """Print the table, draw the picture, and say what to try next."""
+    print(f"\n{'method':8} {'sparsity':>8} {'best top-1':>10} {'inference FLOPs':>16} {'size':>9}")
     for method, log in logs.items():
         cost = plans[method]["cost"]
         best = max(series(log, "val.top1", 1)[1])
         print(
-            f"{method:8} {cost['overall_sparsity']:8.1%} {best:6.2f}% "
+            f"{method:8} {cost['overall_sparsity']:8.1%} {best:9.2f}% "
             f"{cost['inference_flops'] / 1e6:10.2f} MFLOP {cost['size_mb']:6.3f} MB"
         )
-    draw(logs, plans["rigl"], arguments.output / "report.png")
-    print(f"\ncurves: {arguments.output / 'report.png'}")
+    draw(logs, plans["rigl"], output / "report.png")
+    network = near(output / "rigl.safetensors")
+    image = near(min((output / "digits" / "val" / "3").glob("*.jpg")))
+    print(f"\ncurves: {near(output / 'report.png')}\n\nTry next:")
+    print("  # store the sparse network: one bit per weight and the active values")
+    print(" ", suggestion("export.py", near(output / "rigl" / "model_best.pth.tar"), network))
+    print("  # run it on a digit, without computing the zeros")
+    print(" ", suggestion("classify.py", "--model", network, image))
+    print("  # see what a ResNet-50 costs at 90% sparsity")
+    print(" ", suggestion("costs.py", "--sparsity", "0.9"))
+
+
+def demo(output: Path, epochs: int, log_file: Path) -> None:
+    """Write the images, train three times, report."""
+    write_digits(output / "digits")
+    print(
+        f"1,797 handwritten digits, three runs (epochs: {epochs}); log: {near(log_file)}",
+        flush=True,
+    )
+    logs, plans = {}, {}
+    with log_file.open("w") as log:
+        for method in METHODS:
+            run = command(output / "digits", method, epochs)
+            print("$", shlex.join(run), file=log, flush=True)
+            show(f"{method:8} starting")
+            plans[method] = plan(run, log)
+            workspace = output / method
+            logs[method] = train(run, workspace, log, method=method, epochs=epochs)
+    report(output, logs, plans)
+
+
+def main() -> int:
+    """Run the demo; return 0, the status of a main.py that failed, or 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "demo", help="where files go")
+    parser.add_argument("--epochs", type=int, default=20)
+    arguments = parser.parse_args()
+    log_file = arguments.output / "demo.log"
+    try:
+        demo(arguments.output, arguments.epochs, log_file)
+    except subprocess.CalledProcessError as error:
+        return failure(log_file, error)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; log: {near(log_file)}", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

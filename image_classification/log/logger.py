@@ -2,12 +2,13 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from image_classification.config import ConsoleFormat
 from image_classification.log.records import (
     Backend,
     close_raport,
@@ -15,7 +16,7 @@ from image_classification.log.records import (
     open_console,
     open_raport,
 )
-from image_classification.log.views import Progress, TensorBoard
+from image_classification.log.views import Progress, Summary, TensorBoard
 
 Value = float | int | str | None
 
@@ -26,9 +27,9 @@ class Verbosity(IntEnum):
     OFF = -1
     """Not written at all."""
     DEFAULT = 0
-    """Console and raport."""
+    """Raport and console."""
     VERBOSE = 1
-    """For iterations the raport only; summaries of epochs and runs go to the console too."""
+    """For iterations the raport only; records of epochs and runs go to the console too."""
 
 
 class Logger:
@@ -40,7 +41,9 @@ class Logger:
         raport: File of JSON lines; None for none.
         append: Continue the file of the run that is resumed; otherwise it is replaced.
         tensorboard: Directory of TensorBoard events; None for none.
-        console: Write records and messages to standard output.
+        console: What standard output shows: `dllogger` every record as a line, `summary` one line
+            per epoch (see `headline`), `auto` the latter on a terminal and the former elsewhere;
+            None for neither records nor messages.
         enabled: False on the ranks that do not write, whose callers then need no case of their own.
 
     Raises:
@@ -54,7 +57,7 @@ class Logger:
         raport: Path | None,
         append: bool,
         tensorboard: Path | None = None,
-        console: bool = True,
+        console: ConsoleFormat | None = "auto",
         enabled: bool = True,
     ) -> None:
         self._enabled = enabled
@@ -63,12 +66,16 @@ class Logger:
         self._raport_failed = False
         self._progress = Progress(0, "", shown=False)
         self._console: Backend | None = None
+        self._summary: Summary | None = None
+        self._checkpoint: Path | None = None
         self._raport: Backend | None = None
         self._tensorboard: TensorBoard | None = None
-        if enabled and console:
-            self._console = open_console()
         if enabled and raport is not None:
             self._raport = open_raport(raport, append=append)
+        if enabled and console is not None:
+            if console == "summary" or (console == "auto" and sys.stdout.isatty()):
+                self._summary = Summary(raport)
+            self._console = self._summary or open_console()
         if enabled and tensorboard is not None:
             self._tensorboard = TensorBoard(tensorboard, resumed=append)
 
@@ -80,6 +87,11 @@ class Logger:
         self._declared.add(metric)
         metadata = {"unit": unit, "format": format}
         self._write(lambda out, now, elapsed: out.metadata(now, elapsed, metric, metadata))
+
+    def headline(self, metrics: Sequence[str]) -> None:
+        """Choose the metrics of an epoch, and of the run, that `summary` shows, in this order."""
+        if self._summary:
+            self._summary.headline = tuple(dict.fromkeys(metrics))
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """Write the configuration of the run; what JSON does not know is written as text."""
@@ -111,7 +123,8 @@ class Logger:
             known = default_metadata(metric)
             if known and metric not in self._declared:
                 self.metadata(metric, unit=known[0], format=known[1])
-        on_console = verbosity == Verbosity.DEFAULT or len(step) < 2
+        by_iteration = verbosity == Verbosity.DEFAULT and self._summary is None
+        on_console = by_iteration or len(step) < 2
         record = dict(data)
         self._write(
             lambda out, now, elapsed: out.log(now, elapsed, step, record), on_console=on_console
@@ -124,6 +137,12 @@ class Logger:
         if self._console:
             with self._progress.hidden():
                 print(text, flush=True)
+
+    def saved(self, path: Path) -> None:
+        """Tell where a checkpoint was written; `summary` names the last one, at the end."""
+        self._checkpoint = path
+        if not self._summary:
+            self.message(f"SAVING {path}")
 
     def warning(self, text: str) -> None:
         """Write one line to standard error."""
@@ -140,12 +159,14 @@ class Logger:
     def close(self) -> None:
         """Write out everything and close the files; nothing is written afterwards."""
         self._progress.close()
+        if self._summary and self._checkpoint:
+            self.message(f"checkpoint: {self._checkpoint}")
         if self._raport:
             with self._raport_errors():
                 close_raport(self._raport)
         if self._tensorboard:
             self._tensorboard.close()
-        self._console = self._raport = self._tensorboard = None
+        self._console = self._summary = self._raport = self._tensorboard = None
 
     def _write(
         self, write: Callable[[Backend, datetime, float], None], *, on_console: bool = True

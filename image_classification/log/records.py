@@ -188,10 +188,14 @@ def step_text(step: Step) -> str:
 
 def metric_text(metric: str, metadata: Data, value: object) -> str:
     """Return `name : value unit`; the format applies to numbers, a missing unit leaves no trace."""
-    spec = metadata.get("format") if isinstance(value, int | float) else None
-    text = f"{{{spec or ''}}}".format(value)
+    text = number_text(value, metadata.get("format"))
     unit = metadata.get("unit")
     return f"{metric} : {text} {unit}" if unit else f"{metric} : {text}"
+
+
+def number_text(value: object, format: str | None) -> str:
+    """Return a number in a format such as ":.2f", anything else as it is."""
+    return f"{{{format or ''}}}".format(value) if isinstance(value, int | float) else str(value)
 
 
 def _dllogger() -> Any | None:

@@ -1,15 +1,23 @@
-"""What a person watches while training: a progress bar in the terminal, curves in TensorBoard."""
+"""What a person watches while training: progress bars, a line per epoch, curves in TensorBoard."""
 
 import contextlib
 import functools
 import json
+import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from image_classification.log.records import Data, Step, number_text
+
+_BAR = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+"""A bar with numbers of the run, which fit into 80 columns: the counts and the rate give way."""
 
 
 class Progress:
@@ -29,6 +37,7 @@ class Progress:
         if postfix:
             short = {name.rpartition(".")[2]: value for name, value in postfix.items()}
             self._bar.set_postfix(short, refresh=False)
+            self._bar.bar_format = _BAR
         self._bar.update(n)
 
     def close(self) -> None:
@@ -45,6 +54,65 @@ class Progress:
         else:
             with tqdm.external_write_mode(file=sys.stdout):
                 yield
+
+
+class Summary:
+    """Standard output in short: one line per epoch and one for the run.
+
+    `epoch 3  loss 0.51234  top-1 87.50%` shows those metrics of the record that `headline` names.
+
+    Args:
+        raport: The file of all records, which the first line names; None where there is none.
+    """
+
+    def __init__(self, raport: Path | None) -> None:
+        self.headline: tuple[str, ...] = ()
+        self._metadata: dict[str, Data] = {}
+        if raport is not None:
+            print(f"full log: {raport}")
+
+    def metadata(
+        self, timestamp: datetime, elapsedtime: float, metric: str, metadata: Data
+    ) -> None:
+        self._metadata[metric] = metadata
+
+    def log(self, timestamp: datetime, elapsedtime: float, step: Step, data: Data) -> None:
+        shown = [self._field(metric, data[metric]) for metric in self.headline if metric in data]
+        if shown and not isinstance(step, str) and len(step) < 2:
+            head = f"epoch {step[0]}" if step else "summary"
+            print(_joined([head, *shown], indent=len(head) + 2))
+
+    def flush(self) -> None:
+        """Do nothing: the logger flushes standard output."""
+
+    def _field(self, metric: str, value: object) -> str:
+        metadata = self._metadata.get(metric, {})
+        unit = metadata.get("unit") or ""
+        default = ":.4g" if isinstance(value, float) else None
+        text = number_text(value, metadata.get("format") or default)
+        return f"{_label(metric)} {text}{unit if unit == '%' else ' ' + unit}".rstrip()
+
+
+def _label(metric: str) -> str:
+    """Return a metric's name in words: "ema top-1" of val_ema.top1."""
+    group, _, name = metric.partition(".")
+    words = re.sub(r"^top(?=\d)", "top-", name or group).replace("_", " ")
+    return f"ema {words}" if group.endswith("_ema") else words
+
+
+def _joined(fields: list[str], *, indent: int) -> str:
+    """Put fields on one line; a terminal that is too narrow gets more of them, each field whole."""
+    if not sys.stdout.isatty():
+        return "  ".join(fields)
+    width = shutil.get_terminal_size().columns
+    text = "  ".join(field.replace(" ", "\0") for field in fields)
+    return textwrap.fill(
+        text,
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ).replace("\0", " ")
 
 
 class TensorBoard:

@@ -2,12 +2,9 @@
 
 import contextlib
 import json
-import os
-import pty
 import re
 import subprocess
 import sys
-import termios
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 import torch
 
 from image_classification.log import GpuMonitor, Logger, Verbosity, default_metadata, run_metadata
+from tests.terminal import Terminal
 
 NUMBER = r"\d+\.\d+"
 DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+"
@@ -116,7 +114,7 @@ def test_a_run_matches_the_sample_line_by_line(
 
 @pytest.mark.usefixtures("writer")
 def test_records_are_in_the_file_at_once(raport: Path) -> None:
-    logger = Logger(raport=raport, append=False, console=False)
+    logger = Logger(raport=raport, append=False, console=None)
     logger.log((0, 1), {"x": 1})
     assert logged(raport) == [{"x": 1}]
     logger.close()
@@ -138,7 +136,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_without_a_console_only_the_file_is_written(
     raport: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = Logger(raport=raport, append=False, console=False)
+    logger = Logger(raport=raport, append=False, console=None)
     write_sample(logger)
     logger.message("hello")
     assert len(records(raport)) == 12
@@ -169,23 +167,23 @@ def test_numbers_gone_bad_stay_readable(raport: Path, capsys: pytest.CaptureFixt
 @pytest.mark.usefixtures("writer")
 def test_a_resumed_run_continues_the_raport(raport: Path) -> None:
     for run, append in enumerate((False, True, True)):
-        logger = Logger(raport=raport, append=append, console=False)
+        logger = Logger(raport=raport, append=append, console=None)
         logger.log((run,), {"run": run})
         logger.close()
     assert logged(raport) == [{"run": 0}, {"run": 1}, {"run": 2}]
-    Logger(raport=raport, append=False, console=False).close()
+    Logger(raport=raport, append=False, console=None).close()
     assert raport.read_text() == ""
 
 
 @pytest.mark.usefixtures("writer")
 def test_a_line_cut_by_a_crash_does_not_swallow_the_next(raport: Path) -> None:
-    logger = Logger(raport=raport, append=False, console=False)
+    logger = Logger(raport=raport, append=False, console=None)
     logger.log((0,), {"x": 0})
     logger.log((1,), {"x": 1})
     logger.close()
     whole = raport.read_bytes()
     raport.write_bytes(whole[:-20])
-    logger = Logger(raport=raport, append=True, console=False)
+    logger = Logger(raport=raport, append=True, console=None)
     logger.log((1,), {"x": 2})
     logger.close()
     lines = raport.read_bytes().splitlines()
@@ -254,7 +252,7 @@ def curves(directory: Path) -> Curves:
 
 def test_tensorboard_shows_curves_by_step(tmp_path: Path) -> None:
     def train(steps: range, *, resumed: bool) -> None:
-        logger = Logger(raport=None, append=resumed, tensorboard=tmp_path / "tb", console=False)
+        logger = Logger(raport=None, append=resumed, tensorboard=tmp_path / "tb", console=None)
         logger.parameters({"lr": 0.1})
         for step in steps:
             logger.log(
@@ -288,31 +286,23 @@ def test_a_tensorboard_directory_that_cannot_be_made_is_one_line(tmp_path: Path)
 
 
 def test_progress_on_a_terminal_leaves_records_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, shown = pty.openpty()
-    termios.tcsetwinsize(shown, (24, 100))
-    with os.fdopen(shown, "w") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
+    terminal = Terminal()
+    with terminal.opened() as file, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
         show_progress()
-    content = b""
-    with contextlib.suppress(OSError):  # the end of what a closed terminal has shown
-        while True:
-            content += os.read(seen, 1 << 16)
-    os.close(seen)
-    screen = content.decode()
-    assert "epoch 0" in screen
-    assert "loss=2.5" in screen
-    assert "sparsity=0.9" in screen
-    # A terminal shows what follows the last carriage return of a line.
-    lines = [line.rpartition("\r")[2] for line in screen.replace("\r\n", "\n").split("\n")]
+    assert "epoch 10:" in terminal.text
+    assert "loss=0.0142, total_ips=1.25e+3, sparsity=0.9\r" in terminal.text  # none is cut off
+    lines = terminal.lines()
     assert re.search(r"^DLL .* - Epoch: 0 Iteration: 1 train\.loss : 2\.50000$", lines[0])
-    assert lines[1] == "a message"
-    assert lines[-1].strip() == ""
+    assert lines[1:] == ["a message", ""]
 
 
 def show_progress() -> None:
-    logger = Logger(raport=None, append=False)
-    progress = logger.progress(4, "epoch 0")
-    progress.update(1, **{"train.loss": 2.5, "sparse.sparsity": 0.9})
+    logger = Logger(raport=None, append=False, console="dllogger")
+    progress = logger.progress(5004, "epoch 10")
+    progress.update(
+        5003, **{"train.loss": 0.014216, "train.total_ips": 1250.2512, "sparse.sparsity": 0.9}
+    )
     logger.log((0, 1), {"train.loss": 2.5})
     logger.message("a message")
     progress.update(3)
@@ -324,6 +314,77 @@ def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str
     progress.update(1, loss=1.0)
     progress.close()
     assert capsys.readouterr() == ("", "")
+
+
+# The console in short
+
+
+def write_epochs(logger: Logger) -> None:
+    """Write a run of one epoch, of which 90% of something is shown."""
+    logger.headline(("train.loss", "val.top1", "val_ema.top1", "own.share", "own.share"))
+    logger.parameters({"epochs": 1})
+    logger.message("RUNNING EPOCHS FROM 0 TO 1")
+    with contextlib.closing(logger.progress(2, "epoch 0")) as progress:
+        logger.log((0, 2), {"train.loss": 2.5, "own.share": 0.9})
+        logger.warning("careful")
+        progress.update(2)
+    logger.log((0,), {"own.share": 0.9, "train.loss": 1.25, "val.top1": 50.0, "val.loss": 3.0,
+                      "val_ema.top1": 50.125})  # fmt: skip
+    logger.log((0,), {"train.data_time": 0.001}, Verbosity.VERBOSE)
+    logger.saved(Path("checkpoint.pth.tar"))
+    logger.log((0, 2), {"own.share": 0.9}, Verbosity.VERBOSE)
+    logger.log((), {"train.loss": 1.25, "val.top1": 50.0, "own.size_mb": 2})
+    logger.close()
+
+
+SUMMARY = """\
+full log: {raport}
+RUNNING EPOCHS FROM 0 TO 1
+epoch 0  loss 1.25000  top-1 50.00%  ema top-1 50.12%  share 0.9
+summary  loss 1.25000  top-1 50.00%
+checkpoint: checkpoint.pth.tar
+"""
+
+
+def test_a_terminal_shows_one_line_per_epoch_and_the_raport_has_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    terminal = Terminal()
+    with terminal.opened() as file, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        write_epochs(Logger(raport=Path("short.json"), append=False))
+    assert terminal.lines() == SUMMARY.format(raport="short.json").split("\n")
+    assert capsys.readouterr().err == "WARNING: careful\n"
+    write_epochs(Logger(raport=Path("long.json"), append=False))
+    assert capsys.readouterr().out.count("DLL ") == 5
+    assert logged(Path("short.json")) == logged(Path("long.json"))
+
+
+def test_the_console_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    write_epochs(Logger(raport=None, append=False, console="summary"))
+    printed = capsys.readouterr().out
+    assert printed == SUMMARY.partition("\n")[2]
+    write_epochs(Logger(raport=None, append=False, console="dllogger"))
+    assert "SAVING checkpoint.pth.tar\nDLL " in capsys.readouterr().out
+
+
+def test_a_line_too_long_for_the_terminal_is_broken_between_metrics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = [f"own.metric_number_{n}" for n in range(6)]
+    terminal = Terminal()
+    with terminal.opened() as file, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        logger = Logger(raport=None, append=False)
+        logger.headline(names)
+        logger.log((), dict.fromkeys(names, 1 / 3))
+    fields = [f"metric number {n} 0.3333" for n in range(6)]
+    assert [line.split("  ") for line in terminal.lines()] == [
+        ["summary", *fields[:3]],
+        ["", "", "", "", " " + fields[3], *fields[4:]],
+        [""],
+    ]
 
 
 # The machine

@@ -15,7 +15,7 @@ from image_classification.log import Logger
 from image_classification.trainer import Precision, Trainer
 
 WORLD = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-SILENT = Logger(raport=None, append=False, console=False)
+SILENT = Logger(raport=None, append=False, console=None)
 
 
 class Batches:
