@@ -82,12 +82,20 @@ def num_classes(config: Config, dataset: data.DatasetInfo) -> int:
 
 
 def adopt(config: Config) -> Config:
-    """Return the flags with the network of the checkpoint where --evaluate does not name one."""
-    if not config.evaluate or config.arch != Config().arch:
+    """Return the flags with the network and its image size as the checkpoint has them.
+
+    For --evaluate, where the flags do not name them.
+    """
+    named = config.arch != Config().arch
+    if not config.evaluate or (named and config.image_size is not None):
         return config
     path, _ = _find_checkpoint(config)
-    held = checkpoint.load(path).get("arch") if path else None
-    return dataclasses.replace(config, arch=held or config.arch)
+    state = checkpoint.load(path) if path else {}
+    arch = config.arch if named else state.get("arch") or config.arch
+    size = config.image_size
+    if size is None and arch == state.get("arch"):
+        size = state.get("config", {}).get("image_size")
+    return dataclasses.replace(config, arch=arch, image_size=size)
 
 
 def sketch_model(config: Config, dataset: data.DatasetInfo) -> nn.Module:

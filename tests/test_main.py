@@ -399,3 +399,15 @@ def test_training_that_cannot_be_sparse_ends_in_one_line(pictures: Path, tmp_pat
     (line,) = done.stderr.splitlines()
     assert line.startswith("main.py: error: method 'snip' ranks layer1.0.conv1.weight by")
     assert "dense_layers" in line
+
+
+def test_an_evaluation_takes_the_image_size_of_the_checkpoint(
+    pictures: Path, tmp_path: Path
+) -> None:
+    log = train(pictures, tmp_path, "--image-size", "24")
+    path = str(tmp_path / "checkpoint.pth.tar")
+    arguments = ["--evaluate", "--resume", path, "--workspace", str(tmp_path / "evaluation")]
+    for named in ([], ["--arch", "small_cnn"]):
+        assert run(str(pictures), *named, *arguments).returncode == 0
+        found = records(tmp_path / "evaluation")
+        assert last(found, "val.loss") == pytest.approx(last(log[:-1], "val.loss"))
