@@ -125,9 +125,9 @@ def test_convolutions_equal_torch(
 
 
 @given(
-    kernel=st.sampled_from([2, 3, 5]),
-    stride=st.integers(1, 3),
-    padding=st.integers(0, 1),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     size=st.tuples(st.integers(5, 33), st.integers(5, 33)),
     offset=st.sampled_from([-5.0, 0.0]),
     ceil_mode=st.booleans(),
@@ -135,16 +135,51 @@ def test_convolutions_equal_torch(
 @FEW
 def test_max_pooling_equals_torch(
     each_kernels: native.Kernels,
-    kernel: int,
-    stride: int,
-    padding: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
     size: tuple[int, int],
     offset: float,
     ceil_mode: bool,
 ) -> None:
     images = torch.randn(2, 3, *size) + offset  # with negative maxima the padding must not win
+    padding = (min(padding[0], kernel[0] // 2), min(padding[1], kernel[1] // 2))
     model = nn.Sequential(nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil_mode))
     assert torch.equal(run(model, images, each_kernels), model(images))
+
+
+def test_max_pooling_keeps_a_nan(kernels: native.Kernels) -> None:
+    images = torch.randn(1, 1, 8, 8)
+    images[0, 0, 3, 4] = torch.nan
+    model = nn.Sequential(nn.MaxPool2d(3, 1, 1))
+    found, wanted = run(model, images, kernels), model(images)
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert int(found.isnan().sum()) == 9
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.Conv2d(3, 8, 2, stride=2),
+        nn.Conv2d(3, 8, (3, 1), stride=(3, 1)),
+        nn.Conv2d(3, 6, 1, stride=4, groups=3),
+        nn.Conv2d(3, 8, 5),
+        nn.AvgPool2d(2),
+        nn.MaxPool2d(2),
+    ],
+    ids=str,
+)
+def test_rows_that_a_layer_leaves_over_are_zero_for_the_next(
+    each_kernels: native.Kernels, layer: nn.Module
+) -> None:
+    channels = getattr(layer, "out_channels", 3)
+    model = nn.Sequential(layer, nn.ReLU(), nn.Conv2d(channels, 8, 3, padding=1))
+    for size in ((32, 32), (33, 33), (33, 56), (7, 65)):
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            wanted = model(images)
+        assert_close(run(model, images, each_kernels), wanted)
 
 
 @given(
