@@ -1,5 +1,6 @@
 """Process start-up and collectives; the only module that reads environment variables."""
 
+import atexit
 import os
 import platform
 import re
@@ -120,17 +121,14 @@ def start(*, cpu: bool = False, deterministic: bool = False) -> World:
     return World(launch.rank, launch.local_rank, launch.world_size, device)
 
 
-_left: Any = None
-
-
 def stop() -> None:
     """Leave the process group, if one was joined."""
-    global _left
     if dist.is_initialized():
         # Dropping the last reference to the group ends its threads. DDP would drop it while it
         # holds Python's lock, for which the threads may be waiting, and torch 2.9 would hang. The
-        # reference kept here outlives DDP's.
-        _left = dist.group.WORLD
+        # reference kept here outlives DDP's. It ends before the interpreter does, or torch 2.9
+        # would abort.
+        atexit.register([dist.group.WORLD].clear)
         dist.destroy_process_group()
 
 

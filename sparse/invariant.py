@@ -45,7 +45,8 @@ class Invariant:
         for name, tensor, gate in tensors:
             names.append(name)
             pairs.append((tensor, gate))
-        self._unread.append((names, count_violations(pairs)))
+        if pairs:
+            self._unread.append((names, count_violations(pairs)))
 
     @property
     def is_known(self) -> bool:

@@ -91,8 +91,10 @@ def test_without_a_compiler_a_warning_says_what_it_costs(
 def test_a_library_that_does_not_load_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = gates.LIBRARY.build("portable", tmp_path)
-    broken.write_bytes(b"no library")
+    compiler = tmp_path / "c++"  # what it makes is no library, as in a directory mounted noexec
+    compiler.write_text('#!/bin/sh\nfor output; do :; done\necho no library >"$output"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(gates, "default_cache", lambda: tmp_path)
     monkeypatch.setattr(gates, "cpu_level", lambda: "portable")
     gates._compiled_loop.cache_clear()
@@ -100,6 +102,21 @@ def test_a_library_that_does_not_load_is_named(
     with pytest.warns(UserWarning, match="the library cannot be loaded: .*portable-"):
         zero_inactive([(weight, Gate(torch.eye(3, 4) > 0, weight))])
     assert torch.equal(weight, torch.eye(3, 4))
+    gates._compiled_loop.cache_clear()
+
+
+def test_a_damaged_library_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = gates.LIBRARY.build("portable", tmp_path)
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(gates, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(gates, "cpu_level", lambda: "portable")
+    gates._compiled_loop.cache_clear()
+    weight = torch.ones(3, 4)
+    zero_inactive([(weight, Gate(torch.eye(3, 4) > 0, weight))])
+    assert torch.equal(weight, torch.eye(3, 4))
+    assert gates._compiled_loop() is not None
     gates._compiled_loop.cache_clear()
 
 
