@@ -50,15 +50,8 @@ def test_the_switches_are_set_before_training(data: Path, tmp_path: Path, wanted
     assert os.environ.get(CUBLAS) == (":4096:8" if wanted else None)
 
 
-ON_A_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
-def test_runs_repeat_bit_for_bit(data: Path, tmp_path: Path, device: str) -> None:
-    flags = [*RIGL, "--deterministic", *(["--cpu"] if device == "cpu" else ["--amp"])]
+def test_runs_repeat_bit_for_bit(data: Path, tmp_path: Path, device: torch.device) -> None:
+    flags = [*RIGL, "--deterministic", *(["--cpu"] if device.type == "cpu" else ["--amp"])]
     for name in "ab":
         done = run(*argv(data, tmp_path / name, *flags))
         assert done.returncode == 0, done.stderr
