@@ -48,8 +48,8 @@ RUN if [ "$WITH_APEX" = 1 ] && ! python -m pip show --quiet apex; then \
 FROM environment AS kernels
 WORKDIR /opt/kernels
 COPY sparse sparse
-RUN mkdir sparse/prebuilt \
-    && if command -v c++; then python -m sparse.build; fi
+RUN mkdir sparse/native/prebuilt \
+    && if command -v c++; then python -m sparse.native; fi
 
 
 FROM ${BASE_IMAGE}
@@ -75,7 +75,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 
 WORKDIR /workspace/rn50
 COPY . .
-COPY --from=kernels /opt/kernels/sparse/prebuilt sparse/prebuilt
+COPY --from=kernels /opt/kernels/sparse/native/prebuilt sparse/native/prebuilt
 
 # The checkout may come from a umask that lets its owner alone read; any user may write results.
 ARG GIT_COMMIT=unknown

@@ -23,7 +23,7 @@ import torch
 import sparse
 from image_classification import models
 from sparse import costs
-from sparse.distributions import layer_sparsities
+from sparse.topology.distributions import layer_sparsities
 
 METHODS = ("dense", "static", "set", "snip", "snfs", "rigl", "gmp")
 

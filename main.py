@@ -17,6 +17,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cli.flags import SparseFlags, cost_plan, resolve, sparse_plan
+from cli.join import attach, report_costs, try_out
+from cli.resume import check_sparsity, saved_masks
 from image_classification import build, config, distributed
 from image_classification.config import Config
 from image_classification.data import DataError
@@ -24,9 +27,6 @@ from image_classification.log import Logger, run_metadata
 from image_classification.preemption import Preempted
 from image_classification.trainer import TrainingError
 from sparse import SparsityError
-from sparse_extension import attach, report_costs, try_out
-from sparse_flags import SparseFlags, cost_plan, resolve, sparse_plan
-from sparse_resume import check_sparsity, saved_masks
 
 DESCRIPTION = "Train a network, dense or sparse, on a directory of images."
 

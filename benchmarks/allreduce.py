@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 
 import sparse
 from benchmarks import hosts
-from sparse.compression import pack, unpack
+from sparse.training.compression import pack, unpack
 
 SPARSITIES = {"0.9": 0.9, "0.8": 0.8}
 UNITS = {"mbit": 1e6, "gbit": 1e9}

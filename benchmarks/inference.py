@@ -33,7 +33,7 @@ import sparse
 from export import read_source
 from image_classification.models import create_model, default_image_size
 from sparse import runtime
-from sparse.compiled import LEVELS
+from sparse.native.library import LEVELS
 
 Run = Callable[[Tensor], Any]
 RIVALS = ("onnxruntime", "openvino", "compile", "torch")

@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
 
+from cli.flags import METHOD_FLAGS, SparseFlags
 from image_classification.config import RETIRED, Config
-from sparse_flags import METHOD_FLAGS, SparseFlags
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 HEAD = """\

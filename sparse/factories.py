@@ -21,13 +21,13 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from sparse.connections import NewConnections
-from sparse.methods import Gmp, GradientMomentum, Method, Rigl, RiglReset, Set, Snip, Static
-from sparse.plans import Plan, plan_layers
-from sparse.redistribution import Snfs
-from sparse.schedules import DropFraction, Window
-from sparse.settings import check_integer, check_number
-from sparse.sparsifier import Sparsifier
+from sparse.errors import check_integer, check_number
+from sparse.methods.allocation import Plan, plan_layers
+from sparse.methods.base import Gmp, GradientMomentum, Method, Rigl, RiglReset, Set, Snip, Static
+from sparse.methods.snfs import Snfs
+from sparse.topology.schedules import DropFraction, Window
+from sparse.training.connections import NewConnections
+from sparse.training.sparsifier import Sparsifier
 
 
 def static(

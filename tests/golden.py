@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import sparse
-from sparse.methods import GradientMomentum, Method, Rigl, RiglReset, Set
+from sparse.methods.base import GradientMomentum, Method, Rigl, RiglReset, Set
 from tests.golden_compare import (
     MismatchError,
     close,

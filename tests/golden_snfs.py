@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sparse
-from sparse.redistribution import Snfs, layer_shares, num_removed
+from sparse.methods.snfs import Snfs, layer_shares, num_removed
 from tests.golden_compare import close, same
 
 Arrays = Mapping[str, Any]

@@ -32,7 +32,8 @@ from image_classification import convert
 from image_classification.log.records import default_metadata
 from image_classification.models import create_model
 from scripts import options
-from sparse import build, compiled
+from sparse.native import __main__ as build
+from sparse.native import library
 from tests.documents import DOCUMENTS, ROOT, Command, anchors, blocks, commands, links, names
 
 README = ROOT / "README.md"
@@ -135,7 +136,7 @@ def helped(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def build_kernels(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile the kernels of one level to another place."""
-    monkeypatch.setattr(compiled, "PREBUILT", Path.cwd())
+    monkeypatch.setattr(library, "PREBUILT", Path.cwd())
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert build.main(command.words[3:] or ["portable"]) == 0
     assert all(Path(line).is_file() for line in printed.getvalue().splitlines())

@@ -6,7 +6,7 @@
 A file is written by `save` (or `export.py`); `trace` gives the graph it needs.
 """
 
-from sparse.compiled import BuildError
+from sparse.native.library import BuildError
 from sparse.runtime.format import Compact, read, save
 from sparse.runtime.graph import Node
 from sparse.runtime.header import DTYPES, Header

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sparse.runtime import native
+from sparse.runtime import bindings
 from sparse.runtime.graph import INPUT
 from sparse.runtime.layout import Grid, Map, Value, Vector, best_grid, out_size, reach
 from sparse.runtime.lower import Array, Layer
@@ -29,7 +29,7 @@ class Step:
     residual: Map | None = None
     layer: Layer | None = None
     stride: tuple[int, int] = (1, 1)
-    op: native.Op = field(default_factory=native.Op)
+    op: bindings.Op = field(default_factory=bindings.Op)
     tables: list[Array] = field(default_factory=list)
     """What the pointers of `op` point to."""
 
@@ -110,7 +110,7 @@ class Arrangement:
             grid = Grid(vectors=vectors, rows=height, lanes=self._lanes)
         image = Map(channels=channels, height=height, width=width, grid=grid)
         self._values[INPUT] = image
-        self.steps.append(Step(kind=native.INPUT, source=None, target=image))
+        self.steps.append(Step(kind=bindings.INPUT, source=None, target=image))
 
     def _out_vectors(self, layer: Layer, width: int) -> int:
         """Return the vectors of an output row: whole in the input's and in the output's.
@@ -162,11 +162,11 @@ class Arrangement:
             return
         source = self._values[layer.source]
         target = Vector(channels=layer.channels, lanes=self._lanes)
-        kind = native.MEAN_POOL
+        kind = bindings.MEAN_POOL
         if layer.kind == "linear":
             assert layer.weight is not None
             sparse = layer.num_active < LINEAR_DENSITY * layer.weight.size
-            kind = native.SPARSE_LINEAR if sparse else native.DENSE_LINEAR
+            kind = bindings.SPARSE_LINEAR if sparse else bindings.DENSE_LINEAR
         self._values[layer.name] = target
         self.steps.append(Step(kind=kind, source=source, target=target, layer=layer))
 
@@ -203,7 +203,7 @@ class Arrangement:
             if not _fits(residual.grid, grid):
                 residual = self._repack(residual, grid, (1, 1))
         self._values[layer.name] = target
-        kind = native.SPARSE_CONV if layer.kind == "conv" else native.MAX_POOL
+        kind = bindings.SPARSE_CONV if layer.kind == "conv" else bindings.MAX_POOL
         step = Step(
             kind=kind,
             source=source,
@@ -254,7 +254,9 @@ class Arrangement:
         if key not in self._repacked:
             target = Map(channels=source.channels, height=height, width=width, grid=grid)
             self._repacked[key] = target
-            self.steps.append(Step(kind=native.REPACK, source=source, target=target, stride=stride))
+            self.steps.append(
+                Step(kind=bindings.REPACK, source=source, target=target, stride=stride)
+            )
         return self._repacked[key]
 
     def _finish(self) -> None:
@@ -263,7 +265,7 @@ class Arrangement:
         assert last is not None
         if isinstance(last, Map):
             self.out_shape: tuple[int, ...] = (last.channels, last.height, last.width)
-            self.steps.append(Step(kind=native.OUTPUT, source=last, target=None))
+            self.steps.append(Step(kind=bindings.OUTPUT, source=last, target=None))
         else:
             self.out_shape = (last.channels,)
             self.steps[-1].target = None

@@ -26,10 +26,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sparse.masks import pack, unpack
 from sparse.runtime import graph
 from sparse.runtime.graph import Node
 from sparse.runtime.header import DTYPES, Header, check_tensors, parse
+from sparse.topology.masks import pack, unpack
 
 FORMAT = "compact-sparse-1"
 MAX_REASON = 300  # characters

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse.masks import unpack
 from sparse.runtime import graph, memory
 from sparse.runtime.check import check, check_shapes
 from sparse.runtime.graph import Node
+from sparse.topology.masks import unpack
 
 DTYPES = {
     "float32": torch.float32,

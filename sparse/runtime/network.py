@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparse.compiled import BuildError, check_level, cpu_level, default_cache
-from sparse.runtime import graph, native
+from sparse.native.library import BuildError, check_level, cpu_level, default_cache
+from sparse.runtime import bindings, graph
 from sparse.runtime.check import check_images, check_shapes
 from sparse.runtime.format import read
 from sparse.runtime.header import Header
@@ -41,7 +41,7 @@ class Network:
         path: Path,
         *,
         threads: int,
-        kernels: native.Kernels | None,
+        kernels: bindings.Kernels | None,
         tuner: Tuner | None,
     ) -> None:
         self._path = path
@@ -106,7 +106,7 @@ class Network:
                 self._programs[height, width] = self._plan(self._kernels, height, width)
             return self._programs[height, width]
 
-    def _plan(self, kernels: native.Kernels, height: int, width: int) -> "Program":
+    def _plan(self, kernels: bindings.Kernels, height: int, width: int) -> "Program":
         check_images(self._nodes, self._channels, height, width)
         size = (self.header.in_channels, height, width)
         plan = Plan(self._layers, size, lanes=kernels.num_lanes, num_parts=self._threads)
@@ -141,7 +141,7 @@ class Program:
             it starts no more.
     """
 
-    def __init__(self, plan: Plan, kernels: native.Kernels, threads: int) -> None:
+    def __init__(self, plan: Plan, kernels: bindings.Kernels, threads: int) -> None:
         self.plan, self._kernels, self._wanted = plan, kernels, threads
         # Arenas and threads that no call is using: as many as there were calls at a time.
         self._idle = [self._create()]
@@ -216,7 +216,7 @@ def load(
         threads: A single image is split between them, a batch is dealt out.
         backend: "native" (compiled kernels), "torch", or "auto": native, and torch with a warning
             on a machine that cannot compile the kernels.
-        level: Instruction set of the kernels, one of `sparse.compiled.LEVELS`; by default the
+        level: Instruction set of the kernels, one of `sparse.native.library.LEVELS`; by default the
             processor's best.
         tune: Measure, once per kind of processor and layer, how each layer is computed fastest.
             Without it a fixed rule decides.
@@ -237,7 +237,7 @@ def load(
     kernels = None
     if backend != "torch":
         try:
-            kernels = native.load(level or cpu_level(), directory)
+            kernels = bindings.load(level or cpu_level(), directory)
         except BuildError as error:
             if backend == "native":
                 raise

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparse.runtime import memory, native
+from sparse.runtime import bindings, memory
 from sparse.runtime.arrange import Step, arrange
 from sparse.runtime.check import too_large
 from sparse.runtime.layout import Map
@@ -67,17 +67,17 @@ class Plan:
 
     def convolutions(self) -> list[Step]:
         """Return the steps that can be tuned."""
-        return [step for step in self.steps if step.kind == native.SPARSE_CONV]
+        return [step for step in self.steps if step.kind == bindings.SPARSE_CONV]
 
-    def operations(self) -> ctypes.Array[native.Op]:
+    def operations(self) -> ctypes.Array[bindings.Op]:
         """Return the operations as an array for the kernels; the tables stay this object's."""
-        return (native.Op * len(self.steps))(*(step.op for step in self.steps))
+        return (bindings.Op * len(self.steps))(*(step.op for step in self.steps))
 
     def order(self) -> Array:
         """Return the pieces (step, begin, end) in the order of execution, int64."""
         return np.array([(p.step, p.begin, p.end) for p in self.pieces], np.int64)
 
-    def create(self, kernels: native.Kernels, *, threads: int) -> int | None:
+    def create(self, kernels: bindings.Kernels, *, threads: int) -> int | None:
         """Return the kernels' handle of this plan, None without memory or threads."""
         operations, order = self.operations(), self.order()
         handle: int | None = kernels.create(
@@ -175,7 +175,7 @@ class Plan:
         assert step.layer is not None
         assert step.layer.weight is not None
         weight = step.layer.weight
-        if step.kind == native.SPARSE_LINEAR:
+        if step.kind == bindings.SPARSE_LINEAR:
             begin, connections = linear_table(weight)
             step.op.row_begin = self._keep(step, begin)
             step.op.connections = self._keep(step, connections)
@@ -207,7 +207,7 @@ class Plan:
         if choice.dense:
             table_of = paired_table if choice.tile_rows == 2 else dense_table
             dense = table_of(layer, step.source, num_parts=parts)
-            op.kind = native.DENSE_CONV
+            op.kind = bindings.DENSE_CONV
             op.tile_rows = choice.tile_rows
             op.depth = len(dense.offsets)
             if dense.counts is not None:
@@ -219,7 +219,7 @@ class Plan:
         table = sparse_table(
             layer, step.source, group=choice.group, num_blocks=choice.num_blocks, num_parts=parts
         )
-        op.kind = native.SPARSE_CONV
+        op.kind = bindings.SPARSE_CONV
         op.group, op.num_blocks = choice.group, choice.num_blocks
         op.tile_vectors, op.tile_rows = choice.tile_vectors, choice.tile_rows
         op.row_channel = self._keep(step, table.row_channel)
@@ -230,14 +230,14 @@ class Plan:
 
 
 _FILL: dict[int, Callable[[Plan, Step], None]] = {
-    native.INPUT: Plan._fill_input,
-    native.SPARSE_CONV: Plan._fill_conv,
-    native.MAX_POOL: Plan._fill_max_pool,
-    native.MEAN_POOL: Plan._fill_mean_pool,
-    native.SPARSE_LINEAR: Plan._fill_linear,
-    native.DENSE_LINEAR: Plan._fill_linear,
-    native.REPACK: Plan._fill_repack,
-    native.OUTPUT: Plan._fill_output,
+    bindings.INPUT: Plan._fill_input,
+    bindings.SPARSE_CONV: Plan._fill_conv,
+    bindings.MAX_POOL: Plan._fill_max_pool,
+    bindings.MEAN_POOL: Plan._fill_mean_pool,
+    bindings.SPARSE_LINEAR: Plan._fill_linear,
+    bindings.DENSE_LINEAR: Plan._fill_linear,
+    bindings.REPACK: Plan._fill_repack,
+    bindings.OUTPUT: Plan._fill_output,
 }
 
 
@@ -247,7 +247,7 @@ def _image_places(value: Map) -> Array:
     return np.where(row < 0, -1, row * value.width + column).astype(np.int32)
 
 
-def _num_fixed(op: native.Op) -> int:
+def _num_fixed(op: bindings.Op) -> int:
     """Return the tables of a convolution that do not depend on the choice."""
     return (1 if op.mask else 0) + (1 if op.moves else 0) + (1 if op.bias else 0)
 

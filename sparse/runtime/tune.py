@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse.runtime import native
+from sparse.runtime import bindings
 from sparse.runtime.arrange import Step
 from sparse.runtime.format import write_whole
 from sparse.runtime.layout import Map
@@ -41,7 +41,7 @@ class Tuner:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def tune(self, plan: Plan, kernels: native.Kernels) -> None:
+    def tune(self, plan: Plan, kernels: bindings.Kernels) -> None:
         """Set every convolution of a plan to the fastest choice found."""
         path = self._directory / f"tuned-{kernels.path.stem}-{processor()}.json"
         known = _read(path) | self._measured.setdefault(path, {})
@@ -80,7 +80,7 @@ class Tuner:
 class _Bench:
     """An arena in which single operations are timed."""
 
-    def __init__(self, plan: Plan, kernels: native.Kernels) -> None:
+    def __init__(self, plan: Plan, kernels: bindings.Kernels) -> None:
         self._kernels = kernels
         self.max_tiles = kernels.max_tiles
         self._handle = plan.create(kernels, threads=1)
@@ -93,7 +93,7 @@ class _Bench:
     def __exit__(self, *_: object) -> None:
         self._kernels.destroy(self._handle)
 
-    def seconds(self, op: native.Op, repetitions: int) -> float:
+    def seconds(self, op: bindings.Op, repetitions: int) -> float:
         return float(self._kernels.time(self._handle, ctypes.addressof(op), repetitions))
 
 
@@ -102,13 +102,13 @@ def _fastest(plan: Plan, step: Step, bench: _Bench) -> Choice:
 
     A disturbance then hits all alike, and the least of several times is free of it.
     """
-    tried: dict[Choice, tuple[native.Op, list[Any]]] = {}
+    tried: dict[Choice, tuple[bindings.Op, list[Any]]] = {}
     tabled: tuple[int, ...] | None = None  # what the tables depend on
     for choice in sorted(_candidates(step, bench.max_tiles), key=_tables_of):
         if _tables_of(choice) != tabled:
             tabled = _tables_of(choice)
             plan.choose(step, choice)
-        op = native.Op.from_buffer_copy(step.op)
+        op = bindings.Op.from_buffer_copy(step.op)
         op.tile_vectors, op.tile_rows = choice.tile_vectors, choice.tile_rows
         tried[choice] = (op, list(step.tables))
     seconds = dict.fromkeys(tried, math.inf)
@@ -141,7 +141,7 @@ def _candidates(step: Step, max_tiles: Mapping[int, int]) -> list[Choice]:
     return found
 
 
-def _choice(known: Any, step: Step, kernels: native.Kernels) -> Choice | None:
+def _choice(known: Any, step: Step, kernels: bindings.Kernels) -> Choice | None:
     """Return a remembered choice if the kernels can compute a step so, else None."""
     names = {field.name for field in dataclasses.fields(Choice)}
     if not isinstance(known, dict) or known.keys() != names:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse
-from sparse.compression import GradientCompression
+from sparse.training.compression import GradientCompression
 from tests.sparse.nets import backward, convnet, images, make, sgd
 from tests.sparse.ranks import run
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse import compiled, gates
-from sparse.gates import Gate, active_positions, count_active, zero_inactive
+from sparse.native import library
+from sparse.training import gates
+from sparse.training.gates import Gate, active_positions, count_active, zero_inactive
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = {
@@ -77,7 +78,7 @@ def test_many_tensors_of_any_size_at_once(threads: int) -> None:
 def test_without_a_compiler_a_warning_says_what_it_costs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "COMPILERS", ())
+    monkeypatch.setattr(library, "COMPILERS", ())
     monkeypatch.setattr(gates, "default_cache", lambda: tmp_path)
     gates._compiled_loop.cache_clear()
     weight = torch.ones(3, 4)
@@ -108,7 +109,7 @@ def test_a_library_that_does_not_load_is_named(
 def test_a_damaged_library_is_compiled_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = gates.LIBRARY.build("portable", tmp_path)
+    broken = library.GATES.build("portable", tmp_path)
     broken.write_bytes(b"no library")
     monkeypatch.setattr(gates, "default_cache", lambda: tmp_path)
     monkeypatch.setattr(gates, "cpu_level", lambda: "portable")

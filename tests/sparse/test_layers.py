@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 import sparse
-from sparse.layers import named_parameters
+from sparse.methods.layers import named_parameters
 
 
 @pytest.fixture

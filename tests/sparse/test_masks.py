@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparse
-from sparse.masks import bernoulli_growth, pack, unpack
+from sparse.topology.masks import bernoulli_growth, pack, unpack
 
 
 def mask_of(*active: int, size: int = 8) -> Tensor:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparse
-from sparse.methods import Gmp, Rigl, Set, Snip
-from sparse.redistribution import Snfs, layer_shares, num_regrown, num_removed
-from sparse.schedules import num_dropped
+from sparse.methods.base import Gmp, Rigl, Set, Snip
+from sparse.methods.snfs import Snfs, layer_shares, num_regrown, num_removed
+from sparse.topology.schedules import num_dropped
 from tests.sparse.nets import make, mlp, rows, sgd, train
 
 WINDOW = sparse.Window(1, 0, 100)

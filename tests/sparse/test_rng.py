@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from sparse import rng
-from sparse.rng import CHUNK, Draw, normal, uniform
+from sparse.topology import rng
+from sparse.topology.rng import CHUNK, Draw, normal, uniform
 
 
 def test_any_part_is_a_part_of_the_whole() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparse
-from sparse.schedules import num_dropped
+from sparse.topology.schedules import num_dropped
 
 STEPS = st.integers(0, 10_000)
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparse
-from sparse.rng import Draw
-from sparse.selection import largest, smallest
+from sparse.topology.rng import Draw
+from sparse.topology.selection import largest, smallest
 
 
 class OnDevice(torch.Tensor):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import sparse
-from sparse.schedules import num_dropped
-from sparse.settings import check_integer, check_number
+from sparse.errors import check_integer, check_number
+from sparse.topology.schedules import num_dropped
 from tests.sparse.nets import METHODS, convnet, make, sgd
 
 NOT_WHOLE: list[Any] = [2.5, 3.0, math.nan, math.inf, True, "3", None]

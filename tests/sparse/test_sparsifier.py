@@ -172,7 +172,7 @@ def test_other_methods_step_first(method: str) -> None:
     full = {name: weight.numel() for name, weight in sparse.prunable(twin).items()}
     masks = {name: mask for name, mask in sparsifier.masks.items() if not mask.all()}
     counts = {name: int(masks[name].sum()) if name in masks else full[name] for name in full}
-    static = sparse.methods.Static()
+    static = sparse.methods.base.Static()
     sparse.Sparsifier(twin, twin_optimizer, static, num_active=counts, masks=masks)
     list(train(model, optimizer, range(1)))
     list(train(twin, twin_optimizer, range(1)))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse import compiled, runtime
-from sparse.runtime import native
+from sparse import runtime
+from sparse.native import library
+from sparse.runtime import bindings
 
 # Vectors of 16 on any processor: the layouts of AVX-512 without its instructions.
 SIXTEEN_LANES = ("-USPARSE_LANES", "-DSPARSE_LANES=16", "-O1")
@@ -21,28 +22,28 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def kernels(kernel_cache: Path) -> native.Kernels:
+def kernels(kernel_cache: Path) -> bindings.Kernels:
     """Return the kernels of this processor."""
-    return native.load(compiled.cpu_level(), kernel_cache)
+    return bindings.load(library.cpu_level(), kernel_cache)
 
 
 @pytest.fixture(scope="session", params=["best", "portable", "sixteen"])
 def each_kernels(
-    request: pytest.FixtureRequest, kernel_cache: Path, kernels: native.Kernels
-) -> native.Kernels:
+    request: pytest.FixtureRequest, kernel_cache: Path, kernels: bindings.Kernels
+) -> bindings.Kernels:
     """Return the kernels of this processor, the portable ones, and ones with 16 lanes."""
     if request.param == "best":
         return kernels
     if request.param == "portable":
-        return native.load("portable", kernel_cache)
+        return bindings.load("portable", kernel_cache)
     return sixteen_lanes(kernel_cache)
 
 
-def sixteen_lanes(cache: Path) -> native.Kernels:
+def sixteen_lanes(cache: Path) -> bindings.Kernels:
     """Return kernels with 16 lanes, with the instructions of this processor."""
-    machine = compiled.LEVELS[compiled.cpu_level()][1]
+    machine = library.LEVELS[library.cpu_level()][1]
     flags = (*machine, *SIXTEEN_LANES)
-    return native.Kernels(native.LIBRARY.build("portable", cache, flags=flags))
+    return bindings.Kernels(library.KERNELS.build("portable", cache, flags=flags))
 
 
 def prune_(model: nn.Module, density: float, seed: int = 0) -> dict[str, Tensor]:

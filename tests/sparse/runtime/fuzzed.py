@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse import runtime
-from sparse.runtime import memory, native
+from sparse.runtime import bindings, memory
 from sparse.runtime.format import FORMAT, digest
 from sparse.runtime.network import Network
 
@@ -142,7 +142,7 @@ def _mutate_tensors(rng: random.Random, tensors: dict[str, Tensor]) -> None:
         tensors[name] = rng.choice(changes)().contiguous()
 
 
-def attempt(path: Path, kernels: native.Kernels, threads: int) -> None:
+def attempt(path: Path, kernels: bindings.Kernels, threads: int) -> None:
     """Load and run a file.
 
     Raises:
@@ -159,7 +159,7 @@ def attempt(path: Path, kernels: native.Kernels, threads: int) -> None:
         assert error <= 1e-2 * max(1e-2, float(wanted.abs().max())), error
 
 
-def fuzz(kernels: native.Kernels, count: int, directory: Path, seed: int = 0) -> dict[str, int]:
+def fuzz(kernels: bindings.Kernels, count: int, directory: Path, seed: int = 0) -> dict[str, int]:
     """Run `count` cases; return how many were right and how many refused."""
     originals = [content(path) for path in seeds(directory)]
     path = directory / "case"
@@ -185,5 +185,5 @@ def fuzz(kernels: native.Kernels, count: int, directory: Path, seed: int = 0) ->
 
 
 if __name__ == "__main__":
-    print(fuzz(native.Kernels(Path(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])))
+    print(fuzz(bindings.Kernels(Path(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])))
     print("clean")

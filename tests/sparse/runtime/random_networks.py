@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse import runtime
-from sparse.runtime import arrange, native, plan, schedule
+from sparse.runtime import arrange, bindings, plan, schedule
 from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.layout import out_size
 from sparse.runtime.network import Network
@@ -185,7 +185,7 @@ class RandomChoices:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
 
-    def tune(self, plan: Plan, kernels: native.Kernels) -> None:
+    def tune(self, plan: Plan, kernels: bindings.Kernels) -> None:
         for step in plan.convolutions():
             dense = dense_choices(step)
             if dense and self._rng.random() < 0.3:
@@ -222,7 +222,7 @@ def save(model: nn.Module, path: Path, *, in_channels: int, fold: bool) -> None:
     )
 
 
-def compare(seed: int, kernels: native.Kernels, path: Path) -> int:
+def compare(seed: int, kernels: bindings.Kernels, path: Path) -> int:
     """Draw a network, run it for some sizes and batches, and compare it with torch.
 
     Returns:

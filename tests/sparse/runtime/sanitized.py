@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 
-from sparse.runtime import native
+from sparse.runtime import bindings
 from sparse.runtime import plan as plans
 from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.layout import Map
@@ -73,7 +73,7 @@ def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[
 
 def main(library: str) -> None:
     """Compare one thread with several, for many sizes, kernels and batches."""
-    kernels = native.Kernels(Path(library))
+    kernels = bindings.Kernels(Path(library))
     generator = np.random.default_rng(0)
     sizes = {(17, 26): None, (40, 49): None, (61, 70): None}
     sizes |= {(48, 64): banded_grids(48, 64, lanes=kernels.num_lanes)[0]}
@@ -114,7 +114,7 @@ def main(library: str) -> None:
     print("clean")
 
 
-def tune(kernels: native.Kernels, generator: np.random.Generator) -> None:
+def tune(kernels: bindings.Kernels, generator: np.random.Generator) -> None:
     """Measure layers whose default kernel is another than some that are tried."""
     plan = Plan(layers_of(generator, 1, 1), (3, 17, 26), lanes=kernels.num_lanes)
     with tempfile.TemporaryDirectory() as directory:

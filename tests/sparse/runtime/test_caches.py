@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparse import compiled, runtime
-from sparse.runtime import native, tune
+from sparse import runtime
+from sparse.native import library
+from sparse.runtime import bindings, tune
 from tests.sparse.runtime.test_kernels import assert_close
 from tests.sparse.runtime.test_networks import logits_of
 
@@ -27,9 +28,9 @@ def small() -> nn.Module:
 
 
 @pytest.fixture
-def prebuilt(kernels: native.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def prebuilt(kernels: bindings.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the kernels come with the installation, and nothing be known of earlier tests."""
-    monkeypatch.setattr(compiled, "PREBUILT", kernels.path.parent)
+    monkeypatch.setattr(library, "PREBUILT", kernels.path.parent)
     monkeypatch.setattr(tune.Tuner, "_measured", {})
 
 
@@ -135,13 +136,13 @@ def test_measurements_belong_to_the_model_of_the_processor(
 
 
 def test_a_damaged_library_is_passed_over(
-    kernels: native.Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: bindings.Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    level, name = compiled.cpu_level(), kernels.path.name
-    monkeypatch.setattr(compiled, "PREBUILT", tmp_path)
+    level, name = library.cpu_level(), kernels.path.name
+    monkeypatch.setattr(library, "PREBUILT", tmp_path)
     for damaged in (b"", kernels.path.read_bytes()[:50]):
         (tmp_path / name).write_bytes(damaged)
-        assert native.LIBRARY.find(level, kernels.path.parent) == kernels.path
+        assert library.KERNELS.find(level, kernels.path.parent) == kernels.path
         (tmp_path / name).unlink()
     shutil.copy(kernels.path, tmp_path)
-    assert native.LIBRARY.find(level, tmp_path / "cache") == tmp_path / name
+    assert library.KERNELS.find(level, tmp_path / "cache") == tmp_path / name

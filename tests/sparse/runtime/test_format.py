@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from image_classification.models import create_model
 from sparse import runtime
-from sparse.distributions import allocate
-from sparse.layers import prunable
+from sparse.methods.layers import prunable
+from sparse.topology.distributions import allocate
 from tests.sparse.runtime.conftest import prune_
 
 Save = Callable[..., Path]

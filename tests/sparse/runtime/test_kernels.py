@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparse.runtime import native, trace
+from sparse.runtime import bindings, trace
 from sparse.runtime.lower import lower
 from sparse.runtime.network import Program
 from sparse.runtime.plan import Choice, Plan, dense_choices
@@ -30,7 +30,7 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 def run(
     model: nn.Module,
     images: Tensor,
-    kernels: native.Kernels,
+    kernels: bindings.Kernels,
     *,
     threads: int = 1,
     choice: Choice | None = None,
@@ -100,7 +100,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Convolution, Tensor]:
 @given(case=convolutions(), threads=st.sampled_from([1, 1, 2]), data=st.data())
 @FEW
 def test_convolutions_equal_torch(
-    each_kernels: native.Kernels,
+    each_kernels: bindings.Kernels,
     case: tuple[Convolution, Tensor],
     threads: int,
     data: st.DataObject,
@@ -134,7 +134,7 @@ def test_convolutions_equal_torch(
 )
 @FEW
 def test_max_pooling_equals_torch(
-    each_kernels: native.Kernels,
+    each_kernels: bindings.Kernels,
     kernel: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
@@ -148,7 +148,7 @@ def test_max_pooling_equals_torch(
     assert torch.equal(run(model, images, each_kernels), model(images))
 
 
-def test_max_pooling_keeps_a_nan(kernels: native.Kernels) -> None:
+def test_max_pooling_keeps_a_nan(kernels: bindings.Kernels) -> None:
     images = torch.randn(1, 1, 8, 8)
     images[0, 0, 3, 4] = torch.nan
     model = nn.Sequential(nn.MaxPool2d(3, 1, 1))
@@ -171,7 +171,7 @@ def test_max_pooling_keeps_a_nan(kernels: native.Kernels) -> None:
     ids=str,
 )
 def test_rows_that_a_layer_leaves_over_are_zero_for_the_next(
-    each_kernels: native.Kernels, layer: nn.Module
+    each_kernels: bindings.Kernels, layer: nn.Module
 ) -> None:
     channels = getattr(layer, "out_channels", 3)
     model = nn.Sequential(layer, nn.ReLU(), nn.Conv2d(channels, 8, 3, padding=1))
@@ -191,7 +191,7 @@ def test_rows_that_a_layer_leaves_over_are_zero_for_the_next(
 )
 @FEW
 def test_pooled_classifiers_equal_torch(
-    each_kernels: native.Kernels,
+    each_kernels: bindings.Kernels,
     channels: int,
     classes: int,
     density: float,
@@ -213,7 +213,7 @@ def test_pooled_classifiers_equal_torch(
     assert_close(run(model, images, each_kernels, threads=threads), wanted)
 
 
-def test_a_nan_is_not_hidden_by_relu(kernels: native.Kernels) -> None:
+def test_a_nan_is_not_hidden_by_relu(kernels: bindings.Kernels) -> None:
     model = Convolution(relu=True, add=False, in_channels=1, out_channels=4, kernel_size=1)
     images = torch.zeros(1, 1, 8, 8)
     images[0, 0, 3, 4] = torch.nan
@@ -223,7 +223,7 @@ def test_a_nan_is_not_hidden_by_relu(kernels: native.Kernels) -> None:
 
 
 def test_channels_beyond_a_group_of_the_dense_kernel_stay_untouched(
-    kernels: native.Kernels,
+    kernels: bindings.Kernels,
 ) -> None:
     for channels in range(1, 2 * DENSE_CHANNELS):
         model = nn.Sequential(nn.Conv2d(2, channels, 3, padding=1), nn.Conv2d(channels, 3, 1))
@@ -235,7 +235,7 @@ def test_channels_beyond_a_group_of_the_dense_kernel_stay_untouched(
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 1), (6, 1), (5, 2), (7, 2), (9, 2)])
 def test_rows_computed_in_pairs_equal_torch(
-    each_kernels: native.Kernels, kernel: int, stride: int
+    each_kernels: bindings.Kernels, kernel: int, stride: int
 ) -> None:
     model = Convolution(
         relu=True,
@@ -256,7 +256,7 @@ def test_rows_computed_in_pairs_equal_torch(
             assert_close(found, wanted)
 
 
-def test_an_image_without_output_is_refused(kernels: native.Kernels) -> None:
+def test_an_image_without_output_is_refused(kernels: bindings.Kernels) -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 5))
     with pytest.raises(ValueError, match=r"images of 4x9 are too small .* after layer '_0'"):
         run(model, torch.zeros(1, 1, 4, 9), kernels)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from image_classification.models import create_model
-from sparse import build, compiled, gates, runtime
-from sparse.runtime import arrange, native, plan
+from sparse import runtime
+from sparse.native import __main__ as build
+from sparse.native import library
+from sparse.runtime import arrange, bindings, plan
 from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.network import Network
 from tests.sparse.runtime.test_kernels import assert_close
@@ -44,7 +46,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_architectures_compute_what_the_model_computes(
-    name: str, save: Save, kernel_cache: Path, kernels: native.Kernels
+    name: str, save: Save, kernel_cache: Path, kernels: bindings.Kernels
 ) -> None:
     size, create = NETWORKS[name]
     model = create()
@@ -60,7 +62,7 @@ def test_architectures_compute_what_the_model_computes(
 
 
 def test_sixteen_lanes_and_portable_kernels_run_networks(
-    save: Save, each_kernels: native.Kernels
+    save: Save, each_kernels: bindings.Kernels
 ) -> None:
     model = ResNet(Bottleneck, BLOCKS, num_classes=7)
     path = save(model)
@@ -75,7 +77,7 @@ def test_bands_go_through_whole_networks(
     size: tuple[int, int],
     threads: int,
     save: Save,
-    each_kernels: native.Kernels,
+    each_kernels: bindings.Kernels,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = ResNet(Bottleneck, BLOCKS, num_classes=7)
@@ -190,8 +192,8 @@ def test_a_failing_compiler_is_reported(
     broken.write_text("#!/bin/sh\necho 'file.cpp:1: error: no such thing' >&2; exit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(compiled.BuildError, match=r"failed: file\.cpp:1: error: no such thing"):
-        native.LIBRARY.build("portable", tmp_path / "cache")
+    with pytest.raises(library.BuildError, match=r"failed: file\.cpp:1: error: no such thing"):
+        library.KERNELS.build("portable", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -225,15 +227,15 @@ def test_unknown_operations_are_named(arch: str, message: str) -> None:
 def test_prebuilt_kernels_need_no_compiler(
     kernel_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr(library, "PREBUILT", tmp_path / "prebuilt")
     (tmp_path / "prebuilt").mkdir()
-    for library in (native.LIBRARY, gates.LIBRARY):
-        shutil.copy(library.build("portable", kernel_cache), tmp_path / "prebuilt")
-    native.load.cache_clear()
-    monkeypatch.setattr(compiled, "COMPILERS", ())
+    for sources in (library.KERNELS, library.GATES):
+        shutil.copy(sources.build("portable", kernel_cache), tmp_path / "prebuilt")
+    bindings.load.cache_clear()
+    monkeypatch.setattr(library, "COMPILERS", ())
     assert build.main(["portable"]) == 0
-    assert native.load("portable", tmp_path).path.parent == tmp_path / "prebuilt"
-    native.load.cache_clear()
-    with pytest.raises(compiled.BuildError, match="no C\\+\\+ compiler"):
-        native.load("avx2", tmp_path)
+    assert bindings.load("portable", tmp_path).path.parent == tmp_path / "prebuilt"
+    bindings.load.cache_clear()
+    with pytest.raises(library.BuildError, match="no C\\+\\+ compiler"):
+        bindings.load("avx2", tmp_path)
     assert build.main(["sse9"]) == 2

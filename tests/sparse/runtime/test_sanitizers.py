@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sparse import compiled
-from sparse.runtime import native
+from sparse.native import library
 
 SCRIPT = Path(__file__).with_name("sanitized.py")
-ROOT = Path(native.__file__).parents[2]
+ROOT = Path(library.__file__).parents[2]
 
 
 @functools.cache
@@ -31,7 +30,7 @@ def sanitized(name: str, directory: Path) -> tuple[Path, dict[str, str]]:
     if not os.path.isabs(found):
         pytest.skip(f"{compiler} comes without {found}")
     flags = (f"-fsanitize={name}", "-O1", "-g", "-fno-omit-frame-pointer")
-    return native.LIBRARY.build(compiled.cpu_level(), directory, flags=flags), {
+    return library.KERNELS.build(library.cpu_level(), directory, flags=flags), {
         **os.environ,
         # Sanitizers look for what throws exceptions when they start.
         "LD_PRELOAD": f"{found} {library('libstdc++.so.6')}",

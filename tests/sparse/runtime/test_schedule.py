@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from image_classification.models import create_model
-from sparse.runtime import native, schedule, trace
+from sparse.runtime import bindings, schedule, trace
 from sparse.runtime.arrange import Arrangement, Step, arrange, banded_grids
 from sparse.runtime.layout import Grid, Map
 from sparse.runtime.lower import Layer, lower
@@ -97,7 +97,7 @@ def follow(plan: Arrangement, layerwise: bool, grouped: bool) -> None:
         for value in (step.source, step.residual):
             if isinstance(value, Map):
                 begin, end = piece.begin, piece.end
-                if not isinstance(step.target, Map) and step.kind != native.OUTPUT:
+                if not isinstance(step.target, Map) and step.kind != bindings.OUTPUT:
                     begin, end = 0, value.rows  # pooling reads all rows for some channels
                 for y in rows_of(step, value, begin, end):
                     assert (memory[row_at(value, y)] == id(value) % 1_000_003).all(), (piece, y)

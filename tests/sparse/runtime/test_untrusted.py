@@ -13,13 +13,13 @@ from torch import Tensor
 import export
 from image_classification.models import create_model
 from sparse import runtime
-from sparse.runtime import memory, native
+from sparse.runtime import bindings, memory
 from tests.sparse.runtime.fuzzed import content, fuzz, rewrite, seeds
 
 Change = Callable[[Any, dict[str, Tensor]], None]
 
 
-def test_changed_files_run_right_or_are_refused(kernels: native.Kernels, tmp_path: Path) -> None:
+def test_changed_files_run_right_or_are_refused(kernels: bindings.Kernels, tmp_path: Path) -> None:
     outcomes = fuzz(kernels, 150, tmp_path)
     assert outcomes["right"] > 10
     assert outcomes["refused"] > 90

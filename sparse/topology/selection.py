@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse.rng import CHUNK, Draw, is_fake
+from sparse.topology.rng import CHUNK, Draw, is_fake
 
 Scores = Tensor | Draw
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, distributed
 
-from sparse.invariant import SparsityError
-from sparse.rng import Draw
+from sparse.errors import SparsityError
+from sparse.topology.rng import Draw
 
 
 def has_ranks() -> bool:

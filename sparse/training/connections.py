@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse import rng
-from sparse.gates import Gate, zero_inactive
-from sparse.layers import named_parameters
-from sparse.methods import Method
-from sparse.optimizers import (
+from sparse.methods.base import Method
+from sparse.methods.layers import named_parameters
+from sparse.topology import rng
+from sparse.training.gates import Gate, zero_inactive
+from sparse.training.optimizers import (
     has_momentum,
     holds_state,
     learning_rate,

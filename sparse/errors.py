@@ -1,6 +1,10 @@
-"""Check that a setting is the kind of number it has to be."""
+"""The error of a sparse run that cannot go on, and checks of single numbers."""
 
 from numbers import Integral, Real
+
+
+class SparsityError(RuntimeError):
+    """Training is not what the masks say it is and cannot go on; the message is one line."""
 
 
 def check_integer(name: str, value: object) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import sparse
+from cli.flags import LAYER_FLAGS, SparseFlags, arguments, record, spell
+from cli.join import create_sparsifier, try_out
 from image_classification import build
 from image_classification.config import Config, changes
-from sparse.checkpoints import method_name
-from sparse.distributions import count_active
-from sparse.plans import plan_layers
-from sparse_extension import create_sparsifier, try_out
-from sparse_flags import LAYER_FLAGS, SparseFlags, arguments, record, spell
+from sparse.methods.allocation import plan_layers
+from sparse.topology.distributions import count_active
+from sparse.training.checkpoints import method_name
 
 
 class Saved:

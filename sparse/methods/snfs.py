@@ -12,12 +12,12 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from sparse import rng
-from sparse.masks import bernoulli_growth
-from sparse.methods import Method, Tensors
-from sparse.rng import is_fake
-from sparse.schedules import DropFraction, Window
-from sparse.selection import add_largest, remove_smallest
+from sparse.methods.base import Method, Tensors
+from sparse.topology import rng
+from sparse.topology.masks import bernoulli_growth
+from sparse.topology.rng import is_fake
+from sparse.topology.schedules import DropFraction, Window
+from sparse.topology.selection import add_largest, remove_smallest
 
 Redistribution = Literal["momentum", "magnitude", "nonzero", "numel"]
 Growth = Literal["momentum", "random"]

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparse.rng import Draw
-from sparse.selection import Scores, add_largest, largest, remove_smallest
+from sparse.topology.rng import Draw
+from sparse.topology.selection import Scores, add_largest, largest, remove_smallest
 
 
 def random_mask(

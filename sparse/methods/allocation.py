@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparse.distributions import count_active, fixed_sparsities, layer_sparsities
-from sparse.layers import parameters_only, prunable_modules, weight_of
+from sparse.methods.layers import parameters_only, prunable_modules, weight_of
+from sparse.topology.distributions import count_active, fixed_sparsities, layer_sparsities
 
 
 @dataclass(frozen=True)

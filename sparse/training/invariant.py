@@ -5,13 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse.gates import Gate, count_violations
-from sparse.rng import is_fake
-
-
-class SparsityError(RuntimeError):
-    """Training is not what the masks say it is and cannot go on; the message is one line."""
-
+from sparse.errors import SparsityError
+from sparse.topology.rng import is_fake
+from sparse.training.gates import Gate, count_violations
 
 States = Callable[[Optimizer, nn.Parameter], Mapping[str, Tensor]]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sparse.clock import found_inf, inverse_scale
+from sparse.training.clock import found_inf, inverse_scale
 
 
 def average_gradients(

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-PREBUILT = Path(__file__).parent / "prebuilt"
+_HERE = Path(__file__).parent
+PREBUILT = _HERE / "prebuilt"
 
 # Level -> (floats per vector, flags of GCC and Clang)
 LEVELS = {
@@ -138,3 +139,7 @@ class Library:
         for path in sorted(self.sources.iterdir()):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return f"{self.name}-{level}-{digest.hexdigest()[:16]}.so"
+
+
+GATES = Library("gates", _HERE / "cpp")
+KERNELS = Library("runtime", _HERE.parent / "runtime" / "cpp")

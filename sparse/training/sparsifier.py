@@ -7,12 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse import checkpoints, exploration, rng
-from sparse.averages import average_gradients
-from sparse.clock import Clock, found_inf, inverse_scale
-from sparse.connections import NewConnections, disconnect, mask_module
-from sparse.consistency import has_ranks, is_first_rank, verify_across_ranks
-from sparse.gates import (
+from sparse.methods.base import Method, Tensors
+from sparse.methods.layers import (
+    check_owned,
+    parameters_only,
+    prunable_modules,
+    warn_of_dense_weights,
+    weight_of,
+)
+from sparse.topology import rng
+from sparse.topology.masks import check_masks, random_mask
+from sparse.training import checkpoints, exploration
+from sparse.training.averages import average_gradients
+from sparse.training.clock import Clock, found_inf, inverse_scale
+from sparse.training.connections import NewConnections, disconnect, mask_module
+from sparse.training.consistency import has_ranks, is_first_rank, verify_across_ranks
+from sparse.training.gates import (
     Gate,
     active_positions,
     count_active,
@@ -20,18 +30,9 @@ from sparse.gates import (
     masks_of,
     zero_inactive,
 )
-from sparse.hooks import Hooks, check_unhooked, unwrap_optimizer
-from sparse.invariant import Invariant, check_gradients, held
-from sparse.layers import (
-    check_owned,
-    parameters_only,
-    prunable_modules,
-    warn_of_dense_weights,
-    weight_of,
-)
-from sparse.masks import check_masks, random_mask
-from sparse.methods import Method, Tensors
-from sparse.optimizers import (
+from sparse.training.hooks import Hooks, check_unhooked, unwrap_optimizer
+from sparse.training.invariant import Invariant, check_gradients, held
+from sparse.training.optimizers import (
     check_held,
     check_optimizer,
     create_momentum_buffers,

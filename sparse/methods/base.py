@@ -12,14 +12,13 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from sparse import rng
-from sparse.distributions import count_active
-from sparse.invariant import SparsityError
-from sparse.masks import drop_and_grow, topk_mask
-from sparse.rng import Draw
-from sparse.schedules import DropFraction, Window, cubic_sparsity, num_dropped
-from sparse.selection import Scores, remove_smallest
-from sparse.settings import check_number
+from sparse.errors import SparsityError, check_number
+from sparse.topology import rng
+from sparse.topology.distributions import count_active
+from sparse.topology.masks import drop_and_grow, topk_mask
+from sparse.topology.rng import Draw
+from sparse.topology.schedules import DropFraction, Window, cubic_sparsity, num_dropped
+from sparse.topology.selection import Scores, remove_smallest
 
 Tensors = Mapping[str, Tensor]
 Timing = Literal["after", "instead", "once"]

@@ -12,17 +12,15 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse.compiled import BuildError, Library, cpu_level, default_cache, open_library
+from sparse.native.library import GATES, BuildError, cpu_level, default_cache, open_library
 
 Tensors = Mapping[str, Tensor]
 
-LIBRARY = Library("gates", Path(__file__).parent / "cpp")
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -170,7 +168,7 @@ class _Loops:
 @functools.cache
 def _compiled_loop() -> _Loops | None:
     try:
-        library = open_library(LIBRARY.find(cpu_level(), default_cache()))
+        library = open_library(GATES.find(cpu_level(), default_cache()))
     except BuildError as error:
         warnings.warn(f"masking gradients takes twice as long on this CPU: {error}", stacklevel=3)
         return None

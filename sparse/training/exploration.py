@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sparse.gates import gather
-from sparse.masks import pack
+from sparse.topology.masks import pack
+from sparse.training.gates import gather
 
 
 def record(explored: dict[str, Tensor], masks: Mapping[str, Tensor]) -> None:

@@ -11,12 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import sparse
+from cli.flags import SparseFlags, arguments, record
 from image_classification import build
 from image_classification.config import Config
 from image_classification.run import Extension
 from sparse import costs
-from sparse.compression import GradientCompression
-from sparse_flags import SparseFlags, arguments, record
+from sparse.training.compression import GradientCompression
 
 
 class Wire:

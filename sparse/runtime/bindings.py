@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparse.compiled import Library, open_library
-
-LIBRARY = Library("runtime", Path(__file__).parent / "cpp")
+from sparse.native.library import KERNELS, open_library
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
@@ -40,7 +38,7 @@ OUTPUT = 8
 @functools.cache
 def load(level: str, cache: Path) -> "Kernels":
     """Return the kernels of a level; `Library.find` says where from, and what it raises."""
-    return Kernels(LIBRARY.find(level, cache))
+    return Kernels(KERNELS.find(level, cache))
 
 
 class Kernels:

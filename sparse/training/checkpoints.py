@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse.masks import pack, unpack
+from sparse.topology.masks import pack, unpack
 
 Tensors = Mapping[str, Tensor]
 

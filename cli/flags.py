@@ -15,7 +15,7 @@ import sparse
 from image_classification import config
 from image_classification.config import flag
 from sparse import costs
-from sparse.plans import plan_layers
+from sparse.methods.allocation import plan_layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Compile and load the C++ of this package."""

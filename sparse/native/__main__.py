@@ -1,0 +1,29 @@
+"""Compile the libraries into the installation: `python -m sparse.native [LEVEL ...]`."""
+
+import platform
+import sys
+from collections.abc import Sequence
+
+from sparse.native import library
+
+
+def main(levels: Sequence[str]) -> int:
+    """Build the given levels, by default all of this processor's family; print the libraries.
+
+    Returns:
+        0, or 2 for an unknown level or a compiler that is missing or fails.
+    """
+    family = library.LEVELS if platform.machine() in ("x86_64", "AMD64") else ("portable",)
+    try:
+        for level in levels or family:
+            library.check_level(level)
+            for sources in (library.GATES, library.KERNELS):
+                print(sources.build(level, library.PREBUILT))
+    except (ValueError, library.BuildError) as error:
+        print(f"sparse.native: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Pure functions of tensors and numbers: how many weights, which ones, when."""

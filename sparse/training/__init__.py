@@ -1,0 +1,1 @@
+"""Keep a model sparse while it trains: masks, hooks, checkpoints, ranks."""
