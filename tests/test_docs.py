@@ -170,7 +170,7 @@ RULES: dict[str, Rule] = {
     r"python costs\.py": run_costs,
     r"python (export\.py|classify\.py|-m image_classification\.convert)": parse,
     r"python (benchmarks/\w+\.py|-m image_classification\.report)": helped,
-    r"python -m sparse\.build": build_kernels,
+    r"python -m sparse\.native": build_kernels,
     r"python scripts/options\.py": write_options,
     r"python -m tests\.golden tests/golden": "tests/sparse/test_golden.py",
     r"bash scripts/demo\.sh": "tests/test_demo.py",
