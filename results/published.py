@@ -9,11 +9,11 @@ from sparse import costs
 
 ROWS = Path(__file__).with_name("table.csv")
 
-IMAGES = {"rigl": 32_000 * 4_096, "port": 100 * 1_281_167}
-"""Images of a training run of length 1, by source."""
+IMAGENET = 1_281_167
+"""Training images of ImageNet."""
 
-GMP_RAMP = {"start": 20_000, "end": 50_000, "every": 1_000, "total_steps": 62_500}
-"""The pruning schedule of the gmp rows."""
+RIGL_STEPS = 32_000
+"""Optimizer steps of a run of length 1, as the RigL paper counts them."""
 
 # Why ours is not the printed figure; the column `differs` of the rows refers to these letters.
 REASONS = {
@@ -47,6 +47,19 @@ def read_rows(source: str | None = None) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if source in (None, row["source"])]
 
 
+def schedule(row: Mapping[str, str]) -> dict[str, str]:
+    """Return when the topology of a row changes: the flags of main.py by name, without "--"."""
+    return dict(entry.split("=") for entry in row["schedule"].split())
+
+
+def gmp_ramp(row: Mapping[str, str]) -> dict[str, int]:
+    """Return the pruning schedule of a gmp row, in optimizer steps."""
+    flags = schedule(row)
+    ramp = {name: int(flags[f"prune-{name}"]) for name in ("start", "end", "every")}
+    steps_per_epoch = IMAGENET // int(row["optimizer_batch_size"])
+    return {**ramp, "total_steps": int(row["epochs"]) * steps_per_epoch}
+
+
 def row_report(report: ReportNetwork, row: Mapping[str, str], **options: Any) -> dict[str, Any]:
     """Return the costs of a row; `options` replace its own."""
     arguments: dict[str, Any] = {
@@ -55,7 +68,7 @@ def row_report(report: ReportNetwork, row: Mapping[str, str], **options: Any) ->
         "dense_layers": row["dense_layers"].split() or None,
         "method": row["method"],
         "multiplier": float(row["length"]),
-        "mean_ramp": costs.gmp_mean_ramp(**GMP_RAMP) if row["method"] == "gmp" else None,
+        "mean_ramp": costs.gmp_mean_ramp(**gmp_ramp(row)) if row["method"] == "gmp" else None,
     }
     return report(row["arch"], **{**arguments, **options})
 
@@ -71,7 +84,10 @@ def figures(report: Mapping[str, Any], row: Mapping[str, str]) -> dict[str, floa
 
 def training_flops(report: Mapping[str, Any], row: Mapping[str, str]) -> float:
     """Return the FLOPs of the whole run: 3 dense forward passes per image, times the ratio."""
-    images = IMAGES["rigl" if row["source"] == "rigl" else "port"]
+    if row["recipe"] == "rigl":
+        images = RIGL_STEPS * float(row["optimizer_batch_size"])
+    else:
+        images = IMAGENET * float(row["epochs"]) / float(row["length"])
     return float(3 * report["dense_flops"] * images * report["training_ratio"])
 
 
