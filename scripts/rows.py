@@ -96,16 +96,12 @@ def script(row: Row) -> str:
     arguments = [path.stem, row["optimizer_batch_size"], row["arch"]]
     if row["recipe"] == "rigl":
         arguments += [row["length"]]
-    comments = [
-        title(row),
-        *dense_layers(row),
-        "Written by scripts/rows.py from results/table.csv.",
-    ]
+    origin = "Written by scripts/rows.py from results/table.csv."
     call = f'exec bash "$(dirname "${{BASH_SOURCE[0]}}")/{recipe}" {" ".join(arguments)}'
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            *(f"# {line}" for line in comments),
+            *(f"# {line}" for line in (title(row), *dense_layers(row), origin)),
             "set -euo pipefail",
             " \\\n    ".join([call, *flags(row)]) + ' "$@"',
             "",
