@@ -47,7 +47,7 @@ def title(row: Row) -> str:
     else:
         if row["arch"] != "resnet50":
             parts = [ARCHES[row["arch"]]]
-        parts += [METHODS[row["method"]], DISTRIBUTIONS[row["distribution"]]]
+        parts += [METHODS.get(row["method"], row["method"]), DISTRIBUTIONS[row["distribution"]]]
         parts += [f"{percent(row['sparsity'])} sparse"]
     by_length = row["recipe"] == "rigl"
     parts += [f"{row['length']}x training" if by_length else f"{row['epochs']} epochs"]
