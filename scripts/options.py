@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
 
 from cli.flags import METHOD_FLAGS, SparseFlags
-from image_classification.config import RETIRED, Config
+from image_classification.config import RETIRED, Config, flag_types
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 HEAD = """\
@@ -80,7 +80,7 @@ def default(field: "dataclasses.Field[Any]") -> str:
 def rows(section: type, names: list[str], *, methods: bool = False) -> list[str]:
     """Return a table of some flags; `methods` adds which sparse methods use them."""
     fields = {f.name: f for f in dataclasses.fields(section) if f.metadata}
-    hints = typing.get_type_hints(section)
+    hints = flag_types(section)
     head = ["flag", "takes", "default", "meaning", *(["used by"] if methods else [])]
     table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in names:
