@@ -63,8 +63,8 @@ class LrSchedule:
             raise ValueError(f"an epoch needs at least one step, got {self.steps_per_epoch}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
-                f"--warmup must be less than --epochs {self.epochs}: it is at least 0 and shorter "
-                f"than the {self.epochs} epochs of training, got {self.warmup_epochs}"
+                f"--warmup must be less than --epochs {self.epochs} and at least 0: a warm-up is "
+                f"shorter than the {self.epochs} epochs of training, got {self.warmup_epochs}"
             )
         if not all(a < b for a, b in pairwise(self.milestones)):
             raise ValueError(f"--lr-milestones must increase, got {list(self.milestones)}")
