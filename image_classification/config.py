@@ -15,14 +15,8 @@ from typing import Any, Literal
 
 import jsonargparse
 
-from image_classification import models, optim
-from image_classification.data import (
-    AUGMENTATIONS,
-    BACKENDS,
-    INTERPOLATIONS,
-    RANGES,
-    check_backend,
-)
+from image_classification import data, models, optim
+from image_classification.data import AUGMENTATIONS, BACKENDS, INTERPOLATIONS, check_backend
 from image_classification.optimizers import (
     OPTIMIZERS,
     WEIGHT_DECAY,
@@ -36,9 +30,6 @@ ConsoleFormat = Literal["auto", "summary", "dllogger"]
 """What a run prints; auto is summary on a terminal and dllogger elsewhere."""
 
 
-COUNT_OR_ALL = Range("-1 or at least 1", lambda value: value == -1 or value >= 1)
-
-
 def flag(
     default: Any,
     help: str,
@@ -46,7 +37,6 @@ def flag(
     switch: str | None = None,
     nargs: Literal["*", "+"] | None = None,
     choices: Iterable[str] | None = None,
-    within: Range | None = None,
 ) -> Any:
     """Declare a command-line flag as a dataclass field.
 
@@ -58,11 +48,10 @@ def flag(
         nargs: "*" or "+" for a flag annotated as a list.
         choices: Values that a text flag takes, such as the keys of a dict: they are asked for when
             a parser is made.
-        within: Values that a number may have; None is always allowed.
     """
     metadata = {
         "default": default, "help": help, "names": names, "switch": switch, "nargs": nargs,
-        "choices": choices, "within": within,
+        "choices": choices,
     }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -84,29 +73,13 @@ class Config:
         choices=INTERPOLATIONS,
     )
     augmentation: str | None = flag(None, "extra training augmentation", choices=AUGMENTATIONS)
-    image_size: int | None = flag(
-        None,
-        "side of the square input; the model's own by default",
-        within=RANGES["image_size"],
-    )
-    workers: int = flag(
-        5, "loader workers or DALI threads per process", "-j", within=RANGES["workers"]
-    )
-    prefetch: int = flag(
-        2,
-        "batches prepared ahead, per worker (pytorch) or per process (DALI)",
-        within=RANGES["prefetch"],
-    )
+    image_size: int | None = flag(None, "side of the square input; the model's own by default")
+    workers: int = flag(5, "loader workers or DALI threads per process", "-j")
+    prefetch: int = flag(2, "batches prepared ahead, per worker (pytorch) or per process (DALI)")
     max_bad_files: float = flag(
-        0.001,
-        "share of the images of a split that may be unreadable; they are left out",
-        within=RANGES["max_bad_files"],
+        0.001, "share of the images of a split that may be unreadable; they are left out"
     )
-    synthetic_batches: int = flag(
-        100,
-        "batches per epoch and process of the synthetic backend",
-        within=RANGES["synthetic_length"],
-    )
+    synthetic_batches: int = flag(100, "batches per epoch and process of the synthetic backend")
 
     # model
     arch: str = flag(
@@ -116,9 +89,8 @@ class Config:
         "-a",
     )
     num_classes: int | None = flag(
-        None, "classes of the network; those of DATA by default, else 1000", "--num_classes",
-        within=models.NUM_CLASSES,
-    )  # fmt: skip
+        None, "classes of the network; those of DATA by default, else 1000", "--num_classes"
+    )
     model_config: str = flag(
         "torchvision", "initialization: NVIDIA's classic (fan-out) or fanin, or the model's own",
         "-c", "--init", choices=models.INITS,
@@ -128,9 +100,7 @@ class Config:
         "--last_bn_0_init", "--zero-gamma",
     )  # fmt: skip
     stem: str = flag("imagenet", "cifar: 3x3 first layer, no max-pool", choices=models.STEMS)
-    width: float = flag(
-        1.0, f"width multiplier of {' or '.join(models.with_width())}", within=models.WIDTH
-    )
+    width: float = flag(1.0, f"width multiplier of {' or '.join(models.with_width())}")
     pretrained_from_file: str | None = flag(
         None, "file of weights that training starts from: ours, or one that convert reads",
         "--pretrained-weights",
@@ -141,50 +111,38 @@ class Config:
 
     # schedule
     epochs: int = flag(90, "epochs of the whole run")
-    run_epochs: int = flag(
-        -1, "stop after this many epochs of this invocation; -1: run them all", within=COUNT_OR_ALL
-    )
+    run_epochs: int = flag(-1, "stop after this many epochs of this invocation; -1: run them all")
     early_stopping_patience: int = flag(-1, "stop after this many epochs without a better top-1")
-    batch_size: int = flag(
-        256, "images per process and micro-batch", "-b", within=RANGES["batch_size"]
-    )
+    batch_size: int = flag(256, "images per process and micro-batch", "-b")
     optimizer_batch_size: int = flag(
         -1, "images per optimizer step over all processes, reached by accumulation; -1: no more"
     )
-    lr: float = flag(0.1, "peak learning rate", "--learning-rate", within=AT_LEAST_0)
+    lr: float = flag(0.1, "peak learning rate", "--learning-rate")
     lr_schedule: optim.LrKind = flag("step", "shape of the learning rate")
     lr_milestones: list[float] = flag(
         [30.0, 60.0, 80.0], "epochs at which the step schedule decays", nargs="+"
     )
-    lr_gamma: float = flag(0.1, "factor of the step schedule", within=AT_LEAST_0)
+    lr_gamma: float = flag(0.1, "factor of the step schedule")
     lr_per_step: bool = flag(False, "change the learning rate every step, not every epoch")
-    end_lr: float = flag(0.0, "floor of the cosine schedule", within=AT_LEAST_0)
+    end_lr: float = flag(0.0, "floor of the cosine schedule")
     warmup: float = flag(0.0, "epochs of linear warm-up", "--warmup-epochs")
 
     # optimizer and loss
     optimizer: str = flag("sgd", describe_optimizers(), choices=OPTIMIZERS)
-    momentum: float = flag(0.9, describe_setting("momentum"), "--mom", within=AT_LEAST_0)
+    momentum: float = flag(0.9, describe_setting("momentum"), "--mom")
     nesterov: bool = flag(False, describe_setting("nesterov"))
-    weight_decay: float = flag(1e-4, "weight decay; never on biases", "--wd", within=WEIGHT_DECAY)
+    weight_decay: float = flag(1e-4, "weight decay; never on biases", "--wd")
     bn_weight_decay: bool = flag(False, "decay normalization layers too", "--bn-wd")
     rmsprop_alpha: float = flag(0.9, describe_setting("rmsprop_alpha"))
     rmsprop_eps: float = flag(1e-3, describe_setting("rmsprop_eps"))
-    label_smoothing: float = flag(
-        0.0,
-        f"probability mass spread over all classes, {optim.LABEL_SMOOTHING}",
-        within=optim.LABEL_SMOOTHING,
-    )
-    mixup: float = flag(0.0, "alpha of MixUp's Beta distribution; 0: no MixUp", within=AT_LEAST_0)
-    use_ema: float | None = flag(
-        None, "decay of the averaged weights; evaluated and saved too", within=optim.EMA_DECAY
-    )
+    label_smoothing: float = flag(0.0, "probability mass spread over all classes, in [0, 1)")
+    mixup: float = flag(0.0, "alpha of MixUp's Beta distribution; 0: no MixUp")
+    use_ema: float | None = flag(None, "decay of the averaged weights; evaluated and saved too")
 
     # precision and speed
     amp: bool = flag(False, "mixed precision")
     amp_dtype: Literal["float16", "bfloat16"] = flag("float16", "type of mixed precision")
-    static_loss_scale: float = flag(
-        1.0, "first loss scale of float16; it adapts from there", within=ABOVE_0
-    )
+    static_loss_scale: float = flag(1.0, "first loss scale of float16; it adapts from there")
     dynamic_loss_scale: bool = flag(False, "first loss scale 65536 in place of the above")
     tf32: bool = flag(False, "TensorFloat-32 matrix products and convolutions on CUDA")
     memory_format: Literal["nchw", "nhwc"] = flag("nchw", "layout of activations and weights")
@@ -196,24 +154,16 @@ class Config:
     cpu: bool = flag(False, "stay on the CPU where there is a GPU")
 
     # run
-    seed: int | None = flag(
-        None, "seed of everything random; drawn and logged when absent", within=AT_LEAST_0
-    )
+    seed: int | None = flag(None, "seed of everything random; drawn and logged when absent")
     resume: str | None = flag(None, "checkpoint to continue; auto: the newest in the workspace")
     preempt_grace: float = flag(
-        25.0,
-        "seconds from SIGTERM or SIGUSR1 to the end of the process, checkpoint included",
-        within=Range("above 0 seconds", lambda value: value > 0),
+        25.0, "seconds from SIGTERM or SIGUSR1 to the end of the process, checkpoint included"
     )
-    max_bad_steps: int = flag(
-        10, "optimizer steps in a row whose loss may be infinite or NaN", within=AT_LEAST_1
-    )
+    max_bad_steps: int = flag(10, "optimizer steps in a row whose loss may be infinite or NaN")
     evaluate: bool = flag(False, "validate once and stop", "-e")
     training_only: bool = flag(False, "no validation")
-    prof: int = flag(
-        -1, "stop after this many iterations of training and of validation", within=COUNT_OR_ALL
-    )
-    topk: int = flag(5, "k of the second accuracy", within=AT_LEAST_1)
+    prof: int = flag(-1, "stop after this many iterations of training and of validation")
+    topk: int = flag(5, "k of the second accuracy")
     dry_run: bool = flag(False, "print the resolved plan as JSON and exit")
     version: bool = flag(False, "print the versions of everything that matters and exit")
 
@@ -221,14 +171,12 @@ class Config:
     workspace: str = flag("./", "directory of checkpoints and raport", "--checkpoint-dir")
     save_checkpoints: bool = flag(True, "write no checkpoints", switch="--no-checkpoints")
     checkpoint_every_steps: int = flag(
-        0, "optimizer steps between checkpoints within an epoch; 0: at its end only",
-        within=AT_LEAST_0,
-    )  # fmt: skip
+        0, "optimizer steps between checkpoints within an epoch; 0: at its end only"
+    )
     checkpoint_filename: str = flag("checkpoint.pth.tar", "name of the newest checkpoint")
     gather_checkpoints: int = flag(
-        0, "checkpoints of single epochs to keep; -1: all, 0: the newest and the best only",
-        within=Range("-1 or more", lambda value: value >= -1),
-    )  # fmt: skip
+        0, "checkpoints of single epochs to keep; -1: all, 0: the newest and the best only"
+    )
     raport_file: str = flag("experiment_raport.json", "log in DLLogger's format, in the workspace")
     tensorboard: str | None = flag(None, "directory of TensorBoard events")
     console: ConsoleFormat = flag(
@@ -236,8 +184,27 @@ class Config:
         "summary: one line per epoch; dllogger: the lines of NVIDIA's harness; auto: the former on "
         "a terminal, the latter elsewhere",
     )
-    print_freq: int = flag(10, "iterations between log lines", "-p", within=AT_LEAST_1)
+    print_freq: int = flag(10, "iterations between log lines", "-p")
 
+
+COUNT_OR_ALL = Range("-1 or at least 1", lambda value: value == -1 or value >= 1)
+RANGES = {
+    **{name: within for name, within in data.RANGES.items() if name != "synthetic_length"},
+    "synthetic_batches": data.RANGES["synthetic_length"],
+    "num_classes": models.NUM_CLASSES,
+    "width": models.WIDTH,
+    "weight_decay": WEIGHT_DECAY,
+    "label_smoothing": optim.LABEL_SMOOTHING,
+    "use_ema": optim.EMA_DECAY,
+    **dict.fromkeys("lr end_lr momentum mixup lr_gamma".split(), AT_LEAST_0),
+    **dict.fromkeys("seed checkpoint_every_steps".split(), AT_LEAST_0),
+    **dict.fromkeys("print_freq topk max_bad_steps".split(), AT_LEAST_1),
+    **dict.fromkeys("prof run_epochs".split(), COUNT_OR_ALL),
+    "static_loss_scale": ABOVE_0,
+    "preempt_grace": Range("above 0 seconds", lambda value: value > 0),
+    "gather_checkpoints": Range("-1 or more", lambda value: value >= -1),
+}
+"""What the number of a flag may be; None is always allowed."""
 
 # Flags that say how an invocation runs, not what it trains.
 PER_INVOCATION = frozenset(
@@ -383,10 +350,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def check(config: Config) -> None:
     """Raise ValueError (one line) for a value out of range or a combination without effect."""
-    for field in dataclasses.fields(config):
-        within, value = field.metadata.get("within"), getattr(config, field.name)
-        if within is not None and value is not None and value not in within:
-            raise ValueError(f"--{field.name.replace('_', '-')} must be {within}, got {value}")
+    for name, within in RANGES.items():
+        value = getattr(config, name)
+        if value is not None and value not in within:
+            raise ValueError(f"--{name.replace('_', '-')} must be {within}, got {value}")
     if config.evaluate and config.training_only:
         raise ValueError("--evaluate and --training-only exclude each other")
     if config.data is None and BACKENDS[config.data_backend].reads_images:

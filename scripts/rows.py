@@ -8,6 +8,7 @@ script of each row and the tables of results/README.md. A new line may leave the
 import csv
 import re
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,17 +77,22 @@ def dense_layers(row: Row) -> list[str]:
 
 
 def flags(row: Row) -> list[str]:
-    """Return the flags of a row, a line for each group."""
-    lines = [f"--epochs {row['epochs']} --label-smoothing {row['label_smoothing']}"]
+    """Return the flags of a row with their values."""
+    found = [f"--epochs {row['epochs']}", f"--label-smoothing {row['label_smoothing']}"]
     if row["method"] != "dense":
-        lines += [
-            f"--sparse-method {row['method']} --distribution {row['distribution']} "
-            f"--sparsity {row['sparsity']}"
-        ]
-    extra = [f"--{name} {value}" for name, value in published.schedule(row).items()]
+        names = {"sparse-method": "method", "distribution": "distribution", "sparsity": "sparsity"}
+        found += [f"--{flag} {row[column]}" for flag, column in names.items()]
+    found += [f"--{name} {value}" for name, value in published.schedule(row).items()]
     if row["dense_layers"]:
-        extra += [f"--dense-layers {row['dense_layers']}"]
-    return [*lines, *([" ".join(extra)] if extra else [])]
+        found += [f"--dense-layers {row['dense_layers']}"]
+    return found
+
+
+def wrap(words: list[str]) -> list[str]:
+    """Return words in lines of the usual width; a flag and its values stay together."""
+    text = " ".join(word.replace(" ", "\0") for word in words)
+    lines = textwrap.wrap(text, width=92, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
 
 
 def script(row: Row) -> str:
@@ -103,7 +109,7 @@ def script(row: Row) -> str:
             "#!/usr/bin/env bash",
             *(f"# {line}" for line in (title(row), *dense_layers(row), origin)),
             "set -euo pipefail",
-            " \\\n    ".join([call, *flags(row)]) + ' "$@"',
+            " \\\n    ".join([call, *wrap([*flags(row), '"$@"'])]),
             "",
         ]
     )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from image_classification.optimizers import adamw, rmsprop, sgd
+from image_classification.optimizers import builtin
 from image_classification.optimizers.spec import OptimizerSpec
 from image_classification.ranges import AT_LEAST_0
 
@@ -22,10 +22,10 @@ __all__ = [
 ]
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
-    "sgd": sgd.SGD_SPEC,
-    "rmsprop": rmsprop.SPEC,
-    "adamw": adamw.SPEC,
-    "apex-sgd": sgd.APEX_SGD_SPEC,
+    "sgd": builtin.SGD_SPEC,
+    "rmsprop": builtin.RMSPROP_SPEC,
+    "adamw": builtin.ADAMW_SPEC,
+    "apex-sgd": builtin.APEX_SGD_SPEC,
 }
 """What `--optimizer` can name."""
 

@@ -4,6 +4,5 @@
 # Written by scripts/rows.py from results/table.csv.
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../recipes/rigl.sh" mbv1_erk_0.89_50x 4096 mobilenet_v1 50 \
-    --epochs 5128 --label-smoothing 0.1 \
-    --sparse-method rigl --distribution erk --sparsity 0.9 \
+    --epochs 5128 --label-smoothing 0.1 --sparse-method rigl --distribution erk --sparsity 0.9 \
     --dense-layers conv1 "$@"

@@ -3,5 +3,5 @@
 # Written by scripts/rows.py from results/table.csv.
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../recipes/rigl.sh" rn50_erk_0.8_5x 4096 resnet50 5 \
-    --epochs 513 --label-smoothing 0.1 \
-    --sparse-method rigl --distribution erk --sparsity 0.8 "$@"
+    --epochs 513 --label-smoothing 0.1 --sparse-method rigl --distribution erk --sparsity 0.8 \
+    "$@"

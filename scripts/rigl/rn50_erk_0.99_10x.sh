@@ -4,6 +4,5 @@
 # Written by scripts/rows.py from results/table.csv.
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../recipes/rigl.sh" rn50_erk_0.99_10x 4096 resnet50 10 \
-    --epochs 1026 --label-smoothing 0.1 \
-    --sparse-method rigl --distribution erk --sparsity 0.99 \
+    --epochs 1026 --label-smoothing 0.1 --sparse-method rigl --distribution erk --sparsity 0.99 \
     --dense-layers conv1 "$@"

@@ -4,6 +4,5 @@
 # Written by scripts/rows.py from results/table.csv.
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../recipes/rigl.sh" rn50_uniform_0.9_1x 4096 resnet50 1 \
-    --epochs 103 --label-smoothing 0.1 \
-    --sparse-method rigl --distribution uniform --sparsity 0.9 \
-    --dense-layers conv1 "$@"
+    --epochs 103 --label-smoothing 0.1 --sparse-method rigl --distribution uniform \
+    --sparsity 0.9 --dense-layers conv1 "$@"
