@@ -31,7 +31,7 @@ import sparse
 from image_classification import convert
 from image_classification.log.records import default_metadata
 from image_classification.models import create_model
-from scripts import options
+from scripts import derive
 from sparse.native import __main__ as build
 from sparse.native import library
 from tests.documents import DOCUMENTS, ROOT, Command, anchors, blocks, commands, links, names
@@ -147,10 +147,11 @@ def launcher_flags(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {*command.flags} <= {*re.findall(r"--[\w-]+", torchrun.get_args_parser().format_help())}
 
 
-def write_options(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write the page of options to another place."""
-    monkeypatch.setattr(options, "PAGE", Path("options.md"))
-    options.main()
+def write_derived(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the derived files to another place."""
+    contents = {Path(path.name): text for path, text in derive.derived().items()}
+    monkeypatch.setattr(derive, "derived", lambda: contents)
+    derive.main()
     assert Path("options.md").read_text().startswith("# ")
 
 
@@ -171,7 +172,7 @@ RULES: dict[str, Rule] = {
     r"python (export\.py|classify\.py|-m image_classification\.convert)": parse,
     r"python (benchmarks/\w+\.py|-m image_classification\.report)": helped,
     r"python -m sparse\.native": build_kernels,
-    r"python scripts/options\.py": write_options,
+    r"python scripts/derive\.py": write_derived,
     r"python -m tests\.golden tests/golden": "tests/sparse/test_golden.py",
     r"bash scripts/demo\.sh": "tests/test_demo.py",
     r"bash scripts/prepare_imagenet\.sh \S+ \S+$": "tests/test_prepare_imagenet.py",
@@ -326,8 +327,9 @@ def test_the_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) < 250
 
 
-def test_the_options_are_current() -> None:
-    assert options.PAGE.read_text() == options.page(), "run python scripts/options.py"
+@pytest.mark.parametrize("path", derive.derived(), ids=lambda path: path.name)
+def test_what_is_derived_is_current(path: Path) -> None:
+    assert path.read_text() == derive.derived()[path], "run python scripts/derive.py"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -62,6 +62,12 @@ class Window:
         on_grid = (step - self.t_start) % self.delta_t == 0
         return on_grid or (self.at_end and step == self.t_end)
 
+    def num_updates(self, total_steps: int) -> int:
+        """Count the updates of a run; its steps are 0 ... total_steps - 1."""
+        steps = update_steps(self.delta_t, self.t_start, self.t_end, total_steps)
+        off_grid = self.at_end and self.t_end < total_steps and self.t_end not in steps
+        return len(steps) + off_grid
+
 
 @dataclass(frozen=True)
 class DropFraction:

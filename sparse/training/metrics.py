@@ -4,18 +4,18 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sparse.topology.masks import pack
+from sparse.topology.bits import pack
 from sparse.training.gates import gather
 
 
-def record(explored: dict[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+def record_explored(explored: dict[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """Add the active weights of masks to those explored so far, one bit each."""
     for name, mask in masks.items():
         bits = pack(mask)
         explored[name] = explored[name] | bits if name in explored else bits
 
 
-def count(explored: Mapping[str, Tensor]) -> int:
+def count_explored(explored: Mapping[str, Tensor]) -> int:
     """Count the explored weights. Waits for the device."""
     sums = [((bits >> place) & 1).sum() for bits in explored.values() for place in range(8)]
     return int(gather(sums).sum())
