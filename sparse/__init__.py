@@ -4,6 +4,7 @@ from sparse import factories
 from sparse.errors import SparsityError
 from sparse.factories import *  # noqa: F403, a function per method
 from sparse.methods import METHODS, Allocated, DropAndGrow, Method
+from sparse.methods.gmp import cubic_sparsity
 from sparse.methods.layers import prunable
 from sparse.methods.settings import setting
 from sparse.topology.bits import pack, unpack
@@ -12,7 +13,6 @@ from sparse.topology.masks import drop_and_grow, random_mask, topk_mask
 from sparse.topology.schedules import (
     DropFraction,
     Window,
-    cubic_sparsity,
     num_updates,
     update_steps,
 )

@@ -362,3 +362,27 @@ def test_every_document_is_linked_from_the_readme() -> None:
     linked = {(ROOT / target).resolve() for target in links(README.read_text())}
     missing = {path.name for path in DOCUMENTS} - {path.name for path in linked}
     assert missing <= {"README.md", "CHANGELOG.md"}
+
+
+def test_the_reading_path_of_rigl_is_short() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    listed = re.findall(r"^\d\. \[(sparse/\S+\.py)\]", page.partition("\n## ")[0], re.MULTILINE)
+    assert 1 < len(listed) <= 5
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in listed) <= 900
+
+    model = torch.nn.Linear(20, 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparse.rigl(model, optimizer, sparsity=0.5, t_end=10)
+    model(torch.randn(4, 20)).sum().backward()
+    ran: set[str] = set()
+    sys.setprofile(lambda frame, *_: ran.add(frame.f_code.co_filename))
+    try:
+        optimizer.step()
+    finally:
+        sys.setprofile(None)
+    # What decides an update is on the path. How weights are found and entries ranked is not RigL.
+    rooms = [ROOT / "sparse" / room for room in ("methods", "topology")]
+    decides = {str(path.relative_to(ROOT)) for path in map(Path, ran) if path.parent in rooms}
+    assert {"sparse/methods/base.py", "sparse/topology/masks.py"} < decides
+    aside = {"sparse/methods/layers.py", "sparse/topology/selection.py", "sparse/topology/rng.py"}
+    assert decides - aside <= set(listed)

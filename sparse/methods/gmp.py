@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse.methods.base import Tensors
 from sparse.methods.pruning import Pruning
 from sparse.methods.settings import setting
-from sparse.topology.schedules import Window, cubic_sparsity
+from sparse.topology.schedules import Window, check_period
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +83,14 @@ class Gmp(Pruning):
             share = cubic_sparsity(step, start, end, 1.0)
             total += share * (min(step + self.prune_every, ramp_end) - step)
         return (total + max(0, total_steps - end)) / total_steps
+
+
+def cubic_sparsity(step: int, t_start: int, t_end: int, final: float) -> float:
+    """Ramp the sparsity from 0 at t_start to `final` at t_end and after.
+
+    s(t) = final * (1 - (1 - p)^3) with p = (t - t_start) / (t_end - t_start) clipped to [0, 1]
+    (Zhu & Gupta 2017, equation 1).
+    """
+    check_period(t_start, t_end)
+    progress = min(max((step - t_start) / (t_end - t_start), 0.0), 1.0)
+    return float(final * (1.0 - (1.0 - progress) ** 3))

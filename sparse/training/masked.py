@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse.methods.layers import check_owned, parameters_only, prunable_modules, weight_of
+from sparse.topology import rng
+from sparse.topology.masks import random_mask
 from sparse.training.checkpoints import check_counts, check_masks
 from sparse.training.connections import disconnect, mask_module
 from sparse.training.gates import Gate, active_positions, count_active, masks_of, zero_inactive
@@ -106,6 +108,14 @@ class MaskedModel:
         """
         mask_module(module, self._gates)
 
+    def _random_masks(self, num_active: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+        masks = {}
+        for index, (name, weight) in enumerate(self._weights.items()):
+            if num_active[name] < weight.numel():
+                key = (seed, 0, index, rng.INITIAL_MASK)
+                masks[name] = random_mask(weight.shape, num_active[name], key, weight.device)
+        return masks
+
     def _check_given(self, masks: Tensors, num_active: Mapping[str, int]) -> None:
         """Refuse masks of the caller that do not fit the weights and their counts."""
         wanted = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
@@ -130,11 +140,26 @@ class MaskedModel:
         self._counts = None
         self.masks_version += 1
 
-    def _mask_all(self) -> None:
-        """Give every layer that has no mask a full one."""
+    def _reconnect(self, old: Tensors, survivors: Tensors, new: Tensors) -> dict[str, Tensor]:
+        """Change masks, and zero what they leave inactive; return the marks of new connections.
+
+        Args:
+            old: The masks before, of the layers that change. From now on all layers have a mask,
+                those that do not change, too.
+            survivors: The connections that keep weight and state.
+            new: The masks after.
+        """
+        self._counts = None
+        self.masks_version += any(new[name] is not old[name] for name in old)
         for name, weight in self._maskable.items():
             if name not in self._gates:
                 self._gates[name] = Gate(torch.ones_like(weight, dtype=torch.bool), weight)
+        for name, mask in old.items():
+            weight, gate = self._maskable[name], self._gates[name]
+            if survivors[name] is not mask:
+                disconnect(self._optimizer, weight, gate, survivors[name])
+            disconnect(self._optimizer, weight, gate, new[name])
+        return {name: new[name] > mask for name, mask in old.items()}
 
     def _zero_gradients(self) -> None:
         gradients = ((self._weights[name].grad, gate) for name, gate in self._gates.items())

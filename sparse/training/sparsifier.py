@@ -10,23 +10,14 @@ from torch.optim import Optimizer
 from sparse.methods.base import Allocated, Method, Tensors
 from sparse.methods.layers import warn_of_dense_weights
 from sparse.topology import rng
-from sparse.topology.masks import random_mask
-from sparse.training import checkpoints, metrics
+from sparse.training import checkpoints, metrics, optimizers
 from sparse.training.clock import Clock, found_inf
-from sparse.training.connections import NewConnections, disconnect
+from sparse.training.connections import NewConnections
 from sparse.training.consistency import has_ranks, is_first_rank, verify_across_ranks
-from sparse.training.gates import gather, masks_of
+from sparse.training.gates import masks_of
 from sparse.training.gradients import average_gradients, check_gradients, unscaled_gradients
 from sparse.training.hooks import Hooks, check_unhooked, unwrap_optimizer
 from sparse.training.masked import MaskedModel
-from sparse.training.optimizers import (
-    check_held,
-    create_momentum_buffers,
-    has_momentum,
-    only_sets_up_state,
-    restore_gradients,
-    withhold_gradients,
-)
 
 
 class Sparsifier(MaskedModel):
@@ -254,15 +245,15 @@ class Sparsifier(MaskedModel):
 
     @torch.no_grad()
     def _before_step(self) -> None:
-        self._sets_up_state = only_sets_up_state(self._optimizer)
+        self._sets_up_state = optimizers.only_sets_up_state(self._optimizer)
         if self._sets_up_state:
             return
         self._loaded.clear()
         if not self._verified:
             self._verify()
         overflow = found_inf(self._optimizer)
-        if overflow is not None and has_momentum(self._optimizer):
-            create_momentum_buffers(self._optimizer)
+        if overflow is not None and optimizers.has_momentum(self._optimizer):
+            optimizers.create_momentum_buffers(self._optimizer)
         decay = self.method.gradient_decay
         if decay is not None:
             average_gradients(self._averages, self._maskable, decay, self._optimizer)
@@ -275,7 +266,7 @@ class Sparsifier(MaskedModel):
         self._counts_step = not (skipped or (due and self.method.timing == "once"))
         if due and not self._update_follows:
             self._update()
-            self._withheld = withhold_gradients(self._optimizer)
+            self._withheld = optimizers.withhold_gradients(self._optimizer)
         else:
             self._zero_gradients()
 
@@ -283,7 +274,7 @@ class Sparsifier(MaskedModel):
     def _after_step(self) -> None:
         if self._sets_up_state:
             return
-        restore_gradients(self._withheld)
+        optimizers.restore_gradients(self._withheld)
         self._withheld = []
         if self._update_follows:
             self._update()
@@ -318,7 +309,7 @@ class Sparsifier(MaskedModel):
         step = self._clock.read()
         self._count_inactive()
         trained = self._trained()
-        check_held(self._optimizer, trained)
+        optimizers.check_held(self._optimizer, trained)
         weights = {name: weight.detach() for name, weight in trained.items()}
         old = masks_of(self._gates, weights)
         gradients = self._gradients(trained)
@@ -329,44 +320,23 @@ class Sparsifier(MaskedModel):
         survivors = self.method.survivors(old, weights, step)
         new = self.method.update(old, weights, gradients, step, self._method_state)
         checkpoints.check_masks(new, weights, f"method {self.method.name}")
-        if any(new[name] is not old[name] for name in old):
-            self.masks_version += 1
-        self._mask_all()  # a frozen layer, too
-        changed, grown = [], []  # numbers of connections, per layer
+        fresh = self._reconnect(old, survivors, new)
         for index, name in enumerate(self._weights):
-            if name not in old:
-                continue
-            weight = trained[name]
-            change = old[name] ^ new[name]
-            fresh = change & new[name]
-            changed.append(torch.count_nonzero(change))
-            # Where as many come as go, half of the changes is known to be growth.
-            halves = self.method.keeps_counts
-            grown.append(changed[-1] // 2 if halves else torch.count_nonzero(fresh))
-            if survivors[name] is not old[name]:
-                disconnect(self._optimizer, weight, self._gates[name], survivors[name])
-            disconnect(self._optimizer, weight, self._gates[name], new[name])
-            key = (self._new_connections.seed, step, index, rng.GROW_WEIGHT)
-            self._new_connections.write(self._optimizer, weight, fresh, gradients.get(name), key)
-        self._finish_update(gather(changed).sum(), gather(grown).sum(), step)
+            if name in old:
+                key = (self._new_connections.seed, step, index, rng.GROW_WEIGHT)
+                change = self._optimizer, trained[name], fresh[name], gradients.get(name), key
+                self._new_connections.write(*change)
+        keeps = self.method.keeps_counts
+        self._finish_update(metrics.turnover(old, new, fresh, keeps_counts=keeps), step)
 
-    def _finish_update(self, changed: Tensor, grown: Tensor, step: int) -> None:
+    def _finish_update(self, turnover: Tensors, step: int) -> None:
         self.num_updates += 1
-        self._counts = None
-        self._last_update = {"dropped": changed - grown, "grown": grown}
+        self._last_update = dict(turnover)
         fraction = self.method.fraction_at(step)
         if fraction is not None:
             self._last_update["drop_fraction"] = fraction
         self._explore()
         self._verify()
-
-    def _random_masks(self, num_active: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-        masks = {}
-        for index, (name, weight) in enumerate(self._weights.items()):
-            if num_active[name] < weight.numel():
-                key = (seed, 0, index, rng.INITIAL_MASK)
-                masks[name] = random_mask(weight.shape, num_active[name], key, weight.device)
-        return masks
 
     def _explore(self) -> None:
         if self._explored is not None:
