@@ -166,6 +166,7 @@ def paths_exist(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 Rule = Callable[[Command, pytest.MonkeyPatch], None] | str
 RULES: dict[str, Rule] = {
+    r"python main\.py .*sensitivity:Sensitivity": "tests/sparse/test_adding_a_method.py",
     rf"(python|({LAUNCHERS}) .*) main\.py": plan_main,
     r"bash scripts/(rigl/)?(rn50|mbv1)_\S+\.sh": plan_row,
     r"python costs\.py": run_costs,
