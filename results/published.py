@@ -1,11 +1,10 @@
 """The published rows of table.csv beside our own cost figures, as a table and as a picture."""
 
 import csv
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
-
-from sparse import costs
 
 ROWS = Path(__file__).with_name("table.csv")
 
@@ -47,28 +46,23 @@ def read_rows(source: str | None = None) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if source in (None, row["source"])]
 
 
-def schedule(row: Mapping[str, str]) -> dict[str, str]:
-    """Return when the topology of a row changes: the flags of main.py by name, without "--"."""
-    return dict(entry.split("=") for entry in row["schedule"].split())
-
-
-def gmp_ramp(row: Mapping[str, str]) -> dict[str, int]:
-    """Return the pruning schedule of a gmp row, in optimizer steps."""
-    flags = schedule(row)
-    ramp = {name: int(flags[f"prune-{name}"]) for name in ("start", "end", "every")}
-    steps_per_epoch = IMAGENET // int(row["optimizer_batch_size"])
-    return {**ramp, "total_steps": int(row["epochs"]) * steps_per_epoch}
+def schedule(row: Mapping[str, str]) -> dict[str, float]:
+    """Return when the topology of a row changes: flags of main.py, spelled with underscores."""
+    entries = (entry.split("=") for entry in row["schedule"].split())
+    return {name.replace("-", "_"): json.loads(value) for name, value in entries}
 
 
 def row_report(report: ReportNetwork, row: Mapping[str, str], **options: Any) -> dict[str, Any]:
     """Return the costs of a row; `options` replace its own."""
+    steps = int(row["epochs"]) * (IMAGENET // int(row["optimizer_batch_size"]))
     arguments: dict[str, Any] = {
         "sparsity": float(row["sparsity"]),
         "distribution": row["distribution"] or "erk",
         "dense_layers": row["dense_layers"].split() or None,
         "method": row["method"],
         "multiplier": float(row["length"]),
-        "mean_ramp": costs.gmp_mean_ramp(**gmp_ramp(row)) if row["method"] == "gmp" else None,
+        "settings": {**schedule(row), "total_steps": steps},
+        "total_steps": steps,
     }
     return report(row["arch"], **{**arguments, **options})
 

@@ -82,7 +82,7 @@ def flags(row: Row) -> list[str]:
     if row["method"] != "dense":
         names = {"sparse-method": "method", "distribution": "distribution", "sparsity": "sparsity"}
         found += [f"--{flag} {row[column]}" for flag, column in names.items()]
-    found += [f"--{name} {value}" for name, value in published.schedule(row).items()]
+    found += ["--" + entry.replace("=", " ") for entry in row["schedule"].split()]
     if row["dense_layers"]:
         found += [f"--dense-layers {row['dense_layers']}"]
     return found

@@ -20,7 +20,7 @@ import main
 from image_classification import checkpoint, config, data, models, optimizers
 from image_classification.config import Config
 from image_classification.data.stage import Batch
-from scripts import options
+from scripts import derive
 from tests.pictures import write
 
 # image_classification/data/stills.py
@@ -173,8 +173,8 @@ def test_a_mistake_is_one_line(images: Path, typed: str, message: str) -> None:
 
 @pytest.mark.usefixtures("added")
 def test_the_flags_and_their_page_name_them() -> None:
-    assert "apex-sgd`, `signs`" in options.page()
-    assert "`syntetic`, `stills`" in options.page()
+    assert "apex-sgd`, `signs`" in derive.options()
+    assert "`syntetic`, `stills`" in derive.options()
     parser = config.build_parser(Config, description="")
     assert parser.get_defaults().optimizer == "sgd"
     assert "signs" in parser.format_help()
