@@ -177,6 +177,7 @@ RULES: dict[str, Rule] = {
     r"python scripts/rows\.py": "tests/test_rows.py",
     r"python -m tests\.golden tests/golden": "tests/sparse/test_golden.py",
     r"bash scripts/demo\.sh": "tests/test_demo.py",
+    r"bash scripts/gpu_check\.sh": "tests/test_gpu_kit.py",
     r"bash scripts/prepare_imagenet\.sh \S+ \S+$": "tests/test_prepare_imagenet.py",
     r"bash docker/\w+\.sh": "tests/docker/test_scripts.py",
     r"bash tests/docker/engine\.sh bash scripts/test\.sh -m docker tests/docker": ".ci/run",
