@@ -23,6 +23,7 @@ from cli.resume import check_sparsity, saved_masks
 from image_classification import build, config, distributed
 from image_classification.config import Config
 from image_classification.data import DataError
+from image_classification.flags import section
 from image_classification.log import Logger, run_metadata
 from image_classification.preemption import Preempted
 from image_classification.trainer import TrainingError
@@ -56,11 +57,11 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     """
     parser = config.build_parser(Config, SparseFlags, description=DESCRIPTION)
     values = config.parse(parser, argv)
-    c = config.section(Config, values)
+    c = section(Config, values)
     if c.version:
         return functools.partial(print, *(f"{k}: {v}" for k, v in run_metadata().items()), sep="\n")
     config.check(c)
-    flags = resolve(config.section(SparseFlags, values))
+    flags = resolve(section(SparseFlags, values))
     if c.dry_run:
         return functools.partial(print, dry_run(c, flags))
     stack.enter_context(preemption.listening(c.preempt_grace))

@@ -12,8 +12,7 @@ import yaml
 from torch import nn
 
 import sparse
-from image_classification import config
-from image_classification.config import flag
+from image_classification.flags import flag, ineffective
 from sparse import costs
 from sparse.methods.allocation import plan_layers
 
@@ -112,7 +111,7 @@ def resolve(flags: SparseFlags) -> SparseFlags:
     resolved = dataclasses.replace(flags, sparse_method=method, sparsity=sparsity)
     names = {f.name for f in dataclasses.fields(flags)} - {"sparse_method", "static_topo", *used}
     names -= {"dense_allocation", "drop_masks", "grad_compress"}
-    unused = config.ineffective(
+    unused = ineffective(
         resolved, [(False, " ".join(sorted(names)), f"another --sparse-method than {method}")]
     )
     if unused:

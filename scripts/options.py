@@ -79,7 +79,7 @@ def default(field: "dataclasses.Field[Any]") -> str:
 
 def rows(section: type, names: list[str], *, methods: bool = False) -> list[str]:
     """Return a table of some flags; `methods` adds which sparse methods use them."""
-    fields = {f.name: f for f in dataclasses.fields(section) if f.metadata}
+    fields = {f.name: f for f in dataclasses.fields(section) if "names" in f.metadata}
     hints = typing.get_type_hints(section)
     head = ["flag", "takes", "default", "meaning", *(["used by"] if methods else [])]
     table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -101,7 +101,7 @@ def page() -> str:
     """Return the whole page."""
     lines = [HEAD]
     for head, names in groups(Config).items():
-        if any(f.metadata for f in dataclasses.fields(Config) if f.name in names):
+        if head:  # DATA stands in front of the first
             lines += [f"## {head.capitalize()}", "", *rows(Config, names), ""]
     lines += ["## Sparsity", "", "[methods.md](methods.md) has the equations.", ""]
     names = [name for group in groups(SparseFlags).values() for name in group]

@@ -6,11 +6,12 @@ import pytest
 
 from image_classification import config
 from image_classification.config import Config, cut
+from image_classification.flags import section
 
 
 def parse(*argv: str) -> Config:
     parser = config.build_parser(Config, description="")
-    return config.section(Config, config.parse(parser, argv))
+    return section(Config, config.parse(parser, argv))
 
 
 def test_defaults_are_those_of_the_original_harness() -> None:
