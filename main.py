@@ -17,8 +17,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cli import program, weights
 from cli.flags import SparseFlags, cost_plan, resolve, sparse_plan
 from cli.join import attach, report_costs, try_out
+from cli.metrics import FORMATS
 from cli.resume import check_sparsity, saved_masks
 from image_classification import build, config, distributed
 from image_classification.config import Config
@@ -68,7 +70,7 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     c = build.adopt(c)
     dataset = build.inspect(c)
     model = build.sketch_model(c, dataset)
-    start = build.prepare(c, dataset, model)
+    start = build.prepare(c, dataset, model, read_weights=weights.read)
     notes = check_sparsity(c, flags, start, model)
     if preemption.requested():
         raise Preempted
@@ -79,6 +81,7 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         append=c.resume is not None,
         tensorboard=Path(c.tensorboard) if c.tensorboard else None,
         console=c.console,
+        formats=FORMATS,
         enabled=world.is_main,
     )
     stack.callback(logger.close)
@@ -111,12 +114,10 @@ def main(argv: Sequence[str]) -> int:
             try:
                 action = prepare(argv, stack)
             except ValueError as error:  # later ones are bugs, which show their traceback
-                print(f"main.py: error: {error}", file=sys.stderr)
-                return 2
+                return program.fail("main.py", error)
             action()
         except (DataError, TrainingError, SparsityError) as error:
-            print(f"main.py: error: {error}", file=sys.stderr)
-            return 2 if isinstance(error, DataError) else 1
+            return program.fail("main.py", error, status=2 if isinstance(error, DataError) else 1)
         except Preempted:
             signal = preemption.requested() or "a signal to another rank"
             print(f"main.py: stopped by {signal}: --resume auto goes on", file=sys.stderr)

@@ -32,8 +32,8 @@ combination is refused, and so is a value out of range: one line, exit status 2.
 what a command line comes to.
 
 The other programs explain themselves: `python costs.py --help`, and likewise `export.py`,
-`classify.py`, `multiproc.py`, `python -m image_classification.convert` and
-`python -m image_classification.report`.
+`classify.py`, `multiproc.py`, `python -m cli.convert` and
+`python -m cli.report`.
 """
 KINDS = {int: "integer", float: "number", str: "text"}
 

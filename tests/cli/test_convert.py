@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from image_classification import checkpoint, convert, foreign
-from image_classification.foreign import Network
+from cli import convert, foreign
+from cli.foreign import Network
+from image_classification import checkpoint
 from image_classification.models import create_model
 from sparse.topology.masks import unpack
 
@@ -197,7 +198,7 @@ def test_the_masks_of_the_port_end_up_in_the_checkpoint(tmp_path: Path) -> None:
     state, masks = port_checkpoint()
     torch.save(state, tmp_path / "port.pth.tar")
     root = Path(__file__).parents[2]
-    command = ["-m", "image_classification.convert", tmp_path / "port.pth.tar"]
+    command = ["-m", "cli.convert", tmp_path / "port.pth.tar"]
     done = subprocess.run(
         [sys.executable, *command, tmp_path / "ours.pth.tar"],
         cwd=root, capture_output=True, text=True, timeout=120, check=True,
@@ -249,7 +250,7 @@ def files_that_do_not_convert(folder: Path) -> dict[str, str]:
     (folder / "cut.pth").write_bytes(whole.read_bytes()[:-3000])
     return {
         "absent.pth": "does not exist",
-        "code.pth": "objects besides tensors (tests.image_classification.test_convert.Code)",
+        "code.pth": "objects besides tensors (tests.cli.test_convert.Code)",
         "tensor.pth": "holds a Tensor",
         "linear.pth": "it is no resnet50: fc.bias is missing",
         "whole.pth": "it is no resnet50",
