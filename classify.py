@@ -10,24 +10,23 @@ if __name__ == "__main__":
     versions.require()
 
 import sys
-from collections.abc import Iterable, Sequence
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
 
-from cli import networks, program
-from cli.predictions import predict, predict_compact, ranking
-from image_classification import flags
+from cli.predictions import from_checkpoint, from_compact, ranking
+from cli.program import Program
 from image_classification.flags import argument, flag
-from sparse import runtime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Which network says what of which images."""
+    """Classify images."""
 
-    images: list[Path] = argument("image files", default=[], nargs="*", metavar="IMAGE")
+    images: list[Path] = argument("image files", [], nargs="*", metavar="IMAGE")
     resume: Path | None = flag(None, "the network: written by main.py", metavar="CHECKPOINT")
     model: Path | None = flag(None, "or the network: written by export.py", metavar="FILE")
     image: Path | None = flag(None, "one more image", metavar="FILE")
@@ -41,11 +40,6 @@ class Flags:
         metavar="PATH",
     )
     cpu: bool = flag(False, "stay on the CPU where there is a GPU")
-
-
-def parse(argv: Sequence[str]) -> Flags:
-    """Return the flags of a command line."""
-    return flags.read(Flags, argv, program="classify.py", description="Classify images.")
 
 
 def report(given: Flags) -> str:
@@ -63,43 +57,32 @@ def report(given: Flags) -> str:
         raise ValueError("there is no image: name a file")
     if given.resume is not None and given.model is not None:
         raise ValueError("--resume and --model exclude each other: name one network")
+    asked: dict[str, Any] = {"arch": given.arch, "image_size": given.image_size}
     if given.model is not None:
-        return _report_compact(given, given.model, paths)
-    if given.resume is None:
+        network = from_compact(given.model, **asked)
+    elif given.resume is None:
         raise ValueError("there is no network: name one with --resume or --model")
-    if given.batch:
+    elif given.batch:
         raise ValueError("--batch has no effect without --model")
-    trained = networks.read_checkpoint(given.resume, arch=given.arch)
-    found = predict(trained, paths, image_size=given.image_size, cpu=given.cpu)
-    return "\n".join(_lines(given, zip(found, paths, strict=True), many=len(paths) > 1))
-
-
-def _report_compact(given: Flags, file: Path, paths: Sequence[Path]) -> str:
-    """Tell the milliseconds of each call, too."""
-    network = runtime.load(file)
-    held = network.header.arch
-    if given.arch not in (None, held):
-        raise ValueError(f"{file} holds {held}, --arch is {given.arch}; leave it out")
+    else:
+        network = from_checkpoint(given.resume, **asked, cpu=given.cpu)
     lines: list[str] = []
-    remaining = iter(paths)
-    calls = predict_compact(network, paths, image_size=given.image_size, batch=given.batch)
-    for found, milliseconds in calls:
-        lines += _lines(given, zip(found, remaining, strict=False), many=len(paths) > 1)
-        lines.append(f"{milliseconds:.2f} ms for {len(found)} image{'s' * (len(found) > 1)}")
+    for group in [paths] if given.batch else [[path] for path in paths]:
+        images = torch.cat([network.load(path) for path in group])
+        start = time.perf_counter()
+        with torch.no_grad():
+            probabilities = network.logits(images).softmax(1)
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        for path, of_image in zip(group, probabilities, strict=True):
+            lines += [f"{path}"] * (len(paths) > 1)
+            lines += ranking(of_image, topk=given.topk, class_names=given.class_names)
+        if given.model is not None:
+            lines.append(f"{milliseconds:.2f} ms for {len(group)} image{'s' * (len(group) > 1)}")
     return "\n".join(lines)
 
 
-def _lines(given: Flags, found: Iterable[tuple[Tensor, Path]], *, many: bool) -> list[str]:
-    lines = []
-    for probabilities, path in found:
-        lines += [f"{path}"] * many
-        lines += ranking(probabilities, topk=given.topk, class_names=given.class_names)
-    return lines
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
-    return program.run("classify.py", lambda: report(parse(argv)))
+PROGRAM = Program("classify.py", Flags, report)
+main = PROGRAM.main
 
 
 if __name__ == "__main__":

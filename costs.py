@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 
 import sparse
-from cli import program
-from image_classification import flags, models
+from cli.program import Program
+from image_classification import models
 from image_classification.flags import flag
 from sparse import costs
 from sparse.topology.distributions import layer_sparsities
@@ -32,7 +32,7 @@ METHODS = ("dense", "static", "set", "snip", "snfs", "rigl", "gmp")
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Which network, how it is trained, and how to count."""
+    """Cost of sparse networks."""
 
     arch: str = flag("resnet50", "as main.py --arch")
     image_size: int | None = flag(None, "side of the input (the model's own)")
@@ -58,23 +58,20 @@ class Flags:
     plot: Path | None = flag(None, "draw the published rows: accuracy against cost", metavar="PNG")
 
 
-def run(argv: Sequence[str]) -> str:
+def run(args: Flags) -> str:
     """Return what the command line asks for.
 
     Raises:
         ValueError: A user's mistake, in one line.
     """
-    about = {"program": "costs.py", "description": "Cost of sparse networks."}
-    args = flags.read(Flags, argv, **about)
     if args.table or args.plot:
         return show_published(args)
     report = report_flags(args)
     return json.dumps(report) if args.json else format_report(report)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
-    return program.run("costs.py", lambda: run(argv))
+PROGRAM = Program("costs.py", Flags, run)
+main = PROGRAM.main
 
 
 def show_published(args: Flags) -> str:

@@ -10,20 +10,19 @@ if __name__ == "__main__":
     versions.require()
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import networks, program
-from image_classification import flags
+from cli import networks
+from cli.program import Program
 from image_classification.flags import argument, flag
 from sparse import runtime
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What to convert, and into what."""
+    """Convert a trained network."""
 
     source: Path = argument("checkpoint of main.py, or a compact file")
     output: Path = argument("file to write; replaced if it exists")
@@ -41,11 +40,6 @@ class Flags:
         "and --to torch gives back the trained weights bit for bit (compact only)",
     )
     ema: bool = flag(False, "take the moving average of the weights")
-
-
-def parse(argv: Sequence[str]) -> Flags:
-    """Return the flags of a command line."""
-    return flags.read(Flags, argv, program="export.py", description="Convert a trained network.")
 
 
 def run(given: Flags) -> str:
@@ -75,9 +69,8 @@ def run(given: Flags) -> str:
     return f"{given.output}: {trained.arch}, {given.output.stat().st_size / 1e6:.3f} MB{share}"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
-    return program.run("export.py", lambda: run(parse(argv)))
+PROGRAM = Program("export.py", Flags, run)
+main = PROGRAM.main
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cli import program, weights
+from cli import weights
 from cli.flags import SparseFlags, cost_plan, resolve, sparse_plan
 from cli.join import attach, report_costs, try_out
 from cli.metrics import FORMATS
+from cli.program import fail
 from cli.resume import check_sparsity, saved_masks
 from image_classification import build, config, distributed
 from image_classification.config import Config
@@ -114,10 +115,10 @@ def main(argv: Sequence[str]) -> int:
             try:
                 action = prepare(argv, stack)
             except ValueError as error:  # later ones are bugs, which show their traceback
-                return program.fail("main.py", error)
+                return fail("main.py", error)
             action()
         except (DataError, TrainingError, SparsityError) as error:
-            return program.fail("main.py", error, status=2 if isinstance(error, DataError) else 1)
+            return fail("main.py", error, status=2 if isinstance(error, DataError) else 1)
         except Preempted:
             signal = preemption.requested() or "a signal to another rank"
             print(f"main.py: stopped by {signal}: --resume auto goes on", file=sys.stderr)

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +21,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cli import foreign, networks, program, weights
+from cli import foreign, networks, weights
 from cli.foreign import Network
-from image_classification import flags, models
+from cli.program import Program
+from image_classification import models
 from image_classification.flags import argument, flag
 from image_classification.weights import fit
 
@@ -33,7 +33,7 @@ Format = Literal["checkpoint", "torchvision", "nvidia"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What to convert, and into what."""
+    """Bring weights in and out."""
 
     source: Path = argument("file of weights, or the prefix of a TensorFlow checkpoint")
     target: Path = argument("file to write; .safetensors for weights alone is understood")
@@ -112,13 +112,6 @@ def describe(found: Network, target: Path, *, to: Format) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: Sequence[str]) -> Flags:
-    """Return the flags of a command line."""
-    return flags.read(
-        Flags, argv, program="python -m cli.convert", description="Bring weights in and out."
-    )
-
-
 def run(given: Flags) -> str:
     """Convert; return the lines that say what was written.
 
@@ -132,9 +125,8 @@ def run(given: Flags) -> str:
     return describe(found, given.target, to=given.to)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
-    return program.run("convert", lambda: run(parse(argv)))
+PROGRAM = Program("convert", Flags, run)
+main = PROGRAM.main
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from image_classification.weights import Weights
 _RESNET50_BLOCKS = (3, 4, 6, 3)
 _MOBILENET_BLOCKS = 13
 _KERNELS = ("weights", "kernel", "depthwise_weights")
-_NORM = {
+NORM = {
     "weight": "gamma",
     "bias": "beta",
     "running_mean": "moving_mean",
@@ -118,29 +118,13 @@ def from_tf(variables: Mapping[str, Tensor], arch: str) -> Network:
         if (mask := _lookup(variables, scope, ("mask",))) is not None:
             masks[weight_name] = _from_tf_layout(mask, name) != 0
     for name, scope in tf_norms(arch):
-        for ours, theirs in _NORM.items():
+        for ours, theirs in NORM.items():
             weights[f"{name}.{ours}"] = _find(variables, scope, (theirs,))
         weights[f"{name}.num_batches_tracked"] = torch.tensor(0)
     weights["fc.bias"] = _find(variables, "final_dense", ("biases", "bias"))
     # how the original resized images, which main.py has a flag for
     config = {"interpolation": "tensorflow"}
     return Network(masked(weights, masks), masks=masks, arch=arch, config=config)
-
-
-def to_tf(network: Network, arch: str) -> dict[str, Tensor]:
-    """Undo `from_tf`, under the names of a graph whose every layer is sparse."""
-    variables: dict[str, Tensor] = {}
-    for name, scope in tf_kernels(arch):
-        kernel = network.state_dict[f"{name}.weight"]
-        last = "depthwise_weights" if name.endswith(".dw") else "weights"
-        variables[f"resnet_model/{scope}/{last}"] = _to_tf_layout(kernel, name)
-        if (mask := network.masks.get(f"{name}.weight")) is not None:
-            variables[f"resnet_model/{scope}/mask"] = _to_tf_layout(mask.float(), name)
-    for name, scope in tf_norms(arch):
-        for ours, theirs in _NORM.items():
-            variables[f"resnet_model/{scope}/{theirs}"] = network.state_dict[f"{name}.{ours}"]
-    variables["resnet_model/final_dense/biases"] = network.state_dict["fc.bias"]
-    return variables
 
 
 def tf_arch(names: Iterable[str]) -> str:
@@ -213,11 +197,4 @@ def _from_tf_layout(kernel: Tensor, name: str) -> Tensor:
     if kernel.dim() == 2:
         return kernel.t().contiguous()
     order = (2, 3, 0, 1) if name.endswith(".dw") else (3, 2, 0, 1)
-    return kernel.permute(order).contiguous()
-
-
-def _to_tf_layout(kernel: Tensor, name: str) -> Tensor:
-    if kernel.dim() == 2:
-        return kernel.t().contiguous()
-    order = (2, 3, 0, 1) if name.endswith(".dw") else (2, 3, 1, 0)
     return kernel.permute(order).contiguous()

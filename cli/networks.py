@@ -63,7 +63,7 @@ def read(path: Path, *, ema: bool = False) -> Trained:
 
     Args:
         path: The file.
-        ema: Take the moving average of the weights, which only a checkpoint has.
+        ema: Take the moving average of the weights.
 
     Raises:
         ValueError: One line naming the file and what is wrong with it.
@@ -77,10 +77,6 @@ def read(path: Path, *, ema: bool = False) -> Trained:
         return read_checkpoint(path, ema=ema)
     if ema:
         raise ValueError(f"--ema needs a checkpoint; {path} is none and holds one set of weights")
-    return _read_compact(path)
-
-
-def _read_compact(path: Path) -> Trained:
     compact = runtime.read(path)
     header = compact.header
     return Trained(
@@ -167,15 +163,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint of weights alone, which every program reads and no run can resume.
-
-    Args:
-        output: The file.
-        arch: Name of the architecture.
-        state_dict: Its weights.
-        config: Flags of main.py that belong to the network.
-        masks: True = active; layers without one are dense.
-    """
+    """Write a checkpoint without a run: weights, flags of main.py and masks, as far as known."""
     state: dict[str, Any] = {"epoch": 0, "arch": arch, "state_dict": dict(state_dict)}
     if masks:
         state["sparse"] = checkpoints.masks_alone(masks)

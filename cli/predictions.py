@@ -1,14 +1,15 @@
 """What a trained network says of images: decoding, running, ranking."""
 
-import time
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from cli.networks import Trained
+from cli import networks
 from image_classification.data.decode import read_image
 from image_classification.data.resize import validation_crop
 from image_classification.data.stage import MEAN, STD
@@ -16,66 +17,50 @@ from image_classification.models import check_image_size
 from sparse import runtime
 
 
-@torch.no_grad()
-def predict(
-    trained: Trained, paths: Sequence[Path], *, image_size: int | None, cpu: bool
-) -> Iterator[Tensor]:
-    """Yield the probability of each class, (num_classes,), for one image after the other.
+@dataclass(frozen=True)
+class Classifier:
+    """A trained network, ready to run."""
+
+    load: Callable[[Path], Tensor]
+    """Returns an image file as the network takes it: (1, 3, S, S)."""
+    logits: Callable[[Tensor], Tensor]
+    """Takes any number of such images."""
+
+
+def from_checkpoint(
+    file: Path, *, arch: str | None, image_size: int | None, cpu: bool
+) -> Classifier:
+    """Return the network of a checkpoint of main.py, on the GPU where there is one.
 
     Args:
-        trained: The network.
-        paths: Image files.
+        file: The checkpoint.
+        arch: What it must hold; None accepts any.
         image_size: Side of the images; None: that of the training.
-        cpu: Stay on the CPU where there is a GPU.
+        cpu: Stay on the CPU.
 
     Raises:
-        ValueError: One line: an image cannot be read, or is of a size that does not suit.
+        ValueError: One line: the file cannot be used, or the size does not suit.
     """
+    trained = networks.read_checkpoint(file, arch=arch)
     size = image_size or trained.image_size
     model = trained.model()
     check_image_size(model, trained.arch, size)
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     model = model.to(device)
-    for path in paths:
-        image = load_image(path, image_size=size, interpolation=trained.interpolation)
-        yield model(image.to(device))[0].softmax(0)
+    load = functools.partial(load_image, image_size=size, interpolation=trained.interpolation)
+    return Classifier(load, lambda images: model(images.to(device)))
 
 
-def predict_compact(
-    network: runtime.Network, paths: Sequence[Path], *, image_size: int | None, batch: bool
-) -> Iterator[tuple[Tensor, float]]:
-    """Yield the probabilities of each call, (images, num_classes), and its milliseconds.
-
-    The first call was preceded by another one, which plans and tunes.
-
-    Args:
-        network: The network of a compact sparse file.
-        paths: Image files.
-        image_size: Side of the images; None: that of the training.
-        batch: Run all images in one call.
-
-    Raises:
-        ValueError: One line: an image cannot be read.
-    """
+def from_compact(file: Path, *, arch: str | None, image_size: int | None) -> Classifier:
+    """Return the network of a compact file, planned and tuned for the CPU; else as above."""
+    network = runtime.load(file)
     header = network.header
-    images = torch.cat(
-        [
-            load_image(
-                path,
-                image_size=image_size or header.image_size,
-                interpolation=header.interpolation,
-                mean=header.mean,
-                std=header.std,
-            )
-            for path in paths
-        ]
-    )
-    network(images[:1])
-    for group in [images] if batch else [image[None] for image in images]:
-        start = time.perf_counter()
-        logits = network(group)
-        milliseconds = 1e3 * (time.perf_counter() - start)
-        yield logits.softmax(1), milliseconds
+    if arch not in (None, header.arch):
+        raise ValueError(f"{file} holds {header.arch}, --arch is {arch}; leave --arch out")
+    size = image_size or header.image_size
+    network(torch.zeros(1, header.in_channels, size, size))
+    load = functools.partial(load_image, image_size=size, interpolation=header.interpolation)
+    return Classifier(functools.partial(load, mean=header.mean, std=header.std), network)
 
 
 def load_image(

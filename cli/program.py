@@ -1,26 +1,45 @@
-"""What every program does: run, print the result, tell a user's mistake in one line."""
+"""What every program does: parse its flags, run, tell a user's mistake in one line."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from image_classification import flags
+
+Flags = TypeVar("Flags")
 
 
-def run(name: str, action: Callable[[], str]) -> int:
-    """Print what `action` returns, if anything.
+@dataclass(frozen=True)
+class Program(Generic[Flags]):
+    """A program whose flags are one dataclass."""
 
-    Args:
-        name: What the user types to start the program.
-        action: Parses the command line and does what it asks for; a ValueError is a user's mistake.
+    name: str
+    """Its file, or the name of its module in cli/."""
+    flags: type[Flags]
+    """The docstring heads `--help`."""
+    action: Callable[[Flags], str]
+    """Does what the flags ask for and returns what to print; a ValueError is a user's mistake."""
 
-    Returns:
-        The exit status: 0, or 2 for a user's mistake.
-    """
-    try:
-        text = action()
-    except ValueError as error:
-        return fail(name, error)
-    if text:
-        print(text)
-    return 0
+    def parse(self, argv: Sequence[str]) -> Flags:
+        """Return the flags of a command line.
+
+        Raises:
+            ValueError: One line naming the flag and, where known, the remedy.
+        """
+        command = self.name if self.name.endswith(".py") else f"python -m cli.{self.name}"
+        parser = flags.build_parser(command, self.flags, description=str(self.flags.__doc__))
+        return flags.section(self.flags, flags.parse(parser, argv))
+
+    def main(self, argv: Sequence[str]) -> int:
+        """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
+        try:
+            text = self.action(self.parse(argv))
+        except ValueError as error:
+            return fail(self.name, error)
+        if text:
+            print(text)
+        return 0
 
 
 def fail(name: str, error: object, *, status: int = 2) -> int:

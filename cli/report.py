@@ -18,8 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cli import program
-from image_classification import flags
+from cli.program import Program
 from image_classification.config import Config
 from image_classification.flags import argument, flag
 
@@ -182,7 +181,7 @@ def _mean(values: Sequence[float], digits: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Which raports, and what to show of them."""
+    """Turn finished runs into a table."""
 
     raports: list[Path] = argument("raport files", nargs="+", metavar="RAPORT")
     metric: str = flag("val.top1", "metric of an epoch")
@@ -202,10 +201,8 @@ def run(given: Flags) -> str:
     return text
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
-    about = {"program": "python -m cli.report", "description": "Turn finished runs into a table."}
-    return program.run("report", lambda: run(flags.read(Flags, argv, **about)))
+PROGRAM = Program("report", Flags, run)
+main = PROGRAM.main
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ConsoleFormat = Literal["auto", "summary", "dllogger"]
 class Config:
     """Everything the trainer can be told; names and defaults follow NVIDIA's ConvNets harness."""
 
-    data: str | None = argument("directory with train/ and val/", default=None, metavar="DATA")
+    data: str | None = argument("directory with train/ and val/", None, metavar="DATA")
 
     # data
     data_backend: Literal["dali-gpu", "dali-cpu", "pytorch", "synthetic", "syntetic"] = flag(

@@ -22,9 +22,10 @@ def flag(
     help: str,
     *names: str,
     switch: str | None = None,
-    nargs: Literal["*", "+"] | None = None,
+    nargs: Literal["?", "*", "+"] | None = None,
     metavar: str | None = None,
     choices: Sequence[str] | None = None,
+    positional: bool = False,
 ) -> Any:
     """Declare a command-line flag as a dataclass field.
 
@@ -36,36 +37,19 @@ def flag(
         nargs: "*" or "+" for a flag annotated as a list.
         metavar: Name of the value in `--help`.
         choices: The allowed values, where the annotation cannot list them.
+        positional: See `argument`.
     """
-    shared = {"help": help, "nargs": nargs, "metavar": metavar, "choices": choices}
-    return _field(default, positional=False, names=names, switch=switch, **shared)
-
-
-def argument(
-    help: str,
-    *,
-    default: Any = dataclasses.MISSING,
-    nargs: Literal["*", "+"] | None = None,
-    metavar: str | None = None,
-) -> Any:
-    """Declare a positional argument as a dataclass field.
-
-    Args:
-        help: One line for `--help`.
-        default: Value without the argument; an argument without a default is required.
-        nargs: "*" or "+" for an argument annotated as a list.
-        metavar: Name of the value in `--help`.
-    """
-    optional = None if default is dataclasses.MISSING else "?"
-    shared = {"help": help, "nargs": nargs or optional, "metavar": metavar, "choices": None}
-    return _field(default, positional=True, **shared)
-
-
-def _field(default: Any, **metadata: Any) -> Any:
-    metadata["default"] = default
+    metadata = {"default": default, "help": help, "names": names, "switch": switch, "nargs": nargs}
+    metadata |= {"metavar": metavar, "choices": choices, "positional": positional}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def argument(help: str, default: Any = dataclasses.MISSING, **options: Any) -> Any:
+    """Declare an argument that is known by its place; without a default it is required."""
+    nargs = {} if default is dataclasses.MISSING else {"nargs": "?"}
+    return flag(default, help, positional=True, **{**nargs, **options})
 
 
 def spelling(name: str) -> str:
@@ -175,15 +159,6 @@ def section(kind: type[Section], values: dict[str, Any]) -> Section:
     """Return an instance of the dataclass `kind` made of its part of the parsed `values`."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: values[name] for name in names})
-
-
-def read(kind: type[Section], argv: Sequence[str], *, program: str, description: str) -> Section:
-    """Return `kind` made of a command line, for programs whose flags are one dataclass.
-
-    Raises:
-        ValueError: One line naming the flag and, where known, the remedy.
-    """
-    return section(kind, parse(build_parser(program, kind, description=description), argv))
 
 
 def ineffective(config: Any, rules: Sequence[tuple[bool, str, str]]) -> list[str]:

@@ -79,7 +79,8 @@ def default(field: "dataclasses.Field[Any]") -> str:
 
 def rows(section: type, names: list[str], *, methods: bool = False) -> list[str]:
     """Return a table of some flags; `methods` adds which sparse methods use them."""
-    fields = {f.name: f for f in dataclasses.fields(section) if "names" in f.metadata}
+    flags = (f for f in dataclasses.fields(section) if f.metadata)
+    fields = {f.name: f for f in flags if not f.metadata["positional"]}
     hints = typing.get_type_hints(section)
     head = ["flag", "takes", "default", "meaning", *(["used by"] if methods else [])]
     table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

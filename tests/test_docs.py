@@ -30,6 +30,7 @@ import multiproc
 import sparse
 from cli import convert, networks
 from cli.metrics import FORMATS
+from cli.program import Program
 from image_classification.log.records import default_metadata
 from image_classification.models import create_model
 from scripts import options
@@ -114,14 +115,14 @@ def run_costs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a program parse its command line; its own tests do what the command does."""
     program = command.words[2 if command.words[1] == "-m" else 1]
-    parsers = {
-        "classify.py": classify.parse,
-        "export.py": export.parse,
-        "cli.convert": convert.parse,
+    programs: dict[str, Program[Any]] = {
+        "classify.py": classify.PROGRAM,
+        "export.py": export.PROGRAM,
+        "cli.convert": convert.PROGRAM,
     }
     arguments = command.words[command.words.index(program) + 1 :]
     if arguments:
-        assert parsers[program](arguments)
+        assert programs[program].parse(arguments)
 
 
 def helped(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

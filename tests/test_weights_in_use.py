@@ -126,7 +126,7 @@ def test_a_tensorflow_checkpoint_is_evaluated_as_its_graph(
 def test_a_tensorflow_checkpoint_is_exported_as_its_graph(converted: Path, tmp_path: Path) -> None:
     def convert_to(target: Path, *flags: str) -> Path:
         words = [str(converted), str(target), *flags]
-        export.run(export.parse(words))
+        export.run(export.PROGRAM.parse(words))
         return target
 
     compact = convert_to(tmp_path / "net.safetensors")
@@ -144,7 +144,7 @@ def test_the_compiled_kernels_give_the_logits_of_tensorflow(
     converted: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "net.safetensors"
-    export.run(export.parse([str(converted), str(target)]))
+    export.run(export.PROGRAM.parse([str(converted), str(target)]))
     assert_logits_of_tensorflow(runtime.load(target, tune=False), atol=1e-4)
 
 
