@@ -21,13 +21,13 @@ from typing import Any, Literal
 import torch
 
 import sparse
+from cli.flags import find_method
 from cli.program import Program
 from image_classification import models
 from image_classification.flags import flag
 from sparse import costs
+from sparse.methods.settings import settings_of
 from sparse.topology.distributions import layer_sparsities
-
-METHODS = ("dense", "static", "set", "snip", "snfs", "rigl", "gmp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,7 @@ class Flags:
     dense_layers: list[str] | None = flag(
         None, "layers kept dense (uniform: the first)", nargs="*", metavar="GLOB"
     )
-    method: str | None = flag(
-        None, "of training (rigl, or dense without --sparsity)", choices=METHODS
-    )
+    method: str | None = flag(None, "of training, as main.py --sparse-method (rigl, or dense)")
     delta_t: int = flag(100, "rigl: steps between updates")
     multiplier: float = flag(1.0, "training length")
     prune_start: int = flag(10_000, "gmp: first step of the ramp")
@@ -103,18 +101,10 @@ def report_flags(args: Flags) -> dict[str, Any]:
     method = args.method or ("rigl" if args.sparsity else "dense")
     if (method == "dense") != (args.sparsity == 0):
         raise ValueError(f"--method {method} does not go with --sparsity {args.sparsity}")
-    if args.delta_t < 1 or args.multiplier <= 0:
-        raise ValueError(
-            f"--delta-t {args.delta_t} must be at least 1, --multiplier {args.multiplier} above 0"
-        )
-    mean_ramp = None
-    if method == "gmp":
-        # the multiplier stretches the ramp with the run
-        ramp = (args.prune_start, args.prune_end, args.total_steps)
-        start, end, total = (round(steps * args.multiplier) for steps in ramp)
-        mean_ramp = costs.gmp_mean_ramp(
-            start=start, end=end, every=args.prune_every, total_steps=total
-        )
+    if args.multiplier <= 0:
+        raise ValueError(f"--multiplier must be above 0, got {args.multiplier}")
+    stretched = "prune_start", "prune_end", "total_steps"  # with the run
+    steps = {name: round(getattr(args, name) * args.multiplier) for name in stretched}
     return report_network(
         args.arch,
         image_size=args.image_size,
@@ -124,10 +114,10 @@ def report_flags(args: Flags) -> dict[str, Any]:
         dense_layers=args.dense_layers,
         rounding=args.rounding,
         method=method,
+        settings={"delta_t": args.delta_t, "prune_every": args.prune_every, **steps},
         convention=args.convention,
-        delta_t=args.delta_t,
         multiplier=args.multiplier,
-        mean_ramp=mean_ramp,
+        total_steps=steps["total_steps"],
     )
 
 
@@ -141,6 +131,8 @@ def report_network(
     dense_layers: Sequence[str] | None = None,
     rounding: str = "floor",
     reshaped: Mapping[str, tuple[int, ...]] | None = None,
+    method: str = "dense",
+    settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Return `sparse.costs.report` of an architecture at a sparsity.
@@ -151,9 +143,13 @@ def report_network(
         num_classes: Length of the logits.
         sparsity, distribution, dense_layers, rounding: As for `sparse.allocate`.
         reshaped: Shapes to give to the distribution in place of a layer's own.
+        method: Of training, as main.py --sparse-method.
+        settings: Of the method; those that it does not have are passed over.
         **options: Further arguments of `sparse.costs.report`.
     """
     layers, shapes = _trace(arch, image_size, num_classes)
+    if method != "dense":
+        options["method"] = _method(method, {"sparsity": sparsity, **(settings or {})})
     if sparsity == 0:
         return costs.report(layers, **options)
     solved = layer_sparsities(
@@ -170,6 +166,18 @@ def report_network(
         num_active={n: sizes[n] - math.floor(zeros * sizes[n]) for n, zeros in solved.items()},
         **options,
     )
+
+
+def _method(name: str, settings: Mapping[str, Any]) -> sparse.Allocated:
+    """Return a method of which only the costs are asked."""
+    method = find_method(name)
+    given = {}
+    for key, known in settings_of(method).items():
+        if key in settings:
+            given[key] = settings[key]
+        elif known.is_end:
+            given[key] = settings["total_steps"]
+    return method(**given)
 
 
 @functools.cache

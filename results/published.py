@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparse import costs
-
 ROWS = Path(__file__).with_name("table.csv")
 
 IMAGES = {"rigl": 32_000 * 4_096, "port": 100 * 1_281_167}
 """Images of a training run of length 1, by source."""
 
-GMP_RAMP = {"start": 20_000, "end": 50_000, "every": 1_000, "total_steps": 62_500}
+GMP_RAMP = {"prune_start": 20_000, "prune_end": 50_000, "prune_every": 1_000}
+GMP_STEPS = 62_500
 """The pruning schedule of the gmp rows."""
 
 # Why ours is not the printed figure; the column `differs` of the rows refers to these letters.
@@ -55,7 +54,8 @@ def row_report(report: ReportNetwork, row: Mapping[str, str], **options: Any) ->
         "dense_layers": row["dense_layers"].split() or None,
         "method": row["method"],
         "multiplier": float(row["length"]),
-        "mean_ramp": costs.gmp_mean_ramp(**GMP_RAMP) if row["method"] == "gmp" else None,
+        "settings": {**GMP_RAMP, "total_steps": GMP_STEPS},
+        "total_steps": GMP_STEPS,
     }
     return report(row["arch"], **{**arguments, **options})
 

@@ -24,7 +24,7 @@ from cli import convert, foreign
 from cli.foreign import Network
 from image_classification import checkpoint
 from image_classification.models import create_model
-from sparse.topology.masks import unpack
+from sparse.topology.bits import unpack
 
 GRAPHS = json.loads((Path(__file__).parents[1] / "data/tf_graphs.json").read_text())
 
