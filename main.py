@@ -27,7 +27,6 @@ from cli.resume import check_sparsity, saved_masks
 from image_classification import build, config, distributed
 from image_classification.config import Config
 from image_classification.data import DataError
-from image_classification.flags import section
 from image_classification.log import Logger, run_metadata
 from image_classification.preemption import Preempted
 from image_classification.trainer import TrainingError
@@ -59,14 +58,11 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         ValueError: A user's mistake, in one line.
         Preempted: The process was asked to stop before it had begun.
     """
-    sparse_flags = of_command_line(argv)
-    parser = config.build_parser(Config, sparse_flags, description=DESCRIPTION)
-    values = config.parse(parser, argv)
-    c = section(Config, values)
+    c, flags = config.parse(argv, Config, of_command_line(argv), description=DESCRIPTION)
     if c.version:
         return functools.partial(print, *(f"{k}: {v}" for k, v in run_metadata().items()), sep="\n")
     config.check(c)
-    flags = resolve(section(sparse_flags, values))
+    flags = resolve(flags)
     if c.dry_run:
         return functools.partial(print, dry_run(c, flags))
     stack.enter_context(preemption.listening(c.preempt_grace))

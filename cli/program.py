@@ -28,8 +28,10 @@ class Program(Generic[Flags]):
             ValueError: One line naming the flag and, where known, the remedy.
         """
         command = self.name if self.name.endswith(".py") else f"python -m cli.{self.name}"
-        parser = flags.build_parser(command, self.flags, description=str(self.flags.__doc__))
-        return flags.section(self.flags, flags.parse(parser, argv))
+        given: list[Flags] = flags.parse(
+            command, argv, self.flags, description=str(self.flags.__doc__)
+        )
+        return given[0]
 
     def main(self, argv: Sequence[str]) -> int:
         """Run the command line; return its exit status: 0, or 2 for a user's mistake."""

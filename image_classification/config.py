@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
-
 from image_classification import flags
 from image_classification.flags import argument, flag, ineffective, spelling
 
@@ -171,18 +169,8 @@ RETIRED = {
 }
 
 
-def build_parser(*sections: type, description: str) -> jsonargparse.ArgumentParser:
-    """Return the parser of main.py, whose flags may come from a file (`--config`), too.
-
-    Args:
-        *sections: Dataclasses whose fields are flags.
-        description: Head of `--help`.
-    """
-    return flags.build_parser("main.py", *sections, description=description, config_file=True)
-
-
-def parse(parser: jsonargparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the values of `argv` by field name.
+def parse(argv: Sequence[str], *sections: type, description: str) -> list[Any]:
+    """Return an instance of each of `sections`, made of the flags of main.py.
 
     Raises:
         ValueError: One line naming the flag and, where known, the remedy.
@@ -191,7 +179,7 @@ def parse(parser: jsonargparse.ArgumentParser, argv: Sequence[str]) -> dict[str,
         name = word.partition("=")[0]
         if name in RETIRED:
             raise ValueError(f"{name} is not a flag any more: {RETIRED[name]}")
-    return flags.parse(parser, argv)
+    return flags.parse("main.py", argv, *sections, description=description, config_file=True)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

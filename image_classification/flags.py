@@ -10,11 +10,9 @@ import types
 import typing
 from argparse import SUPPRESS, Action
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jsonargparse
-
-Section = TypeVar("Section")
 
 
 def flag(
@@ -57,16 +55,25 @@ def spelling(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def build_parser(
-    program: str, *sections: type, description: str, config_file: bool = False
-) -> jsonargparse.ArgumentParser:
-    """Return a parser with a flag for each field of `sections` that `flag` or `argument` made.
+def parse(
+    program: str,
+    argv: Sequence[str],
+    *sections: type,
+    description: str,
+    config_file: bool = False,
+) -> list[Any]:
+    """Return an instance of each of `sections`, made of a command line.
 
     Args:
         program: What the user types to start the program.
-        *sections: Dataclasses. Each of several has a heading of its own in `--help`.
+        argv: The command line.
+        *sections: Dataclasses. A field that `flag` or `argument` made is a flag of that name.
+            Each of several sections has a heading of its own in `--help`.
         description: Head of `--help`.
-        config_file: Add `--config FILE` and `--print_config`.
+        config_file: Offer `--config FILE` and `--print_config`, too.
+
+    Raises:
+        ValueError: One line naming the flag and, where known, the remedy.
     """
     parser = jsonargparse.ArgumentParser(
         prog=program,
@@ -81,10 +88,13 @@ def build_parser(
         hints = typing.get_type_hints(section)
         group = parser.add_argument_group(section.__name__) if len(sections) > 1 else parser
         for field in dataclasses.fields(section):
-            if field.metadata:
-                place = parser if field.metadata["positional"] else group
-                _add(place, field, hints[field.name])
-    return parser
+            place = parser if field.metadata["positional"] else group
+            _add(place, field, hints[field.name])
+    try:
+        values = vars(parser.parse_args(list(argv)))
+    except Exception as error:  # jsonargparse raises many kinds; each is a user's mistake here
+        raise ValueError(_one_line(str(error), parser)) from error
+    return [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in sections]
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):
@@ -132,18 +142,6 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def parse(parser: jsonargparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the values of `argv` by field name.
-
-    Raises:
-        ValueError: One line naming the flag and, where known, the remedy.
-    """
-    try:
-        return dict(vars(parser.parse_args(list(argv))))
-    except Exception as error:  # jsonargparse raises many kinds; each is a user's mistake here
-        raise ValueError(_one_line(str(error), parser)) from error
-
-
 def _one_line(text: str, parser: jsonargparse.ArgumentParser) -> str:
     text = " ".join(text.split())
     # name the flag as it is typed, not the parser's key
@@ -153,12 +151,6 @@ def _one_line(text: str, parser: jsonargparse.ArgumentParser) -> str:
         if close := difflib.get_close_matches(unknown, known, n=1):
             text += f" (did you mean {close[0]}?)"
     return text
-
-
-def section(kind: type[Section], values: dict[str, Any]) -> Section:
-    """Return an instance of the dataclass `kind` made of its part of the parsed `values`."""
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: values[name] for name in names})
 
 
 def ineffective(config: Any, rules: Sequence[tuple[bool, str, str]]) -> list[str]:

@@ -43,13 +43,12 @@ from pathlib import Path
 
 from image_classification import build, config, distributed
 from image_classification.config import Config
-from image_classification.flags import section
 from image_classification.log import Logger
 from image_classification.run import Extension
 
 
 def train(*argv):
-    c = section(Config, config.parse(config.build_parser(Config, description=""), argv))
+    (c,) = config.parse(argv, Config, description="")
     config.check(c)
     dataset = build.inspect(c)
     start = build.prepare(c, dataset, build.sketch_model(c, dataset))

@@ -6,12 +6,11 @@ import pytest
 
 from image_classification import config
 from image_classification.config import Config, cut
-from image_classification.flags import section
 
 
 def parse(*argv: str) -> Config:
-    parser = config.build_parser(Config, description="")
-    return section(Config, config.parse(parser, argv))
+    (c,) = config.parse(argv, Config, description="")
+    return c
 
 
 def test_defaults_are_those_of_the_original_harness() -> None:
