@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from argparse import SUPPRESS, Action
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jsonargparse
@@ -22,7 +22,7 @@ def flag(
     switch: str | None = None,
     nargs: Literal["?", "*", "+"] | None = None,
     metavar: str | None = None,
-    choices: Sequence[str] | None = None,
+    choices: Iterable[str] | None = None,
     positional: bool = False,
 ) -> Any:
     """Declare a command-line flag as a dataclass field.
@@ -34,7 +34,8 @@ def flag(
         switch: Spelling of a bool flag whose field is named for the opposite.
         nargs: "*" or "+" for a flag annotated as a list.
         metavar: Name of the value in `--help`.
-        choices: The allowed values, where the annotation cannot list them.
+        choices: Values that a text flag takes, such as the keys of a dict: they are asked for when
+            the command line is parsed.
         positional: See `argument`.
     """
     metadata = {"default": default, "help": help, "names": names, "switch": switch, "nargs": nargs}
@@ -85,7 +86,7 @@ def parse(
     if config_file:
         parser.add_argument("--config", action="config", help="YAML file of flags")
     for section in sections:
-        hints = typing.get_type_hints(section)
+        hints = flag_types(section)
         group = parser.add_argument_group(section.__name__) if len(sections) > 1 else parser
         for field in dataclasses.fields(section):
             place = parser if field.metadata["positional"] else group
@@ -95,6 +96,17 @@ def parse(
     except Exception as error:  # jsonargparse raises many kinds; each is a user's mistake here
         raise ValueError(_one_line(str(error), parser)) from error
     return [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in sections]
+
+
+def flag_types(section: type) -> dict[str, Any]:
+    """Return the types of a dataclass's flags by field name, their choices resolved."""
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        if choices := field.metadata["choices"]:
+            chosen: Any = Literal[tuple(choices)]
+            optional = type(None) in _members(hints[field.name])
+            hints[field.name] = chosen | None if optional else chosen
+    return hints
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):
@@ -115,9 +127,6 @@ def _add(place: Any, field: "dataclasses.Field[Any]", hint: Any) -> None:
         return
     if meta["nargs"] in ("*", "+"):
         (hint,) = (typing.get_args(t)[0] for t in _members(hint) if typing.get_origin(t) is list)
-    if meta["choices"] is not None:
-        (hint, *no_value) = _members(hint)
-        hint = typing.Union[Literal.__getitem__(tuple(meta["choices"])), *no_value]
     extra = {key: meta[key] for key in ("nargs", "metavar") if meta[key] is not None}
     for member in _members(hint):
         if typing.get_origin(member) is Literal:

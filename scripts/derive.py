@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 
 from cli.flags import sparse_flags, used_flags
 from image_classification.config import RETIRED, Config
+from image_classification.flags import flag_types
 from sparse import METHODS, factories
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +88,7 @@ def rows(section: type, names: list[str], *, methods: bool = False) -> list[str]
     """Return a table of some flags; `methods` adds which sparse methods use them."""
     flags = (f for f in dataclasses.fields(section) if f.metadata)
     fields = {f.name: f for f in flags if not f.metadata["positional"]}
-    hints = typing.get_type_hints(section)
+    hints = flag_types(section)
     head = ["flag", "takes", "default", "meaning", *(["used by"] if methods else [])]
     table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in names:

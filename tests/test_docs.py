@@ -177,6 +177,7 @@ RULES: dict[str, Rule] = {
     r"python (benchmarks/\w+\.py|-m cli\.report)": helped,
     r"python -m sparse\.native": build_kernels,
     r"python scripts/derive\.py": write_derived,
+    r"python scripts/rows\.py": "tests/test_rows.py",
     r"python -m tests\.golden tests/golden": "tests/sparse/test_golden.py",
     r"bash scripts/demo\.sh": "tests/test_demo.py",
     r"bash scripts/prepare_imagenet\.sh \S+ \S+$": "tests/test_prepare_imagenet.py",
