@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
 
 import sparse
+from cli.report import read_raport
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = {"erk_0.8": ("erk", 0.8), "uniform_0.9": ("uniform", 0.9)}
@@ -347,12 +348,8 @@ def run_main(device: torch.device, size: Size, workspace: Path, *flags: str) -> 
     else:
         command += ["--cpu"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    lines = (workspace / "experiment_raport.json").read_text().splitlines()
-    records = [json.loads(line.removeprefix("DLLL ")) for line in lines]
-    speeds = [
-        r["data"]["train.total_ips"] for r in records if "train.total_ips" in r.get("data", {})
-    ]
-    return float(speeds[-1])
+    raport = read_raport(workspace / "experiment_raport.json")
+    return raport.values("train.total_ips")[-1]
 
 
 def write_photos(data: Path, count: int) -> None:
