@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cli import weights
 from cli.flags import cost_plan, of_command_line, resolve, sparse_plan
 from cli.join import attach, report_costs, try_out
@@ -61,6 +63,7 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     c, flags = config.parse(argv, Config, of_command_line(argv), description=DESCRIPTION)
     if c.version:
         return functools.partial(print, *(f"{k}: {v}" for k, v in run_metadata().items()), sep="\n")
+    c, set_by_fast = config.speed_up(c, has_gpu=torch.cuda.is_available())
     config.check(c)
     flags = resolve(flags)
     if c.dry_run:
@@ -92,7 +95,9 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
             image_size=build.image_size(c),
             num_active=saved_masks(c, start).num_active(),
         )
-    for note in notes:
+    if set_by_fast:
+        logger.message(f"--fast sets {set_by_fast}")
+    for note in [*config.advice(c), *notes]:
         logger.warning(note)
     run = build.build(c, dataset, start, world=world, logger=logger, attach=join)
     stack.callback(run.close)

@@ -9,7 +9,6 @@ is one line and exit status 2.
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 
 import sparse
 from cli.report import read_raport
+from image_classification.data import has_dali
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = {"erk_0.8": ("erk", 0.8), "uniform_0.9": ("uniform", 0.9)}
@@ -329,11 +329,6 @@ def throughput(device: torch.device, size: Size, *, photos: bool) -> dict[str, f
                     source = [str(data), "--data-backend", backend, "--workers", str(size.workers)]
                     found[backend] = run_main(device, size, Path(directory) / backend, *source)
     return rounded(found, 0)
-
-
-def has_dali() -> bool:
-    """Say whether DALI is installed."""
-    return importlib.util.find_spec("nvidia.dali") is not None
 
 
 def run_main(device: torch.device, size: Size, workspace: Path, *flags: str) -> float:

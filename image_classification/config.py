@@ -1,7 +1,7 @@
 """Flags of the trainer: one frozen dataclass, the parser made from it, and the checks on it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +108,11 @@ class Config:
     static_loss_scale: float = flag(1.0, "first loss scale of float16; it adapts from there")
     dynamic_loss_scale: bool = flag(False, "first loss scale 65536 in place of the above")
     tf32: bool = flag(False, "TensorFloat-32 matrix products and convolutions on CUDA")
+    fast: bool = flag(
+        False,
+        "what is fast on a GPU, unless other flags say otherwise: --amp, --dynamic-loss-scale, "
+        "--tf32, --memory-format nhwc, and --data-backend dali-gpu where DALI finds a GPU",
+    )
     memory_format: Literal["nchw", "nhwc"] = flag("nchw", "layout of activations and weights")
     compile: bool = flag(False, "torch.compile the model")
     deterministic: bool = flag(
@@ -240,6 +245,44 @@ def check(config: Config) -> None:
     create_schedule(config, steps_per_epoch=1)
 
 
+def advice(config: Config) -> list[str]:
+    """Return a line for every choice that is likely not meant."""
+    scaled = config.dynamic_loss_scale or config.static_loss_scale != Config.static_loss_scale
+    if not config.amp or config.amp_dtype != "float16" or scaled or config.evaluate:
+        return []
+    return [
+        "--amp starts at a loss scale of 1, at which small gradients become 0 in float16: add "
+        "--dynamic-loss-scale, or use --amp-dtype bfloat16"
+    ]
+
+
+def speed_up(config: Config, *, has_gpu: bool) -> tuple[Config, str]:
+    """Spell out --fast: return the flags that it comes to, and those that it set, as words.
+
+    A flag that was changed from its default stays as it is.
+
+    Args:
+        config: The flags.
+        has_gpu: Whether this machine has one. A plan (--dry-run) needs none.
+
+    Raises:
+        ValueError: There is no GPU; one line.
+    """
+    if not config.fast or config.cpu:
+        return config, ""
+    if not has_gpu and not config.dry_run:
+        raise ValueError("--fast needs a GPU, and torch finds none on this machine: leave it out")
+    wanted: dict[str, Any] = {"amp": True, "tf32": True, "memory_format": "nhwc"}
+    if config.amp_dtype == "float16" and config.static_loss_scale == Config.static_loss_scale:
+        wanted["dynamic_loss_scale"] = True
+    asked_for = {config.interpolation, config.augmentation}
+    if has_gpu and data.has_dali() and not asked_for & BACKENDS["dali-gpu"].refuses.keys():
+        wanted["data_backend"] = "dali-gpu"
+    left = {n: v for n, v in wanted.items() if getattr(config, n) == getattr(Config, n)}
+    words = [spelling(name) if v is True else f"{spelling(name)} {v}" for name, v in left.items()]
+    return replace(config, **left), " ".join(words)
+
+
 def _rules(c: Config) -> list[tuple[bool, str, str]]:
     fp16 = c.amp and c.amp_dtype == "float16"
     reads_images = BACKENDS[c.data_backend].reads_images
@@ -258,7 +301,7 @@ def _rules(c: Config) -> list[tuple[bool, str, str]]:
         ),
         (not reads_images, "synthetic_batches", "--data-backend synthetic"),
         (reads_images, "interpolation workers prefetch max_bad_files", "images to read"),
-        (not c.cpu, "tf32", "a GPU"),
+        (not c.cpu, "tf32 fast", "a GPU"),
         (
             not c.evaluate,
             "gather_checkpoints checkpoint_every_steps run_epochs early_stopping_patience "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from image_classification.data.backends import BACKENDS, check_backend
 from image_classification.data.bad_files import BadFiles, DataError, share_bad_files
 from image_classification.data.config import (
@@ -35,6 +37,7 @@ __all__ = [
     "check_backend",
     "create_train_loader",
     "create_val_loader",
+    "has_dali",
     "inspect_dataset",
     "share_bad_files",
 ]
@@ -52,6 +55,14 @@ def create_train_loader(config: DataConfig) -> Loader:
             backend is not available.
     """
     return _create(config, training=True)
+
+
+def has_dali() -> bool:
+    """Say whether DALI is installed."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package of NVIDIA at all
+        return False
 
 
 def create_val_loader(config: DataConfig) -> Loader:

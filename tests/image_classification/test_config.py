@@ -1,6 +1,7 @@
 """Flags: names, defaults, aliases, and one clear line for every mistake."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -99,6 +100,7 @@ def test_wrong_flags_are_named_in_one_line(typed: str, message: str) -> None:
         ({"static_loss_scale": 128.0}, "--static-loss-scale has no effect"),
         ({"data_backend": "synthetic", "workers": 3}, "--workers has no effect"),
         ({"cpu": True, "tf32": True}, "--tf32 has no effect without a GPU"),
+        ({"cpu": True, "fast": True}, "--fast has no effect without a GPU"),
         ({"save_checkpoints": False, "gather_checkpoints": 3}, "--gather-checkpoints has no"),
     ],
 )
@@ -107,6 +109,44 @@ def test_values_and_combinations_are_checked(tmp_path, changes, message) -> None
     with pytest.raises(ValueError, match=message) as caught:
         config.check(c)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "--amp --tf32 --memory-format nhwc --dynamic-loss-scale --data-backend dali-gpu"),
+        (
+            {"amp_dtype": "bfloat16", "data_backend": "pytorch"},
+            "--amp --tf32 --memory-format nhwc",
+        ),
+        (
+            {"static_loss_scale": 128.0, "interpolation": "tensorflow", "tf32": True},
+            "--amp --memory-format nhwc",
+        ),
+    ],
+)
+def test_the_fast_preset_leaves_what_was_chosen(
+    changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config.data, "has_dali", lambda: True)
+    c = replace(Config(fast=True, dry_run=True), **changes)
+    fast, said = config.speed_up(c, has_gpu=True)
+    assert said == words
+    config.check(fast)
+    for name, value in changes.items():
+        assert getattr(fast, name) == value
+    assert config.speed_up(fast, has_gpu=True) == (fast, "")
+    assert "dali-gpu" not in config.speed_up(c, has_gpu=False)[1]  # a plan needs no GPU
+    with pytest.raises(ValueError, match="--fast needs a GPU"):
+        config.speed_up(replace(c, dry_run=False), has_gpu=False)
+
+
+def test_a_loss_scale_of_one_is_warned_of() -> None:
+    (line,) = config.advice(Config(amp=True))
+    assert "--dynamic-loss-scale" in line
+    assert "bfloat16" in line
+    for others in ({"dynamic_loss_scale": True}, {"amp_dtype": "bfloat16"}, {"evaluate": True}):
+        assert not config.advice(Config(amp=True, **others))
 
 
 def test_accumulation_keeps_the_global_batch() -> None:
