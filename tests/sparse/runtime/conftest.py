@@ -43,7 +43,7 @@ def sixteen_lanes(cache: Path) -> bindings.Kernels:
     """Return kernels with 16 lanes, with the instructions of this processor."""
     machine = library.LEVELS[library.cpu_level()][1]
     flags = (*machine, *SIXTEEN_LANES)
-    return bindings.Kernels(library.KERNELS.build("portable", cache, flags=flags))
+    return bindings.Kernels(library.KERNELS.compile("portable", cache, flags=flags))
 
 
 def prune_(model: nn.Module, density: float, seed: int = 0) -> dict[str, Tensor]:

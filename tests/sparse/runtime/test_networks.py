@@ -19,7 +19,7 @@ from image_classification.models import create_model
 from sparse import runtime
 from sparse.native import __main__ as build
 from sparse.native import library
-from sparse.runtime import arrange, bindings, plan
+from sparse.runtime import arrange, bindings, execution_plan
 from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.network import Network
 from tests.sparse.runtime.test_kernels import assert_close
@@ -90,7 +90,7 @@ def test_bands_go_through_whole_networks(
     grids = banded_grids(*size, lanes=each_kernels.num_lanes)
     assert grids
     for grid in grids:
-        monkeypatch.setattr(plan, "arrange", functools.partial(Arrangement, grid=grid))
+        monkeypatch.setattr(execution_plan, "arrange", functools.partial(Arrangement, grid=grid))
         network = Network(path, threads=threads, kernels=each_kernels, tuner=None)
         assert_close(network(images[:1]), wanted[:1])
         assert_close(network(images), wanted)
@@ -193,7 +193,7 @@ def test_a_failing_compiler_is_reported(
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(library.BuildError, match=r"failed: file\.cpp:1: error: no such thing"):
-        library.KERNELS.build("portable", tmp_path / "cache")
+        library.KERNELS.compile("portable", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -230,7 +230,7 @@ def test_prebuilt_kernels_need_no_compiler(
     monkeypatch.setattr(library, "PREBUILT", tmp_path / "prebuilt")
     (tmp_path / "prebuilt").mkdir()
     for sources in (library.KERNELS, library.GATES):
-        shutil.copy(sources.build("portable", kernel_cache), tmp_path / "prebuilt")
+        shutil.copy(sources.compile("portable", kernel_cache), tmp_path / "prebuilt")
     bindings.load.cache_clear()
     monkeypatch.setattr(library, "COMPILERS", ())
     assert build.main(["portable"]) == 0
