@@ -135,8 +135,8 @@ def helped(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build_kernels(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile the kernels of one level to another place."""
-    monkeypatch.setattr(library, "PREBUILT", Path.cwd())
+    """Compile the kernels of one level to the user's cache, unless they are there."""
+    monkeypatch.setattr(library, "PREBUILT", library.default_cache())
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert build.main(command.words[3:] or ["portable"]) == 0
     assert all(Path(line).is_file() for line in printed.getvalue().splitlines())

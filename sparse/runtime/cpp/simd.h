@@ -29,11 +29,13 @@ inline Vec maximum(Vec a, Vec b) { return b > a ? b : a; }
 // The larger one, or a NaN if either is one.
 inline Vec larger(Vec a, Vec b) { return ((a > b) | (a != a)) ? a : b; }
 
-// Keep a value in a register. GCC may otherwise load it again for every use.
+// Keep a value in a register. GCC may otherwise load it again for every use. A vector that is larger
+// than a register stays where it is.
 inline void hold(Vec& v) {
-#if defined(__x86_64__)
+#if defined(__AVX512F__) || (defined(__AVX__) && SPARSE_LANES == 8) || \
+    (defined(__x86_64__) && SPARSE_LANES == 4)
   asm("" : "+v"(v));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && SPARSE_LANES == 4
   asm("" : "+w"(v));
 #else
   (void)v;

@@ -1,5 +1,6 @@
 """Compiled kernels and networks that the tests of the runtime share."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +12,16 @@ from sparse import runtime
 from sparse.native import library
 from sparse.runtime import bindings
 
-# Vectors of 16 on any processor: the layouts of AVX-512 without its instructions.
-SIXTEEN_LANES = ("-USPARSE_LANES", "-DSPARSE_LANES=16", "-O1")
+# Number of lanes -> the level with vectors of this size.
+LEVELS = {lanes: level for level, (lanes, _) in library.LEVELS.items()}
 
 
 @pytest.fixture(scope="session")
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory for compiled kernels and measurements, shared by all tests."""
-    return tmp_path_factory.mktemp("kernels")
+    """Return a directory for measurements, shared by all tests, with this processor's kernels."""
+    cache = tmp_path_factory.mktemp("kernels")
+    shutil.copy(compiled(library.cpu_level()), cache)
+    return cache
 
 
 @pytest.fixture(scope="session")
@@ -27,23 +30,25 @@ def kernels(kernel_cache: Path) -> bindings.Kernels:
     return bindings.load(library.cpu_level(), kernel_cache)
 
 
-@pytest.fixture(scope="session", params=["best", "portable", "sixteen"])
-def each_kernels(
-    request: pytest.FixtureRequest, kernel_cache: Path, kernels: bindings.Kernels
-) -> bindings.Kernels:
-    """Return the kernels of this processor, the portable ones, and ones with 16 lanes."""
-    if request.param == "best":
-        return kernels
-    if request.param == "portable":
-        return bindings.load("portable", kernel_cache)
-    return sixteen_lanes(kernel_cache)
+@pytest.fixture(scope="session", params=LEVELS, ids="{} lanes".format)
+def each_kernels(request: pytest.FixtureRequest) -> bindings.Kernels:
+    """Return kernels with vectors of each size."""
+    return kernels_of(request.param)
 
 
-def sixteen_lanes(cache: Path) -> bindings.Kernels:
-    """Return kernels with 16 lanes, with the instructions of this processor."""
+def kernels_of(num_lanes: int) -> bindings.Kernels:
+    """Return kernels with vectors of a size, with instructions of this processor."""
+    if num_lanes <= library.LEVELS[library.cpu_level()][0]:
+        return bindings.Kernels(compiled(LEVELS[num_lanes]))
+    # The layout of a level that this processor does not have, without its instructions.
     machine = library.LEVELS[library.cpu_level()][1]
-    flags = (*machine, *SIXTEEN_LANES)
-    return bindings.Kernels(library.KERNELS.compile("portable", cache, flags=flags))
+    lanes = ("-USPARSE_LANES", f"-DSPARSE_LANES={num_lanes}", "-O1")
+    return bindings.Kernels(compiled("portable", *machine, *lanes))
+
+
+def compiled(level: str, *flags: str) -> Path:
+    """Return a library of the user's cache, so that it is not compiled for every test run."""
+    return library.KERNELS.compile(level, library.default_cache(), flags=flags)
 
 
 def prune_(model: nn.Module, density: float, seed: int = 0) -> dict[str, Tensor]:

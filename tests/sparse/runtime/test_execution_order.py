@@ -1,5 +1,6 @@
 """The order of execution: everything once, and nothing read that is not there or is lost."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +24,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@functools.cache
 def layers_of(name: str, density: float = 0.05) -> list[Layer]:
     model = NETWORKS[name]().eval()
     prune_(model, density)

@@ -61,7 +61,7 @@ def test_architectures_compute_what_the_model_computes(
     assert_close(two(images), wanted)
 
 
-def test_sixteen_lanes_and_portable_kernels_run_networks(
+def test_kernels_of_every_vector_size_run_networks(
     save: Save, each_kernels: bindings.Kernels
 ) -> None:
     model = ResNet(Bottleneck, BLOCKS, num_classes=7)
@@ -224,13 +224,11 @@ def test_unknown_operations_are_named(arch: str, message: str) -> None:
         runtime.trace(model.eval())
 
 
-def test_prebuilt_kernels_need_no_compiler(
-    kernel_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prebuilt_kernels_need_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "PREBUILT", tmp_path / "prebuilt")
     (tmp_path / "prebuilt").mkdir()
     for sources in (library.KERNELS, library.GATES):
-        shutil.copy(sources.compile("portable", kernel_cache), tmp_path / "prebuilt")
+        shutil.copy(sources.compile("portable", library.default_cache()), tmp_path / "prebuilt")
     bindings.load.cache_clear()
     monkeypatch.setattr(library, "COMPILERS", ())
     assert build.main(["portable"]) == 0
