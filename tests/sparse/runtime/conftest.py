@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,17 @@ LEVELS = {lanes: level for level, (lanes, _) in library.LEVELS.items()}
 
 
 @pytest.fixture(scope="session")
-def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def libraries() -> dict[int, Path]:
+    """Return libraries by number of lanes: from the user's cache, or compiled side by side."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(LEVELS, pool.map(library_of, LEVELS), strict=True))
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory, libraries: dict[int, Path]) -> Path:
     """Return a directory for measurements, shared by all tests, with this processor's kernels."""
     cache = tmp_path_factory.mktemp("kernels")
-    shutil.copy(compiled(library.cpu_level()), cache)
+    shutil.copy(libraries[library.LEVELS[library.cpu_level()][0]], cache)
     return cache
 
 
@@ -31,24 +39,22 @@ def kernels(kernel_cache: Path) -> bindings.Kernels:
 
 
 @pytest.fixture(scope="session", params=LEVELS, ids="{} lanes".format)
-def each_kernels(request: pytest.FixtureRequest) -> bindings.Kernels:
+def each_kernels(request: pytest.FixtureRequest, libraries: dict[int, Path]) -> bindings.Kernels:
     """Return kernels with vectors of each size."""
-    return kernels_of(request.param)
+    return bindings.Kernels(libraries[request.param])
 
 
-def kernels_of(num_lanes: int) -> bindings.Kernels:
-    """Return kernels with vectors of a size, with instructions of this processor."""
-    if num_lanes <= library.LEVELS[library.cpu_level()][0]:
-        return bindings.Kernels(compiled(LEVELS[num_lanes]))
-    # The layout of a level that this processor does not have, without its instructions.
-    machine = library.LEVELS[library.cpu_level()][1]
-    lanes = ("-USPARSE_LANES", f"-DSPARSE_LANES={num_lanes}", "-O1")
-    return bindings.Kernels(compiled("portable", *machine, *lanes))
+def library_of(num_lanes: int) -> Path:
+    """Return a library with vectors of a size and instructions of this processor.
 
-
-def compiled(level: str, *flags: str) -> Path:
-    """Return a library of the user's cache, so that it is not compiled for every test run."""
-    return library.KERNELS.compile(level, library.default_cache(), flags=flags)
+    A level that the processor does not have lends its layout, but not its instructions.
+    """
+    cache, best = library.default_cache(), library.cpu_level()
+    lanes, machine = library.LEVELS[best]
+    if num_lanes <= lanes:
+        return library.KERNELS.compile(LEVELS[num_lanes], cache)
+    flags = (*machine, "-USPARSE_LANES", f"-DSPARSE_LANES={num_lanes}", "-O1")
+    return library.KERNELS.compile("portable", cache, flags=flags)
 
 
 def prune_(model: nn.Module, density: float, seed: int = 0) -> dict[str, Tensor]:
