@@ -17,7 +17,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from image_classification.models import create_model
 from sparse import runtime
-from sparse.native import __main__ as build
+from sparse.native import __main__ as native
 from sparse.native import library
 from sparse.runtime import arrange, bindings, execution_plan
 from sparse.runtime.arrange import Arrangement, banded_grids
@@ -231,9 +231,9 @@ def test_prebuilt_kernels_need_no_compiler(tmp_path: Path, monkeypatch: pytest.M
         shutil.copy(sources.compile("portable", library.default_cache()), tmp_path / "prebuilt")
     bindings.load.cache_clear()
     monkeypatch.setattr(library, "COMPILERS", ())
-    assert build.main(["portable"]) == 0
+    assert native.main(["portable"]) == 0
     assert bindings.load("portable", tmp_path).path.parent == tmp_path / "prebuilt"
     bindings.load.cache_clear()
     with pytest.raises(library.BuildError, match="no C\\+\\+ compiler"):
         bindings.load("avx2", tmp_path)
-    assert build.main(["sse9"]) == 2
+    assert native.main(["sse9"]) == 2
