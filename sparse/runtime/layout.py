@@ -9,7 +9,7 @@ from sparse.runtime.lower import Array
 ALIGNMENT = 16  # floats of a cache line
 BANDS_GAIN = 0.75  # several bands must do with this share of the vectors of one band
 WAY_LINES = 64  # cache lines in 4 KiB
-SPREADING = (9, 19, 27, 37, 45, 55)  # the first 7 multiples of each are 7 apart, modulo 64
+SPREADING = (9, 19, 27, 37, 45, 55)  # their first 7 multiples are 7 lines apart, modulo 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Grid:
         )
 
     def divided(self, stride: tuple[int, int]) -> "Grid | None":
-        """Return the grid of every stride-th row and column; None if the stride divides no band."""
+        """Return the grid of every stride-th row and column; None if a band has a part of a stride."""
         if self.rows % stride[0] or self.vectors % stride[1]:
             return None
         return Grid(
