@@ -39,7 +39,7 @@ class Grid:
         )
 
     def divided(self, stride: tuple[int, int]) -> "Grid | None":
-        """Return the grid of every stride-th row and column; None if a band has a part of a stride."""
+        """Return the grid of every stride-th row and column; None if it cuts a band unevenly."""
         if self.rows % stride[0] or self.vectors % stride[1]:
             return None
         return Grid(
