@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 import sparse
+from cli.flags import find_method
 from image_classification import models
 from sparse import costs
+from sparse.methods.settings import settings_of
 from sparse.topology.distributions import layer_sparsities
-
-METHODS = ("dense", "static", "set", "snip", "snfs", "rigl", "gmp")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--distribution", default="erk", choices=("uniform", "er", "erk"))
     add("--sparsity", type=float, default=0.0, help="fraction of zeros, in [0, 1)")
     add("--dense-layers", nargs="*", metavar="GLOB", help="layers kept dense (uniform: the first)")
-    add("--method", choices=METHODS, help="of training (rigl, or dense without --sparsity)")
+    add("--method", help="of training, as main.py --sparse-method (rigl, or dense)")
     add("--delta-t", type=int, default=100, help="rigl: steps between updates (%(default)s)")
     add("--multiplier", type=float, default=1.0, help="training length (%(default)s)")
     add("--prune-start", type=int, default=10_000, help="gmp: first step of the ramp (%(default)s)")
@@ -98,18 +98,10 @@ def report_flags(args: argparse.Namespace) -> dict[str, Any]:
     method = args.method or ("rigl" if args.sparsity else "dense")
     if (method == "dense") != (args.sparsity == 0):
         raise ValueError(f"--method {method} does not go with --sparsity {args.sparsity}")
-    if args.delta_t < 1 or args.multiplier <= 0:
-        raise ValueError(
-            f"--delta-t {args.delta_t} must be at least 1, --multiplier {args.multiplier} above 0"
-        )
-    mean_ramp = None
-    if method == "gmp":
-        # the multiplier stretches the ramp with the run
-        ramp = (args.prune_start, args.prune_end, args.total_steps)
-        start, end, total = (round(steps * args.multiplier) for steps in ramp)
-        mean_ramp = costs.gmp_mean_ramp(
-            start=start, end=end, every=args.prune_every, total_steps=total
-        )
+    if args.multiplier <= 0:
+        raise ValueError(f"--multiplier must be above 0, got {args.multiplier}")
+    stretched = "prune_start", "prune_end", "total_steps"  # with the run
+    steps = {name: round(getattr(args, name) * args.multiplier) for name in stretched}
     return report_network(
         args.arch,
         image_size=args.image_size,
@@ -119,10 +111,10 @@ def report_flags(args: argparse.Namespace) -> dict[str, Any]:
         dense_layers=args.dense_layers,
         rounding=args.rounding,
         method=method,
+        settings={"delta_t": args.delta_t, "prune_every": args.prune_every, **steps},
         convention=args.convention,
-        delta_t=args.delta_t,
         multiplier=args.multiplier,
-        mean_ramp=mean_ramp,
+        total_steps=steps["total_steps"],
     )
 
 
@@ -136,6 +128,8 @@ def report_network(
     dense_layers: Sequence[str] | None = None,
     rounding: str = "floor",
     reshaped: Mapping[str, tuple[int, ...]] | None = None,
+    method: str = "dense",
+    settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Return `sparse.costs.report` of an architecture at a sparsity.
@@ -146,9 +140,13 @@ def report_network(
         num_classes: Length of the logits.
         sparsity, distribution, dense_layers, rounding: As for `sparse.allocate`.
         reshaped: Shapes to give to the distribution in place of a layer's own.
+        method: Of training, as main.py --sparse-method.
+        settings: Of the method; those that it does not have are passed over.
         **options: Further arguments of `sparse.costs.report`.
     """
     layers, shapes = _trace(arch, image_size, num_classes)
+    if method != "dense":
+        options["method"] = _method(method, {"sparsity": sparsity, **(settings or {})})
     if sparsity == 0:
         return costs.report(layers, **options)
     solved = layer_sparsities(
@@ -165,6 +163,18 @@ def report_network(
         num_active={n: sizes[n] - math.floor(zeros * sizes[n]) for n, zeros in solved.items()},
         **options,
     )
+
+
+def _method(name: str, settings: Mapping[str, Any]) -> sparse.Allocated:
+    """Return a method of which only the costs are asked."""
+    method = find_method(name)
+    given = {}
+    for key, known in settings_of(method).items():
+        if key in settings:
+            given[key] = settings[key]
+        elif known.is_end:
+            given[key] = settings["total_steps"]
+    return method(**given)
 
 
 @functools.cache

@@ -16,8 +16,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from cli.flags import SparseFlags, cost_plan, resolve, sparse_plan
+from cli.flags import cost_plan, of_command_line, resolve, sparse_plan
 from cli.join import attach, report_costs, try_out
 from cli.resume import check_sparsity, saved_masks
 from image_classification import build, config, distributed
@@ -31,7 +32,7 @@ from sparse import SparsityError
 DESCRIPTION = "Train a network, dense or sparse, on a directory of images."
 
 
-def dry_run(c: Config, flags: SparseFlags) -> str:
+def dry_run(c: Config, flags: Any) -> str:
     """Return the resolved plan as one JSON object; no data and no device is touched."""
     dataset = build.inspect(c)
     plan = build.plan(c, dataset, world_size=distributed.world_from_env().world_size)
@@ -54,13 +55,14 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         ValueError: A user's mistake, in one line.
         Preempted: The process was asked to stop before it had begun.
     """
-    parser = config.build_parser(Config, SparseFlags, description=DESCRIPTION)
+    sparse_flags = of_command_line(argv)
+    parser = config.build_parser(Config, sparse_flags, description=DESCRIPTION)
     values = config.parse(parser, argv)
     c = config.section(Config, values)
     if c.version:
         return functools.partial(print, *(f"{k}: {v}" for k, v in run_metadata().items()), sep="\n")
     config.check(c)
-    flags = resolve(config.section(SparseFlags, values))
+    flags = resolve(config.section(sparse_flags, values))
     if c.dry_run:
         return functools.partial(print, dry_run(c, flags))
     stack.enter_context(preemption.listening(c.preempt_grace))

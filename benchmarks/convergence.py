@@ -156,16 +156,12 @@ def flops(run: Run, sparsifier: sparse.Sparsifier | None, steps: int) -> dict[st
         densities = {
             name: int(mask.sum()) / mask.numel() for name, mask in sparsifier.masks.items()
         }
-    ramp = costs.gmp_mean_ramp(
-        start=steps // 10, end=3 * steps // 4, every=run.delta_t, total_steps=steps
-    )
     report = costs.report(
         layers,
         densities,
-        method=run.method,
+        method=None if sparsifier is None else sparsifier.method,
         convention="true",
-        delta_t=run.delta_t,
-        mean_ramp=ramp if run.method == "gmp" else None,
+        total_steps=steps,
     )
     dense_run = 3.0 * report["dense_flops"] * steps * run.batch_size
     return {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
 
-from image_classification import optim
+from image_classification import optim, optimizers
 from image_classification.distributed import World
 from image_classification.log import Logger
 from image_classification.models import create_model
@@ -40,7 +40,7 @@ class Repeat:
 def make(arch: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = create_model(arch, num_classes=1000)
-    groups = optim.parameter_groups(model, weight_decay=1e-4, bn_weight_decay=False)
+    groups = optimizers.parameter_groups(model, weight_decay=1e-4, bn_weight_decay=False)
     return model, torch.optim.SGD(groups, lr=0.01, momentum=0.9, foreach=True)
 
 

@@ -1,9 +1,12 @@
-"""The sparse flags of main.py, the factory arguments they give, and the planned costs."""
+"""The sparse flags of main.py, derived from the methods' settings, and the methods they give."""
 
+import argparse
 import dataclasses
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import importlib
+import inspect
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
@@ -14,53 +17,24 @@ from torch import nn
 import sparse
 from image_classification import config
 from image_classification.config import flag
-from sparse import costs
-from sparse.methods.allocation import plan_layers
+from sparse import METHODS, Allocated, costs
+from sparse.methods.settings import Setting, settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseFlags:
-    """How the network is made and kept sparse."""
+    """How the network is made and kept sparse; `sparse_flags` adds the methods' settings."""
 
-    sparse_method: (
-        Literal["dense", "static", "set", "rigl", "snfs", "snip", "gmp", "rigl_reset"] | None
-    ) = flag(None, "how the network becomes sparse; dense by default (docs/methods.md)")
+    sparse_method: str | None = flag(
+        None,
+        f"how the network becomes sparse: dense (default), {', '.join(METHODS)}, or a class of "
+        "your own, package.module:Class",
+    )
     static_topo: int = flag(0, "1: --sparse-method static (spelling of the earlier port)")
-    sparsity: float | None = flag(None, "fraction of zero weights, in [0, 1)")
     dense_allocation: float | None = flag(None, "1 - sparsity (spelling of the earlier port)")
-    distribution: Literal["uniform", "er", "erk"] | None = flag(
-        None, "how sparsity is spread over layers; erk by default", "--sp-distribution"
-    )
-    power_scale: float = flag(1.0, "exponent of the ERK ratio", "--erk-power-scale")
-    dense_layers: list[str] | None = flag(
-        None, "globs of layers kept dense; by default uniform's first layer", nargs="*"
-    )
-    sparsity_map: str | None = flag(None, "YAML file of layer globs and their sparsities")
-    delta_t: int = flag(100, "optimizer steps between topology updates", "--delta")
-    t_start: int = flag(0, "optimizer step of the first topology update")
     t_end_fraction: float = flag(
         0.75, "share of all steps after which the topology is frozen", "--T-end-percent"
     )
-    t_end: int | None = flag(None, "the same as an optimizer step, in place of the fraction")
-    drop_fraction: float = flag(0.3, "first share of connections replaced", "--alpha")
-    drop_anneal: Literal["cosine", "constant", "linear", "exponential"] = flag(
-        "cosine", "how the drop fraction falls"
-    )
-    drop_power: float | None = flag(None, "exponent of --drop-anneal exponential")
-    drop_fraction_min: float = flag(0.0, "what the cosine of snfs ends at")
-    drop_noise: float = flag(0.0, "standard deviation of noise on |w| when dropping")
-    grow_init: Literal["zeros", "gradient", "random"] = flag("zeros", "weights of new connections")
-    initial_acc_scale: float = flag(0.0, "momentum of rigl's new connections per gradient")
-    redistribution: Literal["momentum", "magnitude", "nonzero", "numel", "none"] = flag(
-        "momentum", "what a layer's share of snfs's growth follows; none: counts stay"
-    )
-    growth: Literal["momentum", "random"] = flag("momentum", "where snfs grows")
-    scope: Literal["layer", "global"] = flag(
-        "layer", "rank weights within layers or over all (snip, gmp)", "--snip-scope", "--gmp-scope"
-    )
-    prune_start: int = flag(0, "optimizer step at which gmp starts")
-    prune_end: int | None = flag(None, "step of gmp's final sparsity; by default --t-end-fraction")
-    prune_every: int = flag(100, "optimizer steps between gmp's prunings")
     drop_masks: bool = flag(
         False,
         "take the weights of a sparse --resume or --pretrained-from-file without its masks",
@@ -70,28 +44,107 @@ class SparseFlags:
     )
 
 
-LAYER_FLAGS = "sparsity distribution power_scale dense_layers sparsity_map "
-UPDATE_FLAGS = LAYER_FLAGS + (
-    "delta_t t_start t_end t_end_fraction drop_fraction drop_anneal drop_power "
-)
-METHOD_FLAGS = {  # the flags that have an effect, named as the arguments of sparse's factories
-    "dense": "",
-    "static": LAYER_FLAGS,
-    "set": UPDATE_FLAGS + "drop_noise grow_init",
-    "rigl": UPDATE_FLAGS + "drop_noise grow_init initial_acc_scale",
-    "rigl_reset": UPDATE_FLAGS + "drop_noise",
-    "snfs": UPDATE_FLAGS + "drop_fraction_min redistribution growth grow_init",
-    "snip": LAYER_FLAGS + "scope",
-    "gmp": LAYER_FLAGS + "scope prune_start prune_end prune_every t_end_fraction",
-}
-
-SENDS_ALL = {  # methods for which sending only active weights saves nothing
-    "dense": "whose weights are all active",
-    "snfs": "which needs the gradients of all weights at every step",
+SPELLINGS = {  # further spellings of settings, those of the earlier port
+    "distribution": ("--sp-distribution",),
+    "power_scale": ("--erk-power-scale",),
+    "delta_t": ("--delta",),
+    "drop_fraction": ("--alpha",),
+    "scope": ("--snip-scope", "--gmp-scope"),
 }
 
 
-def resolve(flags: SparseFlags) -> SparseFlags:
+def sparse_flags(methods: Iterable[type[Allocated]] = METHODS.values()) -> type[SparseFlags]:
+    """Return `SparseFlags` with a flag for every setting of some methods.
+
+    A setting that several methods have is one flag. Its default is None where theirs differ, or
+    where the setting must be given.
+    """
+    found: dict[str, Setting] = {}
+    for method in methods:
+        for name, known in settings_of(method).items():
+            if name in found and found[name].default != known.default:
+                known = dataclasses.replace(known, default=None)
+            found[name] = known
+    declared = [(name, *_declare(name, known)) for name, known in found.items()]
+    return dataclasses.make_dataclass(
+        "SparseFlags", declared, bases=(SparseFlags,), frozen=True, kw_only=True
+    )
+
+
+def _declare(name: str, known: Setting) -> tuple[Any, Any]:
+    """Return type and dataclass field of the flag of a setting."""
+    kind, help = known.type, known.help
+    nargs: Literal["*"] | None = None
+    default = None if known.default is MISSING else known.default
+    if _is(kind, Mapping):
+        kind, help = str, f"YAML file of {help}"
+    elif _is(kind, Sequence) and kind is not str:
+        kind, nargs = list[str], "*"
+    if known.is_end:
+        help += "; by default --t-end-fraction of all steps"
+    hint = kind if default is not None else kind | None
+    return hint, flag(default, help, *SPELLINGS.get(name, ()), nargs=nargs)
+
+
+def _is(kind: Any, abstract: type) -> bool:
+    origin = typing.get_origin(kind) or kind
+    return isinstance(origin, type) and issubclass(origin, abstract)
+
+
+def of_command_line(argv: Sequence[str]) -> type[SparseFlags]:
+    """Return the flags that a command line may have: with those of a method of the user's own.
+
+    Raises:
+        ValueError: The user's own method is not to be had; one line.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--sparse-method")
+    parser.add_argument("--config", type=Path)
+    try:
+        given, _ = parser.parse_known_args(argv)
+        content = yaml.safe_load(given.config.read_text()) if given.config else {}
+    except (argparse.ArgumentError, OSError, yaml.YAMLError):
+        return sparse_flags()  # the real parser says what is wrong
+    name = given.sparse_method or (isinstance(content, dict) and content.get("sparse_method"))
+    own = [find_method(name)] if isinstance(name, str) and ":" in name else []
+    return sparse_flags([*METHODS.values(), *own])
+
+
+def find_method(name: str) -> type[Allocated]:
+    """Return a method by its name, or a class by "package.module:Class".
+
+    Raises:
+        ValueError: There is none, or the class is no method; one line.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        known = ", ".join(["dense", *METHODS])
+        raise ValueError(
+            f"--sparse-method {name}: known are {known}, and package.module:Class for a class of "
+            "your own"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--sparse-method {name}: {error}; is it on PYTHONPATH?") from error
+    if not (isinstance(found, type) and issubclass(found, Allocated)):
+        raise ValueError(f"--sparse-method {name}: must be a class derived from sparse.Allocated")
+    if inspect.isabstract(found) or not hasattr(found, "name"):
+        raise ValueError(f"--sparse-method {name}: the class lacks name, due or update")
+    return found
+
+
+def used_flags(name: str) -> list[str]:
+    """List the flags that have an effect with a method, beside those that choose it."""
+    if name == "dense":
+        return []
+    known = settings_of(find_method(name))
+    return [*known, *(["t_end_fraction"] if any(s.is_end for s in known.values()) else [])]
+
+
+def resolve(flags: Any) -> Any:
     """Return `flags` with the earlier port's spellings replaced and everything checked.
 
     Raises:
@@ -108,7 +161,7 @@ def resolve(flags: SparseFlags) -> SparseFlags:
     if flags.static_topo and method != "static":
         raise ValueError("--static-topo 1 needs --dense-allocation; or use --sparse-method static")
     method = method or "dense"
-    used = METHOD_FLAGS[method].split()
+    used = used_flags(method)
     resolved = dataclasses.replace(flags, sparse_method=method, sparsity=sparsity)
     names = {f.name for f in dataclasses.fields(flags)} - {"sparse_method", "static_topo", *used}
     names -= {"dense_allocation", "drop_masks", "grad_compress"}
@@ -117,43 +170,69 @@ def resolve(flags: SparseFlags) -> SparseFlags:
     )
     if unused:
         raise ValueError("; ".join(unused))
-    if "active" in flags.grad_compress and method in SENDS_ALL:
+    if "active" in flags.grad_compress and (reason := _sends_all(method)):
         raise ValueError(
             f"--grad-compress {flags.grad_compress} has no effect with --sparse-method {method}, "
-            f"{SENDS_ALL[method]}; use none or bf16"
+            f"{reason}; use none or bf16"
         )
     if "sparsity" in used and sparsity is None:
         raise ValueError(f"--sparse-method {method} needs --sparsity")
-    if flags.t_end is not None and flags.t_end_fraction != SparseFlags.t_end_fraction:
-        raise ValueError("--t-end and --t-end-fraction say the same: give one of them")
     if not 0 < flags.t_end_fraction <= 1:
         raise ValueError(f"--t-end-fraction must be in (0, 1], got {flags.t_end_fraction}")
     return resolved
 
 
-def arguments(flags: SparseFlags, total_steps: int) -> dict[str, Any]:
-    """Return the arguments of the method's factory that `flags` decide.
+def _sends_all(method: str) -> str | None:
+    """Return why sending only active weights saves nothing with a method; None if it does."""
+    if method == "dense":
+        return "whose weights are all active"
+    if find_method(method).gradient_decay is not None:
+        return "which needs the gradients of all weights at every step"
+    return None
+
+
+def arguments(flags: Any, total_steps: int) -> dict[str, Any]:
+    """Return the settings of the method that `flags` decide; none for a dense run.
 
     Raises:
         ValueError: The topology would change beyond the run, or the sparsity map cannot be read.
     """
-    assert flags.sparse_method is not None
-    used = {n: getattr(flags, n) for n in METHOD_FLAGS[flags.sparse_method].split()}
-    if fraction := used.pop("t_end_fraction", None):
-        end = "prune_end" if flags.sparse_method == "gmp" else "t_end"
-        if used[end] is None:
-            used[end] = int(fraction * total_steps)
-        elif used[end] > total_steps:
-            name = "--" + end.replace("_", "-")
-            raise ValueError(f"{name} {used[end]} is beyond the run's {total_steps} steps")
-    if used.get("sparsity_map") is not None:
-        used["sparsity_map"] = read_map(Path(used["sparsity_map"]))
-    if used and flags.sparse_method not in ("snip", "gmp"):  # their global scope has none
-        used["distribution"] = used["distribution"] or "erk"
-    return used
+    if flags.sparse_method == "dense":
+        return {}
+    found = {}
+    for name, known in settings_of(find_method(flags.sparse_method)).items():
+        value = getattr(flags, name)
+        spelled = "--" + name.replace("_", "-")
+        if known.is_end and value is None:
+            value = int(flags.t_end_fraction * total_steps)
+        elif known.is_end and flags.t_end_fraction != SparseFlags.t_end_fraction:
+            raise ValueError(f"{spelled} and --t-end-fraction say the same: give one of them")
+        elif known.is_end and value > total_steps:
+            raise ValueError(f"{spelled} {value} is beyond the run's {total_steps} steps")
+        if _is(known.type, Mapping) and value is not None:
+            value = read_map(spelled, Path(value))
+        if value is None and known.default is MISSING:
+            raise ValueError(f"--sparse-method {flags.sparse_method} needs {spelled}")
+        found[name] = known.default if value is None else value
+    return found
 
 
-def record(flags: SparseFlags, total_steps: int) -> dict[str, Any]:
+def create_method(flags: Any, total_steps: int, seed: int = 0) -> Allocated | None:
+    """Return the method that `flags` decide; None for a dense run.
+
+    Raises:
+        ValueError: A setting is out of range, or has no effect.
+    """
+    if flags.sparse_method == "dense":
+        return None
+    method = find_method(flags.sparse_method)
+    given = arguments(flags, total_steps)
+    if "seed" in method.__dataclass_fields__:
+        given["seed"] = seed
+    return method(**given)
+
+
+def record(flags: Any, total_steps: int) -> dict[str, Any]:
     """Return the flags that a checkpoint keeps, with what follows from the run's length resolved.
 
     The sparsity map is there with its content, and `t_end` in place of the fraction.
@@ -166,13 +245,12 @@ def record(flags: SparseFlags, total_steps: int) -> dict[str, Any]:
 
 
 def spell(kept: Mapping[str, Any]) -> str:
-    """Return what `record` made as words of a command line."""
-    method = str(kept["sparse_method"])
-    words = [f"--sparse-method {method}"]
-    defaults = SparseFlags()
-    for name in METHOD_FLAGS[method].split():
-        value = kept.get(name)
-        if value is None or value == getattr(defaults, name):
+    """Return what `record` made, among other flags, as words of a command line."""
+    words = [f"--sparse-method {kept['sparse_method']}"]
+    others = {f.name for kind in (config.Config, SparseFlags) for f in dataclasses.fields(kind)}
+    defaults = vars(sparse_flags()())
+    for name, value in kept.items():
+        if name in others or value is None or value == defaults.get(name):
             continue
         if isinstance(value, Mapping):
             value = f"FILE with {dict(value)}"
@@ -182,49 +260,41 @@ def spell(kept: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def read_map(path: Path) -> dict[str, float]:
-    """Return the sparsities that a YAML file gives to layers, by glob."""
+def read_map(name: str, path: Path) -> dict[str, float]:
+    """Return the numbers that the YAML file of the flag `name` gives to layers, by glob."""
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--sparsity-map {path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(
         isinstance(v, int | float) for v in content.values()
     ):
-        raise ValueError(f"--sparsity-map {path}: must map layer globs to sparsities")
-    return {str(name): float(value) for name, value in content.items()}
+        raise ValueError(f"{name} {path}: must map layer globs to numbers")
+    return {str(glob): float(value) for glob, value in content.items()}
 
 
-def sparse_plan(model: nn.Module, flags: SparseFlags, *, total_steps: int) -> dict[str, Any]:
+def sparse_plan(model: nn.Module, flags: Any, *, total_steps: int) -> dict[str, Any]:
     """Return the sparse part of the plan: the method and the exact counts of every layer.
 
     With the global scope the counts of single layers are not known before training: null.
     """
     shapes = {name: tuple(p.shape) for name, p in sparse.prunable(model).items()}
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    given = arguments(flags, total_steps)
-    counts: dict[str, int] = sizes
-    if given:
-        names = [*LAYER_FLAGS.split(), "scope"]
-        counts = dict(plan_layers(model, **{n: given[n] for n in names if n in given}).num_active)
-    end = every = None
-    updates = 0
-    if flags.sparse_method == "gmp":
-        start, end, every = given["prune_start"], given["prune_end"], given["prune_every"]
-        updates = sparse.num_updates(every, start, end, total_steps)
-        updates += (end - start) % every != 0 and end < total_steps  # it prunes at its end, too
-    elif "t_end" in given:
-        start, end, every = given["t_start"], given["t_end"], given["delta_t"]
-        updates = sparse.num_updates(every, start, end, total_steps)
-    known = given.get("scope") != "global"
+    sizes = {name: p.numel() for name, p in sparse.prunable(model).items()}
+    method = create_method(flags, total_steps)
+    counts: Mapping[str, int] = sizes
+    if method is not None:
+        method = method.fitted_to(model)
+        counts = method.allocation.num_active
+    window = None if method is None else method.window
+    known = _knows_layers(method)
     return {
         "method": flags.sparse_method,
-        "sparsity": given.get("sparsity"),
-        "distribution": (given["distribution"] or "erk") if given and known else None,
-        "delta_t": every,
-        "drop_fraction": given.get("drop_fraction"),
-        "t_end": end,
-        "num_updates": updates,
+        "sparsity": getattr(method, "sparsity", None),
+        "distribution": (method.distribution or "erk") if method is not None and known else None,
+        "delta_t": window and window.delta_t,
+        "drop_fraction": getattr(method, "drop_fraction", None),
+        "t_end": window and window.t_end,
+        "num_updates": 0 if window is None else window.num_updates(total_steps),
         "overall_sparsity": 1 - sum(counts.values()) / sum(sizes.values()),
         "layers": [
             {
@@ -238,8 +308,13 @@ def sparse_plan(model: nn.Module, flags: SparseFlags, *, total_steps: int) -> di
     }
 
 
+def _knows_layers(method: Allocated | None) -> bool:
+    """Say whether the counts of single layers are known before training."""
+    return getattr(method, "scope", "layer") == "layer"
+
+
 def cost_plan(
-    model: nn.Module, flags: SparseFlags, *, image_size: int, total_steps: int
+    model: nn.Module, flags: Any, *, image_size: int, total_steps: int
 ) -> dict[str, Any] | None:
     """Return FLOPs and bytes (see `sparse.costs.report`), in the published convention.
 
@@ -247,25 +322,16 @@ def cost_plan(
     nothing is known before training: None.
     """
     layers = costs.trace_layers(model, image_size)
-    given = arguments(flags, total_steps)
-    if not given:
-        return costs.report(layers, method="dense")
-    if given.get("scope") == "global":
+    method = create_method(flags, total_steps)
+    if method is None:
+        return costs.report(layers)
+    if not _knows_layers(method):
         return None
-    shared = plan_layers(model, **{name: given[name] for name in LAYER_FLAGS.split()})
-    ramp = None
-    if flags.sparse_method == "gmp":
-        ramp = costs.gmp_mean_ramp(
-            start=given["prune_start"],
-            end=given["prune_end"],
-            every=given["prune_every"],
-            total_steps=total_steps,
-        )
+    allocation = method.fitted_to(model).allocation
     return costs.report(
         layers,
-        {name: 1 - zeros for name, zeros in shared.sparsities.items()},
-        method=str(flags.sparse_method),
-        delta_t=given.get("delta_t", 100),
-        mean_ramp=ramp,
-        num_active=shared.num_active,
+        {name: 1 - zeros for name, zeros in allocation.sparsities.items()},
+        method=method,
+        total_steps=total_steps,
+        num_active=allocation.num_active,
     )

@@ -1,8 +1,8 @@
 """Join a sparse method to the trainer: its log records, its checkpoint state, its costs."""
 
 import functools
-import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import sparse
-from cli.flags import SparseFlags, arguments, record
+from cli.flags import create_method, record
 from image_classification import build
 from image_classification.config import Config
 from image_classification.run import Extension
@@ -49,25 +49,16 @@ class Wire:
 
 
 def create_sparsifier(
-    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: SparseFlags
+    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: Any
 ) -> sparse.Sparsifier | None:
     """Hook the sparse method of `flags` to `optimizer`; a dense run is left alone."""
-    assert flags.sparse_method is not None
-    if flags.sparse_method == "dense":
+    method = create_method(flags, total_steps, seed)
+    if method is None:
         return None
-    factory = getattr(sparse, flags.sparse_method)
-    also = {"seed": seed, "track_exploration": True}
-    accepted = inspect.signature(factory).parameters
-    sparsifier: sparse.Sparsifier = factory(
-        model,
-        optimizer,
-        **arguments(flags, total_steps),
-        **{name: value for name, value in also.items() if name in accepted},
-    )
-    return sparsifier
+    return sparse.Sparsifier(model, optimizer, method, track_exploration=method.grows)
 
 
-def try_out(c: Config, flags: SparseFlags, model: nn.Module, total_steps: int) -> None:
+def try_out(c: Config, flags: Any, model: nn.Module, total_steps: int) -> None:
     """Raise ValueError (one line) if flags do not fit the network or the run.
 
     Args:
@@ -81,7 +72,7 @@ def try_out(c: Config, flags: SparseFlags, model: nn.Module, total_steps: int) -
 
 
 def attach(
-    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: SparseFlags
+    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: Any
 ) -> Extension:
     """Join the sparse method of `flags` to training."""
     sparsifier = create_sparsifier(model, optimizer, total_steps, seed, flags=flags)

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import sparse
-from cli.flags import LAYER_FLAGS, SparseFlags, arguments, record, spell
+from cli.flags import arguments, create_method, find_method, spell
 from cli.join import create_sparsifier, try_out
 from image_classification import build
 from image_classification.config import Config, changes
-from sparse.methods.allocation import plan_layers
-from sparse.topology.distributions import count_active
 from sparse.training.checkpoints import method_name
 
 
@@ -93,9 +91,7 @@ def saved_masks(c: Config, start: build.Start) -> Saved:
     return Saved(start.state, start.path)
 
 
-def check_sparsity(
-    c: Config, flags: SparseFlags, start: build.Start, model: nn.Module
-) -> list[str]:
+def check_sparsity(c: Config, flags: Any, start: build.Start, model: nn.Module) -> list[str]:
     """Compare the sparse flags with the network, the run and the checkpoint that it starts from.
 
     Args:
@@ -129,7 +125,7 @@ def check_sparsity(
     return [f"--drop-masks: training starts from the weights alone; {saved}"]
 
 
-def _check_drop_masks(c: Config, flags: SparseFlags) -> None:
+def _check_drop_masks(c: Config, flags: Any) -> None:
     if c.evaluate or not (c.resume or c.pretrained_from_file):
         raise ValueError(
             "--drop-masks has no effect without training from --resume or --pretrained-from-file"
@@ -142,7 +138,7 @@ def _check_drop_masks(c: Config, flags: SparseFlags) -> None:
 
 
 def _check_resume(
-    c: Config, flags: SparseFlags, saved: Saved, model: nn.Module, total_steps: int
+    c: Config, flags: Any, saved: Saved, model: nn.Module, total_steps: int
 ) -> list[str]:
     method = flags.sparse_method
     if not saved.entry:
@@ -156,13 +152,11 @@ def _check_resume(
         if flags.drop_masks:
             return [f"--drop-masks: training goes on dense; {saved}"]
         raise ValueError(f"{saved}: repeat these flags, or go on dense with --drop-masks")
-    if saved.method != method:
+    if saved.method != find_method(method).name:
         raise ValueError(
             f"{saved.path} was trained with --sparse-method {saved.method}, not {method}"
         )
-    now = record(flags, total_steps)
-    about_masks = {n: now[n] for n in [*LAYER_FLAGS.split(), "scope", "redistribution"] if n in now}
-    changed = ", ".join(changes(saved.flags, about_masks)) or "these flags"
+    changed = ", ".join(changes(saved.flags, arguments(flags, total_steps))) or "these flags"
     try:
         _rehearse(c, flags, saved, model, total_steps)
         _check_counts(flags, saved, model, total_steps)
@@ -171,9 +165,7 @@ def _check_resume(
     return saved.violations()
 
 
-def _rehearse(
-    c: Config, flags: SparseFlags, saved: Saved, model: nn.Module, total_steps: int
-) -> None:
+def _rehearse(c: Config, flags: Any, saved: Saved, model: nn.Module, total_steps: int) -> None:
     """Load the state of the method into a network that is thrown away."""
     scratch = copy.deepcopy(model).to_empty(device="cpu")
     with torch.no_grad():
@@ -185,27 +177,10 @@ def _rehearse(
     sparsifier.load_state_dict(saved.entry)
 
 
-def _check_counts(flags: SparseFlags, saved: Saved, model: nn.Module, total_steps: int) -> None:
-    """Refuse a sparsity that the run cannot reach any more: what is pruned does not come back."""
-    if flags.sparse_method not in ("gmp", "snip") or not saved.masks:
-        return
-    given = arguments(flags, total_steps)
-    plan = plan_layers(model, **{n: given[n] for n in [*LAYER_FLAGS.split(), "scope"]})
+def _check_counts(flags: Any, saved: Saved, model: nn.Module, total_steps: int) -> None:
+    """Refuse a sparsity that the run cannot reach any more."""
+    method = create_method(flags, total_steps)
+    assert method is not None
     left = {name: int(mask.sum()) for name, mask in saved.masks.items()}
-    sizes = {name: mask.numel() for name, mask in saved.masks.items()}
-    zeros = {name: plan.sparsities[name] for name in sizes}
-    if given["scope"] == "global":
-        left, sizes = {"the network": sum(left.values())}, {"the network": sum(sizes.values())}
-        zeros = {"the network": given["sparsity"]}
-    for name, size in sizes.items():
-        if flags.sparse_method == "gmp":
-            wanted = round(size * (1 - zeros[name]))
-            fits = left[name] >= wanted
-        else:
-            wanted = count_active(size, zeros[name])
-            fits = left[name] == wanted
-        if not fits:
-            raise ValueError(
-                f"{name} has {left[name]} weights left, this run would keep {wanted}, and what is "
-                "pruned does not come back"
-            )
+    if left:
+        method.fitted_to(model).check_left(left)

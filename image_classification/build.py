@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from image_classification import checkpoint, data, distributed, models, optim, weights
-from image_classification.config import Config, Steps, backend, cut
+from image_classification import checkpoint, data, distributed, models, optim, optimizers, weights
+from image_classification.config import Config, Steps, create_schedule, cut
 from image_classification.distributed import World
 from image_classification.log import Logger
 from image_classification.run import Extension, Run
@@ -28,7 +28,7 @@ Attach = Callable[[nn.Module, Optimizer, int, int], Extension]
 
 def inspect(config: Config) -> data.DatasetInfo:
     """Return the facts of DATA; those of ImageNet-1k where a dry run has none."""
-    if backend(config) == "synthetic":
+    if not data.BACKENDS[config.data_backend].reads_images:
         images = config.synthetic_batches * config.batch_size
         images *= distributed.world_from_env().world_size
         return data.DatasetInfo(num_train=images, num_val=images, classes=())
@@ -46,7 +46,7 @@ def inspect(config: Config) -> data.DatasetInfo:
 def plan(config: Config, dataset: data.DatasetInfo, *, world_size: int) -> dict[str, Any]:
     """Return what the run would be, without touching data or a device."""
     steps = cut(config, num_train=dataset.num_train, world_size=world_size)
-    adaptive = config.optimizer == "adamw"
+    settings = optimizers.OPTIMIZERS[config.optimizer].settings
     return {
         "arch": config.arch,
         "epochs": config.epochs,
@@ -60,7 +60,7 @@ def plan(config: Config, dataset: data.DatasetInfo, *, world_size: int) -> dict[
         "lr_milestones": config.lr_milestones if config.lr_schedule == "step" else None,
         "lr_per_step": config.lr_per_step,
         "warmup_epochs": config.warmup,
-        "momentum": None if adaptive else config.momentum,
+        "momentum": config.momentum if "momentum" in settings else None,
         "nesterov": config.nesterov,
         "weight_decay": config.weight_decay,
         "label_smoothing": config.label_smoothing,
@@ -145,8 +145,8 @@ def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Star
         model: The network of the flags; on the meta device it is enough.
 
     Raises:
-        ValueError: One line: the processes do not divide the batch, the learning rate's schedule
-            makes no sense, or the checkpoint is missing, damaged or of another network.
+        ValueError: One line: the processes do not divide the batch, or the checkpoint is missing,
+            damaged or of another network.
     """
     path, warnings = _find_checkpoint(config)
     state: Mapping[str, Any] = checkpoint.load(path) if path else {}
@@ -163,7 +163,6 @@ def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Star
     world_size = distributed.world_from_env().world_size
     kept_batch = state.get("optimizer_batch_size")
     steps = cut(config, num_train=dataset.num_train, world_size=world_size, kept_batch=kept_batch)
-    _create_schedule(config, steps)
     return Start(steps, path, state, warnings, pretrained, notes)
 
 
@@ -171,7 +170,8 @@ def _evaluation_notes(config: Config, path: Path, state: Mapping[str, Any]) -> t
     """Say in what an evaluation departs from the training of its checkpoint."""
     notes = [f"{path} holds {state.get('arch')}, evaluated as {config.arch}"]
     trained = (state.get("config") or {}).get("interpolation", config.interpolation)
-    if trained != config.interpolation and backend(config) != "synthetic":
+    reads_images = data.BACKENDS[config.data_backend].reads_images
+    if trained != config.interpolation and reads_images:
         notes.append(
             f"{path} was trained with --interpolation {trained}, "
             f"images are resized with {config.interpolation}"
@@ -217,7 +217,7 @@ def _check_resume(config: Config, model: nn.Module, state: Mapping[str, Any], pa
             f"--pretrained-from-file {path}"
         )
     trained = str(state.get("config", {}).get("optimizer", config.optimizer))
-    if trained.removeprefix("apex-") != config.optimizer.removeprefix("apex-"):
+    if _equivalent(trained) != _equivalent(config.optimizer):
         raise ValueError(
             f"{path} was trained with --optimizer {trained}, not {config.optimizer}: repeat it, or "
             "start from the weights alone with --pretrained-from-file"
@@ -232,26 +232,29 @@ def _check_resume(config: Config, model: nn.Module, state: Mapping[str, Any], pa
 
 def stand_in_optimizer(config: Config, model: nn.Module) -> Optimizer:
     """Return an optimizer to try things out with, on the CPU or the meta device."""
-    if config.optimizer == "apex-sgd":  # needs a GPU to exist
-        config = dataclasses.replace(config, optimizer="sgd")
+    config = dataclasses.replace(config, optimizer=_equivalent(config.optimizer))
     return create_optimizer(config, model, next(model.parameters()).device)
+
+
+def _equivalent(optimizer: str) -> str:
+    """Return an optimizer with the same state that needs no GPU to exist."""
+    spec = optimizers.OPTIMIZERS.get(optimizer)
+    return optimizer if spec is None else spec.equivalent or optimizer
 
 
 def create_optimizer(config: Config, model: nn.Module, device: torch.device) -> Optimizer:
     """Return the optimizer of the flags for a model on `device`."""
-    groups = optim.parameter_groups(
+    groups = optimizers.parameter_groups(
         model, weight_decay=config.weight_decay, bn_weight_decay=config.bn_weight_decay
     )
-    return optim.create_optimizer(
+    settings = optimizers.OPTIMIZERS[config.optimizer].settings
+    return optimizers.create_optimizer(
         config.optimizer,
         groups,
         lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
         weight_decay=config.weight_decay,
-        rmsprop_alpha=config.rmsprop_alpha,
-        rmsprop_eps=config.rmsprop_eps,
         device=device,
+        **{name: getattr(config, name) for name in settings},
     )
 
 
@@ -375,20 +378,6 @@ def _precision_name(config: Config) -> str:
     return "tf32" if config.tf32 else "float32"
 
 
-def _create_schedule(config: Config, steps: Steps) -> optim.LrSchedule:
-    return optim.LrSchedule(
-        kind=config.lr_schedule,
-        base_lr=config.lr,
-        end_lr=config.end_lr,
-        epochs=config.epochs,
-        warmup_epochs=config.warmup,
-        milestones=tuple(config.lr_milestones),
-        gamma=config.lr_gamma,
-        per_step=config.lr_per_step,
-        steps_per_epoch=steps.steps_per_epoch,
-    )
-
-
 def _create_trainer(
     config: Config,
     model: nn.Module,
@@ -403,7 +392,7 @@ def _create_trainer(
     return Trainer(
         model,
         optimizer,
-        _create_schedule(config, steps),
+        create_schedule(config, steps_per_epoch=steps.steps_per_epoch),
         optim.create_loss(config.label_smoothing),
         world=world,
         precision=Precision(dtype if config.amp else None, scale),
@@ -422,7 +411,7 @@ def _data_config(
 ) -> data.DataConfig:
     return data.DataConfig(
         path=Path(config.data) if config.data is not None else None,
-        backend=backend(config),
+        backend=config.data_backend,
         image_size=image_size(config),
         interpolation=config.interpolation,
         batch_size=batch_size,

@@ -5,16 +5,26 @@ A flag is a dataclass field made by `flag`; its annotation is its type, its name
 
 import dataclasses
 import difflib
-import itertools
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
+
+from image_classification import data, models, optim
+from image_classification.data import AUGMENTATIONS, BACKENDS, INTERPOLATIONS, check_backend
+from image_classification.optimizers import (
+    OPTIMIZERS,
+    WEIGHT_DECAY,
+    describe_optimizers,
+    describe_setting,
+    users,
+)
+from image_classification.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Range
 
 ConsoleFormat = Literal["auto", "summary", "dllogger"]
 """What a run prints; auto is summary on a terminal and dllogger elsewhere."""
@@ -26,6 +36,7 @@ def flag(
     *names: str,
     switch: str | None = None,
     nargs: Literal["*", "+"] | None = None,
+    choices: Iterable[str] | None = None,
 ) -> Any:
     """Declare a command-line flag as a dataclass field.
 
@@ -35,8 +46,13 @@ def flag(
         *names: Further spellings; the first is `--<field-name>` unless `switch` is given.
         switch: Spelling of a bool flag whose field is named for the opposite.
         nargs: "*" or "+" for a flag annotated as a list.
+        choices: Values that a text flag takes, such as the keys of a dict: they are asked for when
+            a parser is made.
     """
-    metadata = {"default": default, "help": help, "names": names, "switch": switch, "nargs": nargs}
+    metadata = {
+        "default": default, "help": help, "names": names, "switch": switch, "nargs": nargs,
+        "choices": choices,
+    }  # fmt: skip
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,15 +65,14 @@ class Config:
     data: str | None = None
 
     # data
-    data_backend: Literal["dali-gpu", "dali-cpu", "pytorch", "synthetic", "syntetic"] = flag(
-        "dali-cpu", "where images are decoded and augmented"
-    )
-    interpolation: Literal["bilinear", "bicubic", "triangular", "tensorflow"] = flag(
+    data_backend: str = flag("dali-cpu", "where images are decoded and augmented", choices=BACKENDS)
+    interpolation: str = flag(
         "bilinear",
         "resampling filter; triangular exists with DALI only; tensorflow is RigL's: bicubic, not "
         "antialiased, and validation crops before it resizes",
+        choices=INTERPOLATIONS,
     )
-    augmentation: Literal["autoaugment"] | None = flag(None, "extra training augmentation")
+    augmentation: str | None = flag(None, "extra training augmentation", choices=AUGMENTATIONS)
     image_size: int | None = flag(None, "side of the square input; the model's own by default")
     workers: int = flag(5, "loader workers or DALI threads per process", "-j")
     prefetch: int = flag(2, "batches prepared ahead, per worker (pytorch) or per process (DALI)")
@@ -69,23 +84,23 @@ class Config:
     # model
     arch: str = flag(
         "resnet50",
-        "model: a torchvision name, tf_resnet50, mobilenet_v1, wrn22_2, small_cnn; --evaluate: by "
-        "default what the checkpoint holds",
+        f"model: a torchvision name, {', '.join(models.OWN)}; --evaluate: by default what the "
+        "checkpoint holds",
         "-a",
     )
     num_classes: int | None = flag(
         None, "classes of the network; those of DATA by default, else 1000", "--num_classes"
     )
-    model_config: Literal["torchvision", "classic", "fanin"] = flag(
+    model_config: str = flag(
         "torchvision", "initialization: NVIDIA's classic (fan-out) or fanin, or the model's own",
-        "-c", "--init",
+        "-c", "--init", choices=models.INITS,
     )  # fmt: skip
     last_bn_0_init: bool = flag(
         False, "start the last BatchNorm scale of each residual block at zero",
         "--last_bn_0_init", "--zero-gamma",
     )  # fmt: skip
-    stem: Literal["imagenet", "cifar"] = flag("imagenet", "cifar: 3x3 first layer, no max-pool")
-    width: float = flag(1.0, "width multiplier of mobilenet_v1")
+    stem: str = flag("imagenet", "cifar: 3x3 first layer, no max-pool", choices=models.STEMS)
+    width: float = flag(1.0, f"width multiplier of {' or '.join(models.with_width())}")
     pretrained_from_file: str | None = flag(
         None, "file of weights that training starts from: ours, or one that convert reads",
         "--pretrained-weights",
@@ -103,7 +118,7 @@ class Config:
         -1, "images per optimizer step over all processes, reached by accumulation; -1: no more"
     )
     lr: float = flag(0.1, "peak learning rate", "--learning-rate")
-    lr_schedule: Literal["step", "linear", "cosine"] = flag("step", "shape of the learning rate")
+    lr_schedule: optim.LrKind = flag("step", "shape of the learning rate")
     lr_milestones: list[float] = flag(
         [30.0, 60.0, 80.0], "epochs at which the step schedule decays", nargs="+"
     )
@@ -113,15 +128,13 @@ class Config:
     warmup: float = flag(0.0, "epochs of linear warm-up", "--warmup-epochs")
 
     # optimizer and loss
-    optimizer: Literal["sgd", "rmsprop", "adamw", "apex-sgd"] = flag(
-        "sgd", "apex-sgd is apex's FusedSGD"
-    )
-    momentum: float = flag(0.9, "momentum of sgd and rmsprop", "--mom")
-    nesterov: bool = flag(False, "Nesterov momentum")
+    optimizer: str = flag("sgd", describe_optimizers(), choices=OPTIMIZERS)
+    momentum: float = flag(0.9, describe_setting("momentum"), "--mom")
+    nesterov: bool = flag(False, describe_setting("nesterov"))
     weight_decay: float = flag(1e-4, "weight decay; never on biases", "--wd")
     bn_weight_decay: bool = flag(False, "decay normalization layers too", "--bn-wd")
-    rmsprop_alpha: float = flag(0.9, "smoothing constant of rmsprop")
-    rmsprop_eps: float = flag(1e-3, "epsilon of rmsprop")
+    rmsprop_alpha: float = flag(0.9, describe_setting("rmsprop_alpha"))
+    rmsprop_eps: float = flag(1e-3, describe_setting("rmsprop_eps"))
     label_smoothing: float = flag(0.0, "probability mass spread over all classes, in [0, 1)")
     mixup: float = flag(0.0, "alpha of MixUp's Beta distribution; 0: no MixUp")
     use_ema: float | None = flag(None, "decay of the averaged weights; evaluated and saved too")
@@ -174,6 +187,25 @@ class Config:
     print_freq: int = flag(10, "iterations between log lines", "-p")
 
 
+COUNT_OR_ALL = Range("-1 or at least 1", lambda value: value == -1 or value >= 1)
+RANGES = {
+    **{name: within for name, within in data.RANGES.items() if name != "synthetic_length"},
+    "synthetic_batches": data.RANGES["synthetic_length"],
+    "num_classes": models.NUM_CLASSES,
+    "width": models.WIDTH,
+    "weight_decay": WEIGHT_DECAY,
+    "label_smoothing": optim.LABEL_SMOOTHING,
+    "use_ema": optim.EMA_DECAY,
+    **dict.fromkeys("lr end_lr momentum mixup lr_gamma".split(), AT_LEAST_0),
+    **dict.fromkeys("seed checkpoint_every_steps".split(), AT_LEAST_0),
+    **dict.fromkeys("print_freq topk max_bad_steps".split(), AT_LEAST_1),
+    **dict.fromkeys("prof run_epochs".split(), COUNT_OR_ALL),
+    "static_loss_scale": ABOVE_0,
+    "preempt_grace": Range("above 0 seconds", lambda value: value > 0),
+    "gather_checkpoints": Range("-1 or more", lambda value: value >= -1),
+}
+"""What the number of a flag may be; None is always allowed."""
+
 # Flags that say how an invocation runs, not what it trains.
 PER_INVOCATION = frozenset(
     "workers prefetch run_epochs cpu seed resume preempt_grace evaluate training_only prof dry_run "
@@ -211,12 +243,23 @@ def build_parser(*sections: type, description: str) -> jsonargparse.ArgumentPars
     parser.add_argument("data", nargs="?", metavar="DATA", help="directory with train/ and val/")
     parser.add_argument("--config", action="config", help="YAML file of flags")
     for section in sections:
-        hints = typing.get_type_hints(section)
+        hints = flag_types(section)
         group = parser.add_argument_group(section.__name__)
         for field in dataclasses.fields(section):
             if field.metadata:
                 _add_flag(group, field, hints[field.name])
     return parser
+
+
+def flag_types(section: type) -> dict[str, Any]:
+    """Return the types of a dataclass's flags by field name, their choices resolved."""
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        if choices := field.metadata.get("choices"):
+            chosen: Any = Literal[tuple(choices)]
+            optional = type(None) in _members(hints[field.name])
+            hints[field.name] = chosen | None if optional else chosen
+    return hints
 
 
 def _add_flag(group: Any, field: "dataclasses.Field[Any]", hint: Any) -> None:
@@ -307,30 +350,29 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def check(config: Config) -> None:
     """Raise ValueError (one line) for a value out of range or a combination without effect."""
-    _check_ranges(config)
+    for name, within in RANGES.items():
+        value = getattr(config, name)
+        if value is not None and value not in within:
+            raise ValueError(f"--{name.replace('_', '-')} must be {within}, got {value}")
     if config.evaluate and config.training_only:
         raise ValueError("--evaluate and --training-only exclude each other")
-    if config.data is None and backend(config) != "synthetic":
+    if config.data is None and BACKENDS[config.data_backend].reads_images:
         if not config.dry_run:
             raise ValueError("DATA is missing: name the directory that holds train/ and val/")
     elif config.data is not None and not config.dry_run and not Path(config.data).is_dir():
         raise ValueError(f"DATA directory {config.data} does not exist")
-    if config.interpolation == "triangular" and not config.data_backend.startswith("dali"):
-        raise ValueError("--interpolation triangular needs a DALI backend; use bilinear")
-    if config.interpolation == "tensorflow" and config.data_backend == "dali-gpu":
-        raise ValueError("--interpolation tensorflow needs --data-backend dali-cpu or pytorch")
-    if lines := ineffective(config, _rules(config)):
+    check_backend(config.data_backend, config.interpolation, config.augmentation)
+    if lines := ineffective(config, [*_rules(config), *_optimizer_rules(config)]):
         raise ValueError("; ".join(lines))
+    create_schedule(config, steps_per_epoch=1)
 
 
 def _rules(c: Config) -> list[tuple[bool, str, str]]:
     fp16 = c.amp and c.amp_dtype == "float16"
+    reads_images = BACKENDS[c.data_backend].reads_images
     return [
         (c.lr_schedule == "step", "lr_milestones lr_gamma", "--lr-schedule step"),
         (c.lr_schedule == "cosine", "end_lr", "--lr-schedule cosine"),
-        (c.optimizer != "adamw", "momentum", "--optimizer sgd or rmsprop"),
-        (c.optimizer in ("sgd", "apex-sgd"), "nesterov", "--optimizer sgd"),
-        (c.optimizer == "rmsprop", "rmsprop_alpha rmsprop_eps", "--optimizer rmsprop"),
         (c.pretrained_from_file is not None, "new_head", "--pretrained-from-file"),
         (c.amp, "amp_dtype", "--amp"),
         (fp16, "static_loss_scale dynamic_loss_scale", "--amp in float16"),
@@ -341,9 +383,8 @@ def _rules(c: Config) -> list[tuple[bool, str, str]]:
             "gather_checkpoints checkpoint_filename checkpoint_every_steps",
             "checkpoints",
         ),
-        (backend(c) == "synthetic", "synthetic_batches", "--data-backend synthetic"),
-        (backend(c) != "synthetic", "interpolation workers prefetch max_bad_files",
-         "images to read"),
+        (not reads_images, "synthetic_batches", "--data-backend synthetic"),
+        (reads_images, "interpolation workers prefetch max_bad_files", "images to read"),
         (not c.cpu, "tf32", "a GPU"),
         (
             not c.evaluate,
@@ -351,42 +392,35 @@ def _rules(c: Config) -> list[tuple[bool, str, str]]:
             "max_bad_steps",
             "training",
         ),
-    ]  # fmt: skip
+    ]
 
 
-def _check_ranges(c: Config) -> None:
-    def need(ok: bool, name: str, what: str) -> None:
-        if not ok:
-            value = getattr(c, name)
-            raise ValueError(f"--{name.replace('_', '-')} must be {what}, got {value}")
-
-    for name in ("epochs", "batch_size", "print_freq", "topk", "synthetic_batches", "prefetch"):
-        need(getattr(c, name) >= 1, name, "at least 1")
-    for name in ("lr", "end_lr", "warmup", "momentum", "weight_decay", "mixup", "lr_gamma"):
-        need(getattr(c, name) >= 0, name, "at least 0")
-    need(c.workers >= 0, "workers", "at least 0")
-    need(0 <= c.max_bad_files <= 1, "max_bad_files", "in [0, 1]")
-    need(0 <= c.label_smoothing < 1, "label_smoothing", "in [0, 1)")
-    need(c.use_ema is None or 0 < c.use_ema < 1, "use_ema", "in (0, 1)")
-    need(c.image_size is None or c.image_size >= 1, "image_size", "at least 1")
-    need(c.num_classes is None or c.num_classes >= 1, "num_classes", "at least 1")
-    need(c.warmup < c.epochs, "warmup", f"less than --epochs {c.epochs}")
-    need(0 < c.width <= 100, "width", "in (0, 100]")
-    need(c.static_loss_scale > 0, "static_loss_scale", "above 0")
-    need(c.seed is None or c.seed >= 0, "seed", "at least 0")
-    need(c.checkpoint_every_steps >= 0, "checkpoint_every_steps", "at least 0")
-    need(c.preempt_grace > 0, "preempt_grace", "above 0 seconds")
-    need(c.max_bad_steps >= 1, "max_bad_steps", "at least 1")
-    need(c.gather_checkpoints >= -1, "gather_checkpoints", "-1 or more")
-    need(c.prof == -1 or c.prof >= 1, "prof", "-1 or at least 1")
-    need(c.run_epochs == -1 or c.run_epochs >= 1, "run_epochs", "-1 or at least 1")
-    if not all(a < b for a, b in itertools.pairwise(c.lr_milestones)):
-        raise ValueError(f"--lr-milestones must increase, got {c.lr_milestones}")
+def _optimizer_rules(c: Config) -> list[tuple[bool, str, str]]:
+    """Return for each setting of some optimizers whether it has an effect on the chosen one."""
+    rules = []
+    for setting in sorted({name for spec in OPTIMIZERS.values() for name in spec.settings}):
+        effective = setting in OPTIMIZERS[c.optimizer].settings
+        rules.append((effective, setting, f"--optimizer {users(setting)}"))
+    return rules
 
 
-def backend(config: Config) -> str:
-    """Return the data backend under its present name ("syntetic" is an old spelling)."""
-    return "synthetic" if config.data_backend == "syntetic" else config.data_backend
+def create_schedule(config: Config, *, steps_per_epoch: int) -> optim.LrSchedule:
+    """Return the learning rate of the flags.
+
+    Raises:
+        ValueError: One line: the schedule makes no sense.
+    """
+    return optim.LrSchedule(
+        kind=config.lr_schedule,
+        base_lr=config.lr,
+        end_lr=config.end_lr,
+        epochs=config.epochs,
+        warmup_epochs=config.warmup,
+        milestones=tuple(config.lr_milestones),
+        gamma=config.lr_gamma,
+        per_step=config.lr_per_step,
+        steps_per_epoch=steps_per_epoch,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,147 +1,21 @@
-"""The parts of a training step: loss, MixUp, optimizer, learning rate, averaged weights."""
+"""The parts of a training step: loss, MixUp, learning rate, averaged weights."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer, RMSprop
 from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
-NORMALIZATIONS = (
-    nn.modules.batchnorm._NormBase,  # BatchNorm*, SyncBatchNorm, InstanceNorm*
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
-OPTIMIZERS = ("sgd", "rmsprop", "adamw", "apex-sgd")
+from image_classification.ranges import Range
 
-
-def parameter_groups(
-    model: nn.Module, *, weight_decay: float, bn_weight_decay: bool
-) -> list[dict[str, Any]]:
-    """Split the trainable parameters into one group with weight decay and one without.
-
-    The split goes by the type of the module that owns a parameter, so the BatchNorm of a shortcut
-    is found whatever it is called. For ResNet-50: 54 kernels decay, 107 parameters (53 scales,
-    53 shifts, the bias of fc) do not.
-
-    Args:
-        model: Parameters that occur twice are taken once, frozen ones not at all.
-        weight_decay: Coefficient of the first group, at least 0.
-        bn_weight_decay: Decay scales and shifts of normalization layers too. Biases of other layers
-            never decay.
-
-    Returns:
-        Groups for a `torch.optim` optimizer, in traversal order; none of them is empty.
-
-    Deviations: NVIDIA's harness looks for "bn" in the name and so decays the BatchNorm of ResNet
-    shortcuts; it also decays the bias of fc.
-    """
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen or not parameter.requires_grad:
-                continue
-            seen.add(parameter)
-            if isinstance(module, NORMALIZATIONS):
-                decays = bn_weight_decay
-            else:
-                decays = name != "bias" and not name.endswith("_bias")
-            (decayed if decays else undecayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def create_optimizer(
-    name: str,
-    groups: list[dict[str, Any]],
-    *,
-    lr: float,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    rmsprop_alpha: float = 0.9,
-    rmsprop_eps: float = 1e-3,
-    device: torch.device,
-) -> Optimizer:
-    """Return an optimizer over `groups`, on the fastest implementation that `device` has.
-
-    Create it after the model has its final device and memory format: the momentum of SGD is laid
-    out here like the parameters.
-
-    Args:
-        name: "sgd", "rmsprop", "adamw" (decoupled weight decay) or "apex-sgd", NVIDIA apex's
-            FusedSGD.
-        groups: As of `parameter_groups`.
-        lr: Learning rate until a schedule sets another.
-        momentum: Of sgd, apex-sgd and rmsprop; adamw keeps its own averages (0.9 and 0.999).
-        nesterov: Of sgd and apex-sgd.
-        weight_decay: Coefficient of groups that name none.
-        rmsprop_alpha: Smoothing constant of the squared gradient.
-        rmsprop_eps: Added to the root of the squared gradient.
-        device: Where the parameters are.
-
-    Raises:
-        ValueError: Unknown `name`, Nesterov where there is none, or apex is not installed.
-    """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}; known are {', '.join(OPTIMIZERS)}")
-    if nesterov and name not in ("sgd", "apex-sgd"):
-        raise ValueError(f"Nesterov momentum has no effect on {name}; use it with sgd")
-    if nesterov and momentum == 0:
-        raise ValueError("Nesterov momentum needs a momentum above 0")
-    common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-    # The fused step of SGD on a CPU takes a third to a quarter of the time of the others.
-    fused = device.type in ("cuda", "cpu")
-    if name == "rmsprop":
-        return RMSprop(groups, alpha=rmsprop_alpha, eps=rmsprop_eps, momentum=momentum, **common)
-    if name == "adamw":
-        return AdamW(groups, fused=fused, **common)
-    if name == "apex-sgd":
-        optimizer: Optimizer = _apex_sgd()(groups, momentum=momentum, nesterov=nesterov, **common)
-        return optimizer
-    sgd = SGD(groups, momentum=momentum, nesterov=nesterov, fused=fused, **common)
-    if momentum > 0:
-        _start_momentum_at_zero(sgd)
-    return sgd
-
-
-def _start_momentum_at_zero(optimizer: SGD) -> None:
-    """Allocate the momentum of fused SGD before its first step.
-
-    Otherwise the first step allocates the buffers without initializing them. If GradScaler finds
-    that this step overflowed, as first steps often do, they stay uninitialized, and the next step
-    adds whatever the memory held. Starting from zero gives the same numbers in the first step:
-    m * 0 + g = g.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def _apex_sgd() -> Callable[..., Optimizer]:
-    try:
-        # An unrelated package on PyPI is called apex as well; it has no optimizers.
-        from apex.optimizers import FusedSGD
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer apex-sgd needs NVIDIA apex built with its CUDA extensions ({error}); "
-            "use sgd, which is fused too"
-        ) from error
-    factory: Callable[..., Optimizer] = FusedSGD
-    return factory
+LrKind = Literal["step", "linear", "cosine"]
+LABEL_SMOOTHING = Range("in [0, 1)", lambda value: 0 <= value < 1)
+EMA_DECAY = Range("above 0 and below 1", lambda value: 0 < value < 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +36,7 @@ class LrSchedule:
     Deviations: a warm-up of a fractional number of epochs never exceeds b.
     """
 
-    kind: Literal["step", "cosine", "linear"]
+    kind: LrKind
     base_lr: float
     """Peak, reached at the end of the warm-up."""
     epochs: int
@@ -179,20 +53,21 @@ class LrSchedule:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of range."""
-        if self.kind not in ("step", "cosine", "linear"):
+        if self.kind not in get_args(LrKind):
             raise ValueError(f"lr schedule must be step, cosine or linear, got {self.kind!r}")
-        if self.epochs < 1 or self.steps_per_epoch < 1:
+        if self.epochs < 1:
             raise ValueError(
-                f"a schedule needs at least one epoch of one step, got {self.epochs} epochs "
-                f"of {self.steps_per_epoch}"
+                f"--epochs must be at least 1, got {self.epochs}: a run has at least one epoch"
             )
+        if self.steps_per_epoch < 1:
+            raise ValueError(f"an epoch needs at least one step, got {self.steps_per_epoch}")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
-                f"warm-up must be at least 0 and shorter than the {self.epochs} epochs of "
-                f"training, got {self.warmup_epochs}"
+                f"--warmup must be less than --epochs {self.epochs} and at least 0: a warm-up is "
+                f"shorter than the {self.epochs} epochs of training, got {self.warmup_epochs}"
             )
         if not all(a < b for a, b in pairwise(self.milestones)):
-            raise ValueError(f"milestones must increase, got {self.milestones}")
+            raise ValueError(f"--lr-milestones must increase, got {list(self.milestones)}")
         if self.end_lr != 0 and self.kind != "cosine":
             raise ValueError(f"end_lr {self.end_lr} has no effect on the {self.kind} schedule")
 
@@ -256,8 +131,8 @@ def create_ema(model: nn.Module, decay: float) -> Ema:
 
     `.module` is the averaged network, on the device of `model`.
     """
-    if not 0 < decay < 1:
-        raise ValueError(f"EMA decay must be above 0 and below 1, got {decay}")
+    if decay not in EMA_DECAY:
+        raise ValueError(f"EMA decay must be {EMA_DECAY}, got {decay}")
     return Ema(model, decay)
 
 
@@ -287,6 +162,6 @@ def create_loss(label_smoothing: float = 0.0) -> nn.CrossEntropyLoss:
         label_smoothing: Share of the target spread evenly over all classes, the true one included
             (Szegedy et al. 2016, section 7), in [0, 1). Evaluation uses 0.
     """
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if label_smoothing not in LABEL_SMOOTHING:
+        raise ValueError(f"label_smoothing must be {LABEL_SMOOTHING}, got {label_smoothing}")
     return nn.CrossEntropyLoss(label_smoothing=label_smoothing)

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # SET (random growth), ERK, 90% sparse, 100 epochs: a baseline.
+# Written by scripts/rows.py from results/table.csv.
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/recipes/port.sh" rn50_set_erk_0.9 \
-    --epochs 100 --sparse-method set --distribution erk --sparsity 0.9 --t-end-fraction 0.8 "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/recipes/port.sh" rn50_set_erk_0.9 2048 resnet50 \
+    --epochs 100 --label-smoothing 0.1 --sparse-method set --distribution erk --sparsity 0.9 \
+    --t-end-fraction 0.8 "$@"

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # SNIP (mask from the first gradient), ERK, 90% sparse, 100 epochs: a baseline.
+# Written by scripts/rows.py from results/table.csv.
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/recipes/port.sh" rn50_snip_erk_0.9 \
-    --epochs 100 --sparse-method snip --distribution erk --sparsity 0.9 "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/recipes/port.sh" rn50_snip_erk_0.9 2048 resnet50 \
+    --epochs 100 --label-smoothing 0.1 --sparse-method snip --distribution erk --sparsity 0.9 \
+    "$@"

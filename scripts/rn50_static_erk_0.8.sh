@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # A random mask that never changes, ERK, 80% sparse, 100 epochs: a baseline.
+# Written by scripts/rows.py from results/table.csv.
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/recipes/port.sh" rn50_static_erk_0.8 \
-    --epochs 100 --sparse-method static --distribution erk --sparsity 0.8 "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/recipes/port.sh" rn50_static_erk_0.8 2048 resnet50 \
+    --epochs 100 --label-smoothing 0.1 --sparse-method static --distribution erk --sparsity 0.8 \
+    "$@"

@@ -1,16 +1,18 @@
 """Sparse training for PyTorch: RigL and its relatives on ordinary dense parameters."""
 
+from sparse import factories
 from sparse.errors import SparsityError
-from sparse.factories import gmp, rigl, rigl_reset, snfs, snip, static
-from sparse.factories import set_ as set
-from sparse.methods.base import Method
+from sparse.factories import *  # noqa: F403, a function per method
+from sparse.methods import METHODS, Allocated, DropAndGrow, Method
+from sparse.methods.gmp import cubic_sparsity
 from sparse.methods.layers import prunable
+from sparse.methods.settings import setting
+from sparse.topology.bits import pack, unpack
 from sparse.topology.distributions import allocate, layer_sparsities
-from sparse.topology.masks import drop_and_grow, pack, random_mask, topk_mask, unpack
+from sparse.topology.masks import drop_and_grow, random_mask, topk_mask
 from sparse.topology.schedules import (
     DropFraction,
     Window,
-    cubic_sparsity,
     num_updates,
     update_steps,
 )
@@ -19,6 +21,9 @@ from sparse.training.connections import NewConnections
 from sparse.training.sparsifier import Sparsifier
 
 __all__ = [
+    "METHODS",
+    "Allocated",
+    "DropAndGrow",
     "DropFraction",
     "Method",
     "NewConnections",
@@ -29,19 +34,14 @@ __all__ = [
     "compress_gradients",
     "cubic_sparsity",
     "drop_and_grow",
-    "gmp",
     "layer_sparsities",
     "num_updates",
     "pack",
     "prunable",
     "random_mask",
-    "rigl",
-    "rigl_reset",
-    "set",
-    "snfs",
-    "snip",
-    "static",
+    "setting",
     "topk_mask",
     "unpack",
     "update_steps",
 ]
+__all__ += factories.__all__

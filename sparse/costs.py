@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparse.geometry import CONVENTIONS, Convention, LayerCost, trace_layers
+from sparse.methods.base import Method
 
 __all__ = [
     "CONVENTIONS",
     "Convention",
     "Densities",
     "LayerCost",
-    "gmp_mean_ramp",
     "inference_flops",
     "report",
     "size_bytes",
@@ -72,87 +72,40 @@ def _checked(
 
 
 def training_ratio(
-    method: str,
+    method: Method | None,
     ratio: float,
     *,
-    delta_t: int = 100,
     multiplier: float = 1.0,
-    mean_ramp: float | None = None,
+    total_steps: int | None = None,
 ) -> float:
     """Return the FLOPs of a training run, relative to a dense run of length 1.
 
-    A dense step costs 3 forward passes: one forward, two backward. Let f be the inference ratio of
-    the sparse network. A step costs 3 f with fixed masks or random growth. A step of SNFS costs
-    2 f + 1, because it needs the dense weight gradient. RigL needs the dense gradient in one step
-    of delta_t + 1, which gives (3 f delta_t + 2 f + 1) / (delta_t + 1) on average; this is
-    amortized over the whole run, as in the published tables. Gradual pruning starts dense;
-    operations are linear in the density, so its mean cost follows from the mean of its ramp. The
-    single dense gradient of SNIP is not counted.
+    A dense step costs 3 forward passes: one forward, two backward. What a step of a sparse method
+    costs is said by its `step_flops`.
 
     Args:
-        method: dense, static, set, snip, rigl_reset, snfs, rigl or gmp.
+        method: None for training with fixed masks; with a ratio of 1 this is dense training.
         ratio: Inference operations relative to dense, in [0, 1].
-        delta_t: RigL's optimizer steps between updates.
         multiplier: Training length in units of the dense run's.
-        mean_ramp: Result of `gmp_mean_ramp` for gmp, which needs it; ignored by the others.
+        total_steps: Optimizer steps of the run, which gmp needs.
 
     Raises:
-        ValueError: An unknown method, or gmp without `mean_ramp`.
+        ValueError: gmp without `total_steps`.
 
     Source: RigL, appendix on FLOPs (Evci et al. 2020).
     """
-    if method == "dense":
-        return multiplier
-    if method in ("static", "set", "snip", "rigl_reset"):
-        return multiplier * ratio
-    if method == "snfs":
-        return multiplier * (2 * ratio + 1) / 3
-    if method == "rigl":
-        return multiplier * (3 * ratio * delta_t + 2 * ratio + 1) / (3 * (delta_t + 1))
-    if method == "gmp":
-        if mean_ramp is None:
-            raise ValueError("the cost of gmp depends on its ramp: pass mean_ramp")
-        return multiplier * (1 - mean_ramp * (1 - ratio))
-    raise ValueError(f"no training cost is known for method {method!r}")
-
-
-def gmp_mean_ramp(*, start: int, end: int, every: int, total_steps: int) -> float:
-    """Return the mean of sparsity / final sparsity over a run of gradual pruning.
-
-    Between two prunings the sparsity does not change. After t steps it is the sparsity of the last
-    pruning, at step t': the share 1 - (1 - p)^3 of the final sparsity, with
-    p = (t' - start) / (end - start).
-
-    Args:
-        start: Step of the first pruning, which removes nothing.
-        end: Step at which the ramp ends.
-        every: Steps between prunings.
-        total_steps: Length of the run; steps at and after `end` have the final sparsity.
-
-    Raises:
-        ValueError: Unless 0 <= start < end, every >= 1 and total_steps >= 1.
-    """
-    if not 0 <= start < end or every < 1 or total_steps < 1:
-        raise ValueError(
-            f"no ramp: start={start}, end={end}, every={every}, total_steps={total_steps}"
-        )
-    total = 0.0
-    ramp_end = min(end, total_steps)
-    for step in range(start, ramp_end, every):
-        share = 1 - (1 - (step - start) / (end - start)) ** 3
-        total += share * (min(step + every, ramp_end) - step)
-    return (total + max(0, total_steps - end)) / total_steps
+    step = 3.0 * ratio if method is None else method.step_flops(1.0, ratio, total_steps)
+    return multiplier * step / 3.0
 
 
 def report(
     layers: Sequence[LayerCost],
     densities: Densities | None = None,
     *,
-    method: str = "static",
+    method: Method | None = None,
     convention: Convention = "published",
-    delta_t: int = 100,
     multiplier: float = 1.0,
-    mean_ramp: float | None = None,
+    total_steps: int | None = None,
     num_active: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return all costs of a network and its training, ready for `json.dumps`.
@@ -160,7 +113,7 @@ def report(
     Args:
         layers: Result of `trace_layers`.
         densities: Final density per parameter; layers left out are dense.
-        method: As for `training_ratio`, like `delta_t`, `multiplier` and `mean_ramp`.
+        method: As for `training_ratio`, like `multiplier` and `total_steps`.
         convention: How operations and bytes are counted.
         num_active: Exact numbers of active weights; rounded from the densities by default. Only
             `num_active` and `overall_sparsity` depend on them.
@@ -185,7 +138,7 @@ def report(
         "dense_flops": dense,
         "inference_ratio": flops / dense,
         "training_ratio": training_ratio(
-            method, flops / dense, delta_t=delta_t, multiplier=multiplier, mean_ramp=mean_ramp
+            method, flops / dense, multiplier=multiplier, total_steps=total_steps
         ),
         "macs": inference_flops(layers, densities, "macs"),
         "dense_macs": inference_flops(layers, None, "macs"),

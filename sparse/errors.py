@@ -1,5 +1,6 @@
 """The error of a sparse run that cannot go on, and checks of single numbers."""
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 
@@ -26,3 +27,14 @@ def check_number(name: str, value: object) -> None:
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not -float("inf") < float(value) < float("inf"):  # type: ignore[arg-type]
         raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        ValueError: Names the setting, the choices and the value.
+    """
+    if value not in choices:
+        known = " or ".join(choices) if len(choices) < 3 else "one of " + ", ".join(choices)
+        raise ValueError(f"{name} must be {known}, got {value!r}")

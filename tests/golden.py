@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 import sparse
-from sparse.methods.base import GradientMomentum, Method, Rigl, RiglReset, Set
+from sparse.methods import Method, Rigl, RiglReset, Set, Snfs
+from sparse.methods.allocation import Allocation
 from tests.golden_compare import (
     MismatchError,
     close,
@@ -106,8 +107,8 @@ def check_rigl(data: Arrays, path: Path) -> None:
     step = int(data.get("step", 0))
     fraction = float(data.get("drop_fraction", data.get("initial_drop_fraction")))
     anneal = "cosine" if "step" in data else "constant"
-    drop = sparse.DropFraction(fraction, 0, int(data.get("end_step", 1)), anneal)
-    method = Rigl(_counts(data), sparse.Window(1, step, step + 1), drop)
+    settings = _settings(data, t_end=int(data.get("end_step", 1)), drop_anneal=anneal)
+    method = Rigl(**settings | {"drop_fraction": fraction})
     new = sparse.NewConnections(momentum_scale=float(data.get("initial_acc_scale", 0.0)))
     _check_update(data, method, step, [data["dense_grad"]], new)
 
@@ -115,21 +116,21 @@ def check_rigl(data: Arrays, path: Path) -> None:
 def check_set(data: Arrays, path: Path) -> None:
     """Check SET with the original's random scores."""
     scores = torch.from_numpy(data["grow_scores"])
-    method = Set(_counts(data), WINDOW, _constant(data), draw=lambda shape, key: scores)
+    method = Set(**_settings(data), draw=lambda shape, key: scores)
     _check_update(data, method, 0, [data["dense_grad"]])
 
 
 def check_reset(data: Arrays, path: Path) -> None:
     """Check the method that the RigL repository calls static."""
-    _check_update(data, RiglReset(_counts(data), WINDOW, _constant(data)), 0, [data["dense_grad"]])
+    _check_update(data, RiglReset(**_settings(data)), 0, [data["dense_grad"]])
 
 
 def check_momentum(data: Arrays, path: Path) -> None:
     """Check growth by the average of several gradients, the last of which comes with the update."""
     gradients = list(data["dense_grads"])
     last = len(gradients) - 1
-    drop = sparse.DropFraction(float(data["drop_fraction"]), 0, last + 1, "constant")
-    method = GradientMomentum(_counts(data), sparse.Window(1, last, last + 1), drop)
+    settings = _settings(data, t_start=last, t_end=last + 1)
+    method = Snfs(**settings, redistribution="none")
     sparsifier = _check_update(data, method, 0, gradients)
     close("ema", sparsifier.state_dict()["averages"][NAME], data["ema"], 1e-6)
 
@@ -138,7 +139,7 @@ def check_ties(data: Arrays, path: Path) -> None:
     """Check ties with the original's drop noise off: it ranks inactive entries as score 0."""
     mask = torch.from_numpy(data["mask"]).bool()
     weight, gradient = (torch.from_numpy(data[key]) for key in ("weights", "dense_grad"))
-    method = Rigl(_counts(data), WINDOW, _constant(data))
+    method = Rigl(**_settings(data))
     count = method.num_dropped(NAME, 0)
     new = sparse.drop_and_grow(mask, weight, gradient, count, active_first=False)
     same("mask", new, data["expected_mask"])
@@ -146,7 +147,12 @@ def check_ties(data: Arrays, path: Path) -> None:
         _check_update(data, method, 0, [data["dense_grad"]])
 
 
-WINDOW = sparse.Window(1, 0, 1)
+def _settings(data: Arrays, **others: Any) -> dict[str, Any]:
+    """Give the settings of a method that updates one layer at every step."""
+    common = {"sparsity": 0.0, "delta_t": 1, "t_end": 1, "drop_anneal": "constant"}
+    if "drop_fraction" in data:
+        common["drop_fraction"] = float(data["drop_fraction"])
+    return common | {"allocation": Allocation(num_active=_counts(data))} | others
 
 
 def _check_update(
@@ -189,10 +195,6 @@ def _check_update(
 
 def _counts(data: Arrays) -> dict[str, int]:
     return {NAME: int(data["mask"].sum())}
-
-
-def _constant(data: Arrays) -> sparse.DropFraction:
-    return sparse.DropFraction(float(data["drop_fraction"]), 0, 1, "constant")
 
 
 def _model(weights: Sequence[Any], momenta: Sequence[Any]) -> tuple[nn.Module, torch.optim.SGD]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sparse
+from sparse.methods.allocation import Allocation
 from sparse.methods.snfs import Snfs, layer_shares, num_removed
 from tests.golden_compare import close, same
 
@@ -27,11 +27,14 @@ def check_snfs(data: Arrays, path: Path) -> None:
         uniforms = _layers(data, "rand_", names, number)
         momenta = _layers(data, "momentum_", names, number)
         rate = float(_entry(data, "prune_rate", "", number))
+        # Of the counts only their sum matters: it is what the method holds.
+        counts = dict.fromkeys(names, 0) | {names[0]: int(data["baseline_nonzero"])}
         method = Snfs(
-            baseline=float(data["baseline_nonzero"]),
-            window=sparse.Window(1, 0, 1),
-            drop=sparse.DropFraction(rate, 0, 1, "constant"),
-            layers=tuple(names),
+            sparsity=0.0,
+            t_end=1,
+            drop_fraction=rate,
+            drop_anneal="constant",
+            allocation=Allocation(num_active=counts),
             redistribution=_redistribution(entry, path.stem),
             growth="random" if uniforms else "momentum",
             draw=lambda shape, key, device, uniforms=uniforms: uniforms[names[key[2]]],
@@ -59,7 +62,7 @@ def _check_statistics(
     shares = layer_shares(masks, weights, momenta, method.redistribution)
     active = torch.stack([mask.sum() for mask in masks.values()])
     sizes = [mask.numel() for mask in masks.values()]
-    removed = num_removed(active, sizes, shares, method.drop(0))
+    removed = num_removed(active, sizes, shares, method.schedule(0))
     found = [("total_removed", "", removed.sum(), 0.0)]
     for index, name in enumerate(masks):
         found.append(("share_", name, shares[index], 1e-6))

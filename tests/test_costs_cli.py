@@ -165,8 +165,8 @@ def test_the_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("--method rigl", "--method rigl does not go with --sparsity 0.0"),
         ("--method dense --sparsity 0.5", "--method dense does not go with --sparsity 0.5"),
         ("--sparsity 0.5 --dense-layers conv9", "conv9"),
-        ("--sparsity 0.5 --delta-t 0", "--delta-t 0"),
-        ("--sparsity 0.5 --method gmp --prune-end 5", "end=5"),
+        ("--sparsity 0.5 --delta-t 0", "delta_t must be at least 1"),
+        ("--sparsity 0.5 --method gmp --prune-end 5", "prune_end 5"),
         ("--arch resnet51", "resnet51"),
     ],
 )

@@ -31,7 +31,7 @@ import sparse
 from image_classification import convert
 from image_classification.log.records import default_metadata
 from image_classification.models import create_model
-from scripts import options
+from scripts import derive
 from sparse.native import __main__ as native
 from sparse.native import library
 from tests.documents import DOCUMENTS, ROOT, Command, anchors, blocks, commands, links, names
@@ -147,10 +147,11 @@ def launcher_flags(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {*command.flags} <= {*re.findall(r"--[\w-]+", torchrun.get_args_parser().format_help())}
 
 
-def write_options(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write the page of options to another place."""
-    monkeypatch.setattr(options, "PAGE", Path("options.md"))
-    options.main()
+def write_derived(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the derived files to another place."""
+    contents = {Path(path.name): text for path, text in derive.derived().items()}
+    monkeypatch.setattr(derive, "derived", lambda: contents)
+    derive.main()
     assert Path("options.md").read_text().startswith("# ")
 
 
@@ -165,13 +166,15 @@ def paths_exist(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 Rule = Callable[[Command, pytest.MonkeyPatch], None] | str
 RULES: dict[str, Rule] = {
+    r"python main\.py .*sensitivity:Sensitivity": "tests/sparse/test_adding_a_method.py",
     rf"(python|({LAUNCHERS}) .*) main\.py": plan_main,
     r"bash scripts/(rigl/)?(rn50|mbv1)_\S+\.sh": plan_row,
     r"python costs\.py": run_costs,
     r"python (export\.py|classify\.py|-m image_classification\.convert)": parse,
     r"python (benchmarks/\w+\.py|-m image_classification\.report)": helped,
     r"python -m sparse\.native": build_kernels,
-    r"python scripts/options\.py": write_options,
+    r"python scripts/derive\.py": write_derived,
+    r"python scripts/rows\.py": "tests/test_rows.py",
     r"python -m tests\.golden tests/golden": "tests/sparse/test_golden.py",
     r"bash scripts/demo\.sh": "tests/test_demo.py",
     r"bash scripts/prepare_imagenet\.sh \S+ \S+$": "tests/test_prepare_imagenet.py",
@@ -326,8 +329,9 @@ def test_the_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) < 250
 
 
-def test_the_options_are_current() -> None:
-    assert options.PAGE.read_text() == options.page(), "run python scripts/options.py"
+@pytest.mark.parametrize("path", derive.derived(), ids=lambda path: path.name)
+def test_what_is_derived_is_current(path: Path) -> None:
+    assert path.read_text() == derive.derived()[path], "run python scripts/derive.py"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -360,3 +364,27 @@ def test_every_document_is_linked_from_the_readme() -> None:
     linked = {(ROOT / target).resolve() for target in links(README.read_text())}
     missing = {path.name for path in DOCUMENTS} - {path.name for path in linked}
     assert missing <= {"README.md", "CHANGELOG.md"}
+
+
+def test_the_reading_path_of_rigl_is_short() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    listed = re.findall(r"^\d\. \[(sparse/\S+\.py)\]", page.partition("\n## ")[0], re.MULTILINE)
+    assert 1 < len(listed) <= 5
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in listed) <= 900
+
+    model = torch.nn.Linear(20, 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparse.rigl(model, optimizer, sparsity=0.5, t_end=10)
+    model(torch.randn(4, 20)).sum().backward()
+    ran: set[str] = set()
+    sys.setprofile(lambda frame, *_: ran.add(frame.f_code.co_filename))
+    try:
+        optimizer.step()
+    finally:
+        sys.setprofile(None)
+    # What decides an update is on the path. How weights are found and entries ranked is not RigL.
+    rooms = [ROOT / "sparse" / room for room in ("methods", "topology")]
+    decides = {str(path.relative_to(ROOT)) for path in map(Path, ran) if path.parent in rooms}
+    assert {"sparse/methods/base.py", "sparse/topology/masks.py"} < decides
+    aside = {"sparse/methods/layers.py", "sparse/topology/selection.py", "sparse/topology/rng.py"}
+    assert decides - aside <= set(listed)

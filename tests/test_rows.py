@@ -1,7 +1,9 @@
 """Every row of results/table.csv: its script, the plan that it makes and the costs of that plan."""
 
+import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ import pytest
 import costs
 import main
 from results import published
+from scripts import rows
 
 ROOT = Path(__file__).parents[1]
 ROWS = {row["script"]: row for row in published.read_rows()}
@@ -130,6 +133,47 @@ def check_port(plan: Mapping[str, Any], row: Mapping[str, str]) -> None:
     assert plan["warmup_epochs"] == 10
     if row["method"] in ("set", "snfs", "rigl", "gmp"):
         assert plan["sparse"]["t_end"] == plan["total_steps"] * 4 // 5
+
+
+def test_what_follows_from_the_table_is_current() -> None:
+    """The scripts and the costs; tests/test_costs_cli.py holds the tables of results/README.md."""
+    for script, row in ROWS.items():
+        assert {**row, **rows.computed(row)} == row, f"{script}: run python scripts/rows.py"
+        assert (ROOT / script).read_text() == rows.script(row), "run python scripts/rows.py"
+
+
+def test_a_row_is_added_by_one_line_and_one_command(
+    recorder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("runs"))
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    monkeypatch.setattr(published, "ROWS", tmp_path / "results/table.csv")
+    text = published.ROWS.read_text()
+    given = (
+        "script=scripts/rigl/rn50_er_0.7_2x.sh source=rigl recipe=rigl arch=resnet50 method=rigl "
+        "distribution=er sparsity=0.7 dense_layers=conv1 epochs=205 optimizer_batch_size=4096 "
+        "label_smoothing=0.1 length=2 published_top1=76.50"
+    )
+    line = dict(entry.split("=") for entry in given.split())
+    columns = next(csv.reader(text.splitlines()))
+    published.ROWS.write_text(text + ",".join(line.get(c, "") for c in columns) + "\n")
+
+    rows.main()
+
+    *before, row = published.read_rows()
+    assert before == list(ROWS.values())
+    assert "| rn50_er_0.7_2x | 76.50 |" in (tmp_path / "results/README.md").read_text()
+    text = (tmp_path / row["script"]).read_text()
+    assert "# RigL, ER, 70% sparse, 2x training. Top-1 published by RigL: 76.50.\n" in text
+    _, _, *argv = command(str(tmp_path / row["script"]), "--dry-run", python=recorder, cwd=tmp_path)
+    assert main.main(argv) == 0
+    plan = json.loads(capsys.readouterr().out)
+    check_costs(plan["cost"], row)
+    check_rigl(plan, row)
 
 
 def test_the_published_accuracy_stands_in_the_script_and_nothing_else_does() -> None:

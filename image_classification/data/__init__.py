@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+from image_classification.data.backends import BACKENDS, check_backend
 from image_classification.data.bad_files import BadFiles, DataError, share_bad_files
 from image_classification.data.config import (
     AUGMENTATIONS,
-    BACKENDS,
     INTERPOLATIONS,
+    RANGES,
     DataConfig,
     Loader,
 )
-from image_classification.data.dali import DaliSource
 from image_classification.data.folder import (
     DatasetInfo,
     check_num_classes,
     inspect_dataset,
     list_images,
 )
-from image_classification.data.loader import EpochLoader, Source
+from image_classification.data.loader import BackendSpec, EpochLoader, Source
 from image_classification.data.order import BatchPlan
-from image_classification.data.pytorch import TorchvisionSource
 from image_classification.data.stage import DeviceStage
-from image_classification.data.synthetic import SyntheticSource
 
 __all__ = [
     "AUGMENTATIONS",
     "BACKENDS",
     "INTERPOLATIONS",
+    "RANGES",
+    "BackendSpec",
     "DataConfig",
     "DataError",
     "DatasetInfo",
     "Loader",
+    "Source",
+    "check_backend",
     "create_train_loader",
     "create_val_loader",
     "inspect_dataset",
@@ -67,8 +69,9 @@ def create_val_loader(config: DataConfig) -> Loader:
 def _create(config: DataConfig, *, training: bool) -> Loader:
     source: Source
     skipped: dict[str, str] = {}
-    if config.backend == "synthetic":
-        source = SyntheticSource(config)
+    backend = BACKENDS[config.backend]
+    if not backend.reads_images:
+        source = backend.source(config)
         num_samples = config.synthetic_length * config.batch_size * config.world_size
     else:
         assert config.path is not None
@@ -76,8 +79,7 @@ def _create(config: DataConfig, *, training: bool) -> Loader:
         images = list_images(config.path, split)
         check_num_classes(config.path / split, images.classes, config.num_classes)
         num_samples, skipped = len(images), images.skipped
-        backend = TorchvisionSource if config.backend == "pytorch" else DaliSource
-        source = backend(config, images, training=training)
+        source = backend.source(config, images, training=training)
     plan = BatchPlan(
         num_samples=num_samples,
         batch_size=config.batch_size,

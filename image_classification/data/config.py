@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,11 +11,21 @@ import torch
 from torch import Tensor
 
 from image_classification.data.bad_files import BadFiles
+from image_classification.ranges import AT_LEAST_0, AT_LEAST_1, Range
 
-BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
 INTERPOLATIONS = ("bilinear", "bicubic", "triangular", "tensorflow")
 AUGMENTATIONS = ("autoaugment",)
 MEMORY_FORMATS = (torch.channels_last, torch.contiguous_format)
+RANGES = {
+    "image_size": AT_LEAST_1,
+    "batch_size": AT_LEAST_1,
+    "prefetch": AT_LEAST_1,
+    "num_classes": AT_LEAST_1,
+    "synthetic_length": AT_LEAST_1,
+    "workers": AT_LEAST_0,
+    "max_bad_files": Range("in [0, 1]", lambda value: 0 <= value <= 1),
+}
+"""Ranges of the numbers in `DataConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +34,7 @@ class DataConfig:
 
     Attributes:
         path: Directory with `train/<class>/` and `val/<class>/`; None for the synthetic backend.
-        backend: One of `BACKENDS`.
+        backend: A name in `image_classification.data.BACKENDS`.
         image_size: Side of the square images handed out, in pixels.
         resize: Shorter side of a validation image before its center crop, at least `image_size`;
             None means `image_size * 256 / 224`, rounded.
@@ -72,15 +82,16 @@ class DataConfig:
         return round(self.image_size * 256 / 224) if self.resize is None else self.resize
 
     def __post_init__(self) -> None:
+        # Imported here, because the backends import this module.
+        from image_classification.data.backends import BACKENDS, check_backend
+
         _check_choice("--data-backend", self.backend, BACKENDS)
         _check_choice("--interpolation", self.interpolation, INTERPOLATIONS)
         if self.augmentation is not None:
             _check_choice("--augmentation", self.augmentation, AUGMENTATIONS)
-        for name in ("image_size", "batch_size", "prefetch", "num_classes", "synthetic_length"):
-            _check_minimum(name, getattr(self, name), 1)
-        _check_minimum("workers", self.workers, 0)
-        if not 0 <= self.max_bad_files <= 1:
-            raise ValueError(f"--max-bad-files {self.max_bad_files} must be in [0, 1]")
+        for name, within in RANGES.items():
+            if (value := getattr(self, name)) not in within:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be {within}")
         if self.memory_format not in MEMORY_FORMATS:
             raise ValueError(f"memory_format {self.memory_format}: channels last or contiguous")
         if not 0 <= self.rank < self.world_size:
@@ -90,45 +101,20 @@ class DataConfig:
                 f"validation images resized to {self.shorter_side} pixels are too small for a crop"
                 f" of {self.image_size}: pass a size of at least {self.image_size}"
             )
-        self._check_combination()
-
-    def _check_combination(self) -> None:
-        if self.backend == "synthetic":
-            if self.augmentation is not None:
-                raise ValueError("--augmentation has no effect on --data-backend synthetic")
-            return
-        if self.path is None:
+        check_backend(self.backend, self.interpolation, self.augmentation)
+        spec = BACKENDS[self.backend]
+        if spec.reads_images and self.path is None:
             raise ValueError(f"--data-backend {self.backend} needs a data directory")
-        if self.backend == "pytorch" and self.interpolation == "triangular":
+        if spec.needs_cuda and self.device.type != "cuda":
             raise ValueError(
-                "--interpolation triangular needs a DALI backend: pass bilinear, which filters the"
-                " same way, or --data-backend dali-cpu"
-            )
-        if self.backend == "dali-gpu" and self.interpolation == "tensorflow":
-            raise ValueError(
-                "--interpolation tensorflow is computed on the CPU: pass --data-backend dali-cpu or"
-                " pytorch"
-            )
-        if self.backend != "pytorch" and self.augmentation is not None:
-            raise ValueError(
-                f"--augmentation {self.augmentation} needs --data-backend pytorch: DALI draws its"
-                " policies from a hidden state, so that a resumed run would not repeat them"
-            )
-        if self.backend == "dali-gpu" and self.device.type != "cuda":
-            raise ValueError(
-                f"--data-backend dali-gpu needs a CUDA device, not {self.device}: pass"
+                f"--data-backend {self.backend} needs a CUDA device, not {self.device}: pass"
                 " --data-backend dali-cpu"
             )
 
 
-def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(flag: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"{flag} {value!r} is not one of {', '.join(choices)}")
-
-
-def _check_minimum(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {minimum}")
 
 
 class Loader(Protocol):

@@ -40,6 +40,7 @@ from image_classification.data.decode import (
     write_png,
 )
 from image_classification.data.folder import ImageList
+from image_classification.data.loader import BackendSpec
 from image_classification.data.order import IntArray
 from image_classification.data.resize import CropResizer
 from image_classification.data.stage import Batch
@@ -281,3 +282,18 @@ def _build(config: DataConfig, *, training: bool, feed: Callable[[], Feed]) -> A
             f" be imported ({error}): install it or pass --data-backend pytorch"
         ) from None
     return dali_graph.build(config, training=training, feed=feed)
+
+
+_NO_POLICIES = {
+    "autoaugment": "needs --data-backend pytorch: DALI draws its policies from a hidden state, so"
+    " that a resumed run would not repeat them"
+}
+CPU_SPEC = BackendSpec(source=DaliSource, refuses=_NO_POLICIES)
+GPU_SPEC = BackendSpec(
+    source=DaliSource,
+    needs_cuda=True,
+    refuses={
+        **_NO_POLICIES,
+        "tensorflow": "is computed on the CPU: pass --data-backend dali-cpu or pytorch",
+    },
+)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from image_classification.data.stage import Batch, DeviceStage
 
 
 class Source(Protocol):
-    """A backend: it reads and augments the images it is told to, in the order it is told."""
+    """Read and augment images: those that it is told to, in the order that it is told."""
 
     def read(self, epoch: int, batches: Sequence[IntArray]) -> Generator[Batch, None, None]:
         """Yield a batch for each batch of indices, without the images that cannot be read.
@@ -26,6 +27,20 @@ class Source(Protocol):
     def close(self) -> None:
         """Stop the processes and threads."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendSpec:
+    """A backend that `--data-backend` can name."""
+
+    source: Callable[..., Source]
+    """Called with a `DataConfig` and, if the backend reads images, with an `ImageList` and
+    `training` by keyword."""
+    reads_images: bool = True
+    """Whether it reads a directory of images; otherwise it makes them up."""
+    needs_cuda: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    """Interpolations and augmentations that it does not have -> why, and what to pass instead."""
 
 
 class EpochLoader:

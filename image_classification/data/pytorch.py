@@ -20,6 +20,7 @@ from image_classification.data.config import DataConfig
 from image_classification.data.crop import EXTRA, FLIP, crop_parameters, crop_windows
 from image_classification.data.decode import UnreadableImageError, read_image
 from image_classification.data.folder import ImageList
+from image_classification.data.loader import BackendSpec
 from image_classification.data.order import FloatArray, IntArray
 from image_classification.data.resize import resize_crop, validation_crop
 from image_classification.data.stage import Batch
@@ -179,3 +180,12 @@ def _obey(parent: int | None, forked_by: int) -> None:
         if received is not None and received.si_pid == parent:
             break
     os._exit(0)
+
+
+SPEC = BackendSpec(
+    source=TorchvisionSource,
+    refuses={
+        "triangular": "needs a DALI backend: pass bilinear, which filters the same way, or"
+        " --data-backend dali-cpu"
+    },
+)

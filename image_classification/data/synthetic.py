@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 import torch
 
 from image_classification.data.config import DataConfig
+from image_classification.data.loader import BackendSpec
 from image_classification.data.order import IntArray
 from image_classification.data.stage import Batch
 
@@ -30,3 +31,6 @@ class SyntheticSource:
 
     def close(self) -> None:
         """Do nothing: there is nothing to stop."""
+
+
+SPEC = BackendSpec(source=SyntheticSource, reads_images=False)

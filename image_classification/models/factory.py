@@ -9,17 +9,37 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from image_classification.models import initialization
-from image_classification.models.mobilenet import MobileNetV1
-from image_classification.models.small_cnn import SmallCNN
-from image_classification.models.wide_resnet import WideResNet
-
-OWN_IMAGE_SIZES = {"mobilenet_v1": 224, "tf_resnet50": 224, "wrn22_2": 32, "small_cnn": 32}
-ARCHES: tuple[str, ...] = (
-    *OWN_IMAGE_SIZES,
-    *torchvision.models.list_models(module=torchvision.models),
+from image_classification.models import (
+    initialization,
+    mobilenet,
+    small_cnn,
+    tf_resnet,
+    wide_resnet,
 )
+from image_classification.models.spec import ModelSpec
+from image_classification.ranges import AT_LEAST_1, Range
+
+OWN: dict[str, ModelSpec] = {
+    "mobilenet_v1": mobilenet.SPEC,
+    "tf_resnet50": tf_resnet.SPEC,
+    "wrn22_2": wide_resnet.WRN22_2,
+    "small_cnn": small_cnn.SPEC,
+}
+"""Models of our own by name."""
+
 STEMS = ("imagenet", "cifar")
+NUM_CLASSES = AT_LEAST_1
+WIDTH = Range("above 0 and at most 100", lambda value: 0 < value <= 100)
+
+
+def names() -> list[str]:
+    """Return the names of all models: ours and torchvision's."""
+    return [*OWN, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def with_width() -> list[str]:
+    """Return the names of the models whose channels --width multiplies."""
+    return [name for name, spec in OWN.items() if spec.has_width]
 
 
 def create_model(
@@ -36,7 +56,7 @@ def create_model(
     The model is built on the default device, so `with torch.device("meta"):` costs no memory.
 
     Args:
-        arch: One of `ARCHES`. `resnet50` is v1.5 (the stride is in the 3x3 convolution);
+        arch: One of `names()`. `resnet50` is v1.5 (the stride is in the 3x3 convolution);
             `tf_resnet50` has the same weights, and the max-pooling of TensorFlow.
         num_classes: Length of the logits, at least 1.
         init: "torchvision" leaves what the architecture's own constructor drew; "classic" and
@@ -45,22 +65,24 @@ def create_model(
         zero_gamma: Set the last BatchNorm scale of each residual block to 0 (ResNets).
         stem: "cifar" replaces the 7x7 stride-2 convolution and the max-pool of a ResNet by a 3x3
             stride-1 convolution (He et al. 2016, section 4.2).
-        width: Multiplier on the channels of mobilenet_v1, above 0.
+        width: Multiplier on the channels of the models that have one (`with_width`).
 
     Raises:
         ValueError: Unknown `arch`, a value out of range, or an option without effect on `arch`.
     """
     _check_arch(arch)
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if num_classes not in NUM_CLASSES:
+        raise ValueError(f"num_classes must be {NUM_CLASSES}, got {num_classes}")
     if init not in initialization.INITS:
         raise ValueError(f"init must be one of {', '.join(initialization.INITS)}, got {init!r}")
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
-    if width <= 0:
-        raise ValueError(f"width must be above 0, got {width}")
-    if width != 1 and arch != "mobilenet_v1":
-        raise ValueError(f"width {width} has no effect on {arch}; only mobilenet_v1 has a width")
+    if width not in WIDTH:
+        raise ValueError(f"width must be {WIDTH}, got {width}")
+    if width != 1 and arch not in with_width():
+        raise ValueError(
+            f"width {width} has no effect on {arch}; use it with {' or '.join(with_width())}"
+        )
 
     model = _build(arch, num_classes, width)
     if stem == "cifar":
@@ -85,8 +107,8 @@ def default_image_size(arch: str) -> int:
         ValueError: Unknown `arch`.
     """
     _check_arch(arch)
-    if arch in OWN_IMAGE_SIZES:
-        return OWN_IMAGE_SIZES[arch]
+    if arch in OWN:
+        return OWN[arch].image_size
     weights = torchvision.models.get_model_weights(arch)
     (size,) = min(entry.transforms().crop_size for entry in weights)
     return int(size)
@@ -100,9 +122,7 @@ def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
         arch: Its name.
         image_size: Side of the square images.
     """
-    reason = None
-    if arch == "tf_resnet50" and image_size % 4 in (1, 2):
-        reason = "TensorFlow pads other sizes than multiples of 4 in another way"
+    reason = OWN[arch].size_fault(image_size) if arch in OWN else None
     training = model.training
     try:
         with torch.no_grad():
@@ -139,22 +159,18 @@ def count_classes(arch: str, state_dict: Mapping[str, Tensor]) -> int:
 
 
 def _check_arch(arch: str) -> None:
-    if arch in ARCHES:
+    known = names()
+    if arch in known:
         return
-    close = difflib.get_close_matches(arch.lower().replace("-", "_"), ARCHES, n=3)
-    remedy = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(ARCHES)}"
+    close = difflib.get_close_matches(arch.lower().replace("-", "_"), known, n=3)
+    remedy = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
     raise ValueError(f"unknown arch {arch!r}; {remedy}")
 
 
 def _build(arch: str, num_classes: int, width: float) -> nn.Module:
-    if arch == "mobilenet_v1":
-        return MobileNetV1(num_classes, width)
-    if arch == "wrn22_2":
-        return WideResNet(depth=22, widen=2, num_classes=num_classes)
-    if arch == "small_cnn":
-        return SmallCNN(num_classes)
-    if arch == "tf_resnet50":
-        return _tf_resnet50(num_classes)
+    if arch in OWN:
+        options = {"width": width} if OWN[arch].has_width else {}
+        return OWN[arch].create(num_classes=num_classes, **options)
     model: nn.Module
     if arch in ("googlenet", "inception_v3"):
         # one output like every other model: the auxiliary classifiers of training are left out
@@ -167,17 +183,6 @@ def _build(arch: str, num_classes: int, width: float) -> nn.Module:
         model = model.to(torch.get_default_device())  # the counters of BatchNorm
     else:
         model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
-    return model
-
-
-def _tf_resnet50(num_classes: int) -> nn.Module:
-    """Return ResNet-50 as the RigL repository trained it: its max-pooling pads at the end only.
-
-    TensorFlow's SAME does so where a stride of 2 divides the rows. Convolutions pad as torch's do,
-    and the epsilon of BatchNorm is torch's 1e-5.
-    """
-    model: nn.Module = torchvision.models.resnet50(weights=None, num_classes=num_classes)
-    model.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=0, ceil_mode=True)
     return model
 
 
@@ -198,8 +203,8 @@ class _SequencesOnCpu(TorchFunctionMode):
 
 
 def _use_cifar_stem(model: nn.Module, arch: str) -> None:
-    if arch == "tf_resnet50":
-        raise ValueError("stem cifar leaves out the max-pool that tf_resnet50 is for: use resnet50")
+    if arch in OWN and (fault := OWN[arch].stem_fault):
+        raise ValueError(fault)
     if not isinstance(model, torchvision.models.ResNet):
         raise ValueError(f"stem cifar has no effect on {arch}; only ResNets have such a stem")
     channels = model.conv1.out_channels

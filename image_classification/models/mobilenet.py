@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from image_classification.models.initialization import truncated_fan_in_
+from image_classification.models.spec import ModelSpec
 
 # Table 1 of the paper: (channels out, stride) of the 13 depthwise separable blocks.
 BLOCKS = (
@@ -83,3 +84,6 @@ def scale_channels(channels: int, width: float) -> int:
     reports (1, 0.75, 0.5, 0.25) give its own channel counts.
     """
     return max(8, int(channels * width / 8 + 0.5) * 8)
+
+
+SPEC = ModelSpec(create=MobileNetV1, image_size=224, has_width=True)

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from image_classification.models.spec import ModelSpec
+
 # (channels out, stride) of the 3x3 convolutions
 CONVOLUTIONS = ((32, 1), (64, 2), (64, 1), (128, 2))
 
@@ -30,3 +32,6 @@ class SmallCNN(nn.Module):
         """Return logits (N, num_classes) of images (N, 3, H, W)."""
         logits: Tensor = self.fc(self.avgpool(self.features(x)).flatten(1))
         return logits
+
+
+SPEC = ModelSpec(create=SmallCNN, image_size=32)

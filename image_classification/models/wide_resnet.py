@@ -1,7 +1,11 @@
 """Wide residual networks for 32x32 images (Zagoruyko and Komodakis 2016, arXiv:1605.07146)."""
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from image_classification.models.spec import ModelSpec
 
 
 class PreActivationBlock(nn.Module):
@@ -68,3 +72,6 @@ class WideResNet(nn.Module):
         x = self.avgpool(F.relu(self.bn(x))).flatten(1)
         logits: Tensor = self.fc(x)
         return logits
+
+
+WRN22_2 = ModelSpec(create=functools.partial(WideResNet, depth=22, widen=2), image_size=32)

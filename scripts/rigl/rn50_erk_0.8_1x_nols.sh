@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # RigL, ERK, 80% sparse, 1x training, no label smoothing. Top-1 published by RigL: 75.02.
+# Written by scripts/rows.py from results/table.csv.
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../recipes/rigl.sh" \
-    rn50_erk_0.8_1x_nols resnet50 1 \
-    --sparse-method rigl --distribution erk --sparsity 0.8 --label-smoothing 0 "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../recipes/rigl.sh" rn50_erk_0.8_1x_nols 4096 resnet50 1 \
+    --epochs 103 --label-smoothing 0.0 --sparse-method rigl --distribution erk --sparsity 0.8 \
+    "$@"

@@ -1,8 +1,8 @@
-"""Turn the layer arguments of a factory into numbers of active weights."""
+"""Turn a sparsity into numbers of active weights of the layers of a model."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from sparse.topology.distributions import count_active, fixed_sparsities, layer_
 
 
 @dataclass(frozen=True)
-class Plan:
+class Allocation:
     """How a sparsity is shared out among the prunable layers of a model.
 
     Attributes:
@@ -21,13 +21,13 @@ class Plan:
         maskable: The layers that are not dense by choice; a distribution may fill some of them.
     """
 
-    sizes: Mapping[str, int]
-    num_active: Mapping[str, int]
-    sparsities: Mapping[str, float]
-    maskable: tuple[str, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    num_active: Mapping[str, int] = field(default_factory=dict)
+    sparsities: Mapping[str, float] = field(default_factory=dict)
+    maskable: tuple[str, ...] = ()
 
 
-def plan_layers(
+def allocate_layers(
     model: nn.Module,
     sparsity: float,
     distribution: str | None = "erk",
@@ -36,7 +36,7 @@ def plan_layers(
     sparsity_map: Mapping[str, float] | None = None,
     *,
     scope: str = "layer",
-) -> Plan:
+) -> Allocation:
     """Share a sparsity out among the layers of a model.
 
     Args:
@@ -54,8 +54,6 @@ def plan_layers(
     """
     weights = {name: weight_of(name, m) for name, m in prunable_modules(model).items()}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if scope not in ("layer", "global"):
-        raise ValueError(f"scope must be layer or global, got {scope!r}")
     if scope == "global":
         if distribution is not None or power_scale != 1.0 or sparsity_map:
             raise ValueError(
@@ -75,7 +73,7 @@ def plan_layers(
     fixed = fixed_sparsities(shapes, distribution, dense_layers, sparsity_map)
     parameters_only({name: w for name, w in weights.items() if fixed.get(name) != 0.0})
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    return Plan(
+    return Allocation(
         sizes=sizes,
         num_active={name: count_active(size, sparsities[name]) for name, size in sizes.items()},
         sparsities=sparsities,

@@ -1,47 +1,69 @@
-"""The methods of sparse training: small frozen values that say when and how masks change.
+"""What a method of sparse training is: one record with its settings, its rule and its costs.
 
+A method is a frozen dataclass. Its fields made by `setting` are its settings: the arguments of its
+factory (`sparse.rigl`), the flags of `main.py` and the tables of the documents derive from them.
 A method sees the whole network as dicts of tensors and returns new masks; it changes no tensor.
 `Sparsifier` owns the masks, applies them and keeps counters, weights and optimizer state in order.
 """
 
+import dataclasses
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from typing import ClassVar, Literal, Self
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparse.errors import SparsityError, check_number
+from sparse.methods.allocation import Allocation, allocate_layers
+from sparse.methods.settings import check_types, setting
 from sparse.topology import rng
-from sparse.topology.distributions import count_active
-from sparse.topology.masks import drop_and_grow, topk_mask
-from sparse.topology.rng import Draw
-from sparse.topology.schedules import DropFraction, Window, cubic_sparsity, num_dropped
-from sparse.topology.selection import Scores, remove_smallest
+from sparse.topology.distributions import Distribution
+from sparse.topology.masks import drop_and_grow
+from sparse.topology.schedules import Anneal, DropFraction, Window, num_dropped
+from sparse.topology.selection import Scores
 
 Tensors = Mapping[str, Tensor]
 Timing = Literal["after", "instead", "once"]
-Scope = Literal["layer", "global"]
+GrowInit = Literal["zeros", "gradient", "random"]
 
 
 class Method(ABC):
-    """What every method is made of; a new one derives from it and is handed to `Sparsifier`.
+    """What every method has; its own class overrides what is different there.
 
     Attributes:
         name: Name of the method, written to checkpoints.
+        title: What the documents call it.
+        paper: Its source, as a link in Markdown.
         timing: When an update happens: "after" the optimizer step, "instead" of one (no weight
             moves, the step counts), or "once" before training (no weight moves, no step counts).
         gradient_decay: None: the method sees the dense gradient of the batch, except "after" the
             step, when inactive gradients are gone and it sees none. A number d in [0, 1): it sees
             the average G <- d * G + (1 - d) * gradient, kept over all steps (from 0, no debias).
-        keeps_counts: Whether every layer keeps its number of active weights for good.
+        grows: Whether connections that were inactive can become active.
+        grow_init: Weight of new connections, see `NewConnections`; also `initial_acc_scale`.
+        seed: Seed of masks and of all other random choices; the same on all ranks.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str] = "-"
     timing: ClassVar[Timing] = "after"
     gradient_decay: ClassVar[float | None] = None
-    keeps_counts: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
+    grow_init: GrowInit = "zeros"
+    initial_acc_scale: float = 0.0
+    seed: int = 0
+
+    @property
+    def keeps_counts(self) -> bool:
+        """Whether every layer keeps its number of active weights for good."""
+        return False
+
+    @property
+    def window(self) -> Window | None:
+        """The steps at which the masks change; None if these are not evenly spread over a run."""
+        return None
 
     @abstractmethod
     def due(self, step: int) -> bool:
@@ -68,68 +90,152 @@ class Method(ABC):
         """Mark the connections whose weight and optimizer state an update leaves alone."""
         return masks
 
-    def drop_fraction(self, step: int) -> float | None:
+    def fraction_at(self, step: int) -> float | None:
         """Give the drop fraction of an update at this step, None if there is no such thing."""
         return None
 
+    def step_flops(self, dense: float, sparse: float, total_steps: int | None = None) -> float:
+        """Compute the operations of a training step for one image, on average over a run.
 
-@dataclass(frozen=True)
-class Static(Method):
-    """A random mask that never changes."""
+        A step is one forward pass and two passes of that size backward: for the gradients of the
+        inputs and for those of the weights. Here all three are sparse.
 
-    name: ClassVar[str] = "static"
-    keeps_counts: ClassVar[bool] = True
+        Args:
+            dense: Operations of a forward pass of the dense network.
+            sparse: Those of the network as it is trained in the end.
+            total_steps: Optimizer steps of the run, for costs that depend on its length.
 
-    def due(self, step: int) -> bool:
-        return False
+        Source: RigL, appendix on FLOPs (Evci et al. 2020).
+        """
+        return 3.0 * sparse
 
-    def update(
-        self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
-    ) -> Tensors:
-        return masks
+    def check_left(self, num_left: Mapping[str, int]) -> None:  # noqa: B027, most have no limit
+        """Refuse to go on from masks with which the method cannot keep what its settings say.
+
+        Args:
+            num_left: Layer name -> active weights, of the masked layers of a checkpoint.
+
+        Raises:
+            ValueError: Names the layer and both numbers.
+        """
 
 
-@dataclass(frozen=True)
-class Dropping(Method):
-    """What methods share that drop the weakest connections of a layer and keep their number.
+@dataclass(frozen=True, kw_only=True)
+class Allocated(Method):
+    """Methods that share out a sparsity among the layers, as `layer_sparsities` explains.
 
     Attributes:
-        num_active: Layer name -> number of active weights, of all prunable layers in order.
-        window: When to update.
-        drop: How much to drop.
-        drop_noise: Standard deviation of normal noise added to |w| when dropping.
-        seed: Seed of all random numbers.
+        allocation: What this comes to for the layers of a model; `fitted_to` computes it.
     """
 
-    keeps_counts: ClassVar[bool] = True
+    sparsity: float = setting(MISSING, "fraction of zero weights, in [0, 1)")
+    distribution: Distribution | None = setting(
+        "erk", "how sparsity is spread over layers; erk by default"
+    )
+    power_scale: float = setting(1.0, "exponent of the ERK ratio")
+    dense_layers: Sequence[str] | None = setting(
+        None, "globs of layers kept dense; by default uniform's first layer"
+    )
+    sparsity_map: Mapping[str, float] | None = setting(None, "layer globs and their sparsities")
+    allocation: Allocation = field(default_factory=Allocation, repr=False)
 
-    num_active: Mapping[str, int]
-    window: Window
-    drop: DropFraction
-    drop_noise: float = 0.0
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    def fitted_to(self, model: nn.Module) -> Self:
+        """Return this method with the numbers of active weights of a model's layers.
+
+        Raises:
+            ValueError: A setting does not fit the layers, or has no effect.
+        """
+        names = "sparsity distribution power_scale dense_layers sparsity_map".split()
+        settings = {name: getattr(self, name) for name in names}
+        scope = getattr(self, "scope", "layer")
+        return dataclasses.replace(self, allocation=allocate_layers(model, **settings, scope=scope))
+
+    @property
+    def num_active(self) -> Mapping[str, int]:
+        """Layer name -> number of active weights to begin with, of all prunable layers in order."""
+        return self.allocation.num_active
+
+    @property
+    def maskable(self) -> Collection[str]:
+        """The layers that may have a mask: where counts are kept, a full layer needs none."""
+        if not self.keeps_counts:
+            return self.allocation.maskable
+        sizes = self.allocation.sizes
+        return [n for n in self.allocation.maskable if self.num_active[n] < sizes[n]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropping(Allocated):
+    """Methods that start from a random mask and drop the weakest connections of a layer."""
+
+    drop_fraction_min = 0.0  # what the cosine falls to
+
+    delta_t: int = setting(100, "optimizer steps between topology updates, at least 1")
+    t_start: int = setting(0, "optimizer step of the first topology update")
+    t_end: int = setting(MISSING, "last optimizer step of a topology update", is_end=True)
+    drop_fraction: float = setting(0.3, "first share of connections replaced, in [0, 1]")
+    drop_anneal: Anneal = setting("cosine", "how the drop fraction falls")
+    drop_power: float | None = setting(None, "exponent of the exponential drop_anneal, above 0")
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_number("drop_noise", self.drop_noise)
-        if self.drop_noise < 0.0:
-            raise ValueError(f"drop_noise must not be negative, got {self.drop_noise}")
+        super().__post_init__()
+        _ = self.window, self.schedule  # made now, because their checks have the ranges
+
+    @property
+    def keeps_counts(self) -> bool:
+        return True
+
+    @functools.cached_property
+    def window(self) -> Window:
+        return Window(self.delta_t, self.t_start, self.t_end)
+
+    @functools.cached_property
+    def schedule(self) -> DropFraction:
+        """The drop fraction as a function of the step."""
+        return DropFraction(
+            initial=self.drop_fraction,
+            t_start=self.t_start,
+            t_end=self.t_end,
+            anneal=self.drop_anneal,
+            power=self.drop_power,
+            minimum=self.drop_fraction_min,
+        )
 
     def due(self, step: int) -> bool:
         return self.window.due(step)
 
-    def drop_fraction(self, step: int) -> float:
-        return self.drop(step)
+    def fraction_at(self, step: int) -> float:
+        return self.schedule(step)
 
     def num_dropped(self, name: str, step: int) -> int:
         """Compute how many connections of a layer an update at this step drops."""
-        return num_dropped(self.num_active[name], self.drop(step))
+        return num_dropped(self.num_active[name], self.schedule(step))
 
     def key(self, name: str, step: int, purpose: int) -> tuple[int, int, int, int]:
         """Make the random key of a layer at a step."""
         return (self.seed, step, list(self.num_active).index(name), purpose)
 
-    def drop_scores(self, name: str, weight: Tensor, step: int) -> Tensor:
+    def drop_scores(self, name: str, weight: Tensor, grads: Tensors, step: int) -> Tensor:
         """Give the scores whose smallest magnitudes are dropped."""
+        return weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropNoise(Dropping):
+    """Dropping by magnitude with noise; the RigL repository breaks ties with one of 1e-5."""
+
+    drop_noise: float = setting(0.0, "standard deviation of noise on |w| when dropping")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop_noise < 0.0:
+            raise ValueError(f"drop_noise must not be negative, got {self.drop_noise}")
+
+    def drop_scores(self, name: str, weight: Tensor, grads: Tensors, step: int) -> Tensor:
         if self.drop_noise == 0.0:
             return weight
         key = self.key(name, step, rng.DROP_NOISE)
@@ -139,9 +245,13 @@ class Dropping(Method):
         return noise.add_(weight.abs())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DropAndGrow(Dropping):
     """Methods that replace the weakest connections of a layer by others."""
+
+    grows = True
+
+    grow_init: GrowInit = setting("zeros", "weights of new connections")
 
     @abstractmethod
     def grow_scores(self, name: str, mask: Tensor, grads: Tensors, step: int) -> Scores | None:
@@ -154,180 +264,6 @@ class DropAndGrow(Dropping):
         for name, mask in masks.items():
             grow = self.grow_scores(name, mask, grads, step)
             if grow is not None:
-                drop = self.drop_scores(name, weights[name], step)
+                drop = self.drop_scores(name, weights[name], grads, step)
                 new[name] = drop_and_grow(mask, drop, grow, self.num_dropped(name, step))
         return new
-
-
-@dataclass(frozen=True)
-class Rigl(DropAndGrow):
-    """Grow where the dense gradient is largest (Evci et al. 2020, algorithm 1).
-
-    A layer without a gradient at an update (frozen, or not part of this step) keeps its mask.
-    """
-
-    name: ClassVar[str] = "rigl"
-    timing: ClassVar[Timing] = "instead"
-
-    def grow_scores(self, name: str, mask: Tensor, grads: Tensors, step: int) -> Scores | None:
-        return grads.get(name)
-
-
-@dataclass(frozen=True)
-class GradientMomentum(DropAndGrow):
-    """Grow where the average of the dense gradient is largest, layer counts fixed.
-
-    The RigL repository's "momentum" method, its form of SNFS (Dettmers & Zettlemoyer 2019).
-    """
-
-    name: ClassVar[str] = "snfs"
-    gradient_decay: ClassVar[float] = 0.9
-
-    def grow_scores(self, name: str, mask: Tensor, grads: Tensors, step: int) -> Scores | None:
-        return grads.get(name)
-
-
-@dataclass(frozen=True)
-class Set(DropAndGrow):
-    """Grow at random (Mocanu et al. 2018).
-
-    Attributes:
-        draw: Where the random scores come from: a function of shape and key.
-    """
-
-    name: ClassVar[str] = "set"
-
-    draw: Callable[[tuple[int, ...], tuple[int, ...]], Scores] = Draw
-
-    def grow_scores(self, name: str, mask: Tensor, grads: Tensors, step: int) -> Scores:
-        return self.draw(tuple(mask.shape), self.key(name, step, rng.GROW_SCORE))
-
-
-@dataclass(frozen=True)
-class RiglReset(Dropping):
-    """Reset the weakest weights and keep the masks: the control experiment of the RigL repository.
-
-    That repository calls it "static"; it is not training with a fixed mask, which is `Static`.
-    """
-
-    name: ClassVar[str] = "rigl_reset"
-
-    def update(
-        self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
-    ) -> Tensors:
-        return masks
-
-    def survivors(self, masks: Tensors, weights: Tensors, step: int) -> Tensors:
-        return {
-            name: remove_smallest(
-                mask, self.drop_scores(name, weights[name], step), self.num_dropped(name, step)
-            )
-            for name, mask in masks.items()
-        }
-
-
-@dataclass(frozen=True)
-class Snip(Method):
-    """Prune once, before training, by connection sensitivity |gradient * weight| (Lee et al. 2019).
-
-    Attributes:
-        sparsities: Layer name -> sparsity, of the layers that are pruned.
-        scope: "layer" prunes each layer to its own sparsity, as the RigL repository does; "global"
-            ranks the weights of all layers together, as the paper does, for which all must have
-            the same sparsity.
-    """
-
-    name: ClassVar[str] = "snip"
-    timing: ClassVar[Timing] = "once"
-
-    sparsities: Mapping[str, float]
-    scope: str = "layer"
-
-    def __post_init__(self) -> None:
-        _check_scope(self.scope, self.sparsities)
-
-    def due(self, step: int) -> bool:
-        return step == 0
-
-    def update(
-        self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
-    ) -> Tensors:
-        missing = masks.keys() - grads.keys()
-        if missing:
-            raise SparsityError(
-                f"SNIP needs the gradient of {min(missing)}, which has none: if the layer is "
-                "frozen or takes no part in the step, keep it dense with dense_layers"
-            )
-        scores = {name: weights[name] * grads[name] for name in masks}
-        return prune(scores, masks, self.sparsities, self.scope, count_active)
-
-
-@dataclass(frozen=True)
-class Gmp(Method):
-    """Prune gradually by magnitude along a cubic ramp (Zhu & Gupta 2017).
-
-    Of n weights, round(n * (1 - s(t))) are kept. Pruned weights do not come back: where fewer are
-    left than the ramp asks for, as when a longer one is begun half-way, all of them are kept.
-
-    Attributes:
-        sparsities: Layer name -> final sparsity, of the layers that are pruned.
-        window: When to prune; the ramp goes from its start to its end.
-        scope: "layer" prunes each layer to its own sparsity; "global" ranks the weights of all
-            layers together, for which all must have the same sparsity.
-    """
-
-    name: ClassVar[str] = "gmp"
-
-    sparsities: Mapping[str, float]
-    window: Window
-    scope: str = "layer"
-
-    def __post_init__(self) -> None:
-        _check_scope(self.scope, self.sparsities)
-
-    def due(self, step: int) -> bool:
-        return self.window.due(step)
-
-    def update(
-        self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
-    ) -> Tensors:
-        def num_kept(numel: int, sparsity: float) -> int:
-            ramp = cubic_sparsity(step, self.window.t_start, self.window.t_end, sparsity)
-            return round(numel * (1.0 - ramp))
-
-        return prune(weights, masks, self.sparsities, self.scope, num_kept)
-
-
-def prune(
-    scores: Tensors,
-    masks: Tensors,
-    sparsities: Mapping[str, float],
-    scope: str,
-    num_kept: Callable[[int, float], int],
-) -> Tensors:
-    """Keep the active entries of largest |score|, in every layer or in all of them together.
-
-    Args:
-        scores: What to rank.
-        masks: The masks before.
-        sparsities: Layer name -> sparsity.
-        scope: "layer" or "global".
-        num_kept: How many entries to keep, if as many are active: a function of the number of
-            entries and the sparsity.
-    """
-    if scope == "layer":
-        counts = {name: num_kept(mask.numel(), sparsities[name]) for name, mask in masks.items()}
-        return {name: topk_mask(scores[name], counts[name], mask) for name, mask in masks.items()}
-    flat = torch.cat([scores[name].reshape(-1).float() for name in masks])
-    among = torch.cat([mask.reshape(-1) for mask in masks.values()])
-    count = num_kept(flat.numel(), sparsities[next(iter(masks))])
-    chosen = topk_mask(flat, count, among)
-    parts = torch.split(chosen, [mask.numel() for mask in masks.values()])
-    return {name: part.view(masks[name].shape) for name, part in zip(masks, parts, strict=True)}
-
-
-def _check_scope(scope: str, sparsities: Mapping[str, float]) -> None:
-    if scope not in get_args(Scope):
-        raise ValueError(f"scope must be layer or global, got {scope!r}")
-    if scope == "global" and len(set(sparsities.values())) > 1:
-        raise ValueError("weights ranked over all layers have one sparsity, not one per layer")

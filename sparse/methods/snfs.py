@@ -5,90 +5,89 @@ All counts are 0-dim or per-layer tensors on the weights' device, because they f
 there; nothing is read back.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from sparse.methods.base import Method, Tensors
+from sparse.methods.base import DropAndGrow, Tensors
+from sparse.methods.settings import setting
 from sparse.topology import rng
-from sparse.topology.masks import bernoulli_growth
 from sparse.topology.rng import is_fake
-from sparse.topology.schedules import DropFraction, Window
-from sparse.topology.selection import add_largest, remove_smallest
+from sparse.topology.selection import Scores, add_largest, remove_smallest
 
-Redistribution = Literal["momentum", "magnitude", "nonzero", "numel"]
+Redistribution = Literal["momentum", "magnitude", "nonzero", "numel", "none"]
 Growth = Literal["momentum", "random"]
 
 _ROUNDS = 1000  # of spreading the excess; the original gives up after as many
 
 
-@dataclass(frozen=True)
-class Snfs(Method):
-    """Drop by magnitude in every layer, share the regrowth out among layers by momentum.
+@dataclass(frozen=True, kw_only=True)
+class Snfs(DropAndGrow):
+    """Sparse Networks from Scratch: grow by gradient momentum (Dettmers & Zettlemoyer 2019).
+
+    Every layer drops by magnitude. The regrowth is shared out among the layers in proportion to
+    mean |momentum| or |weight| over their active weights, to their number of nonzero weights, or to
+    their size ("numel", which the original calls "none"). With the redistribution "none" every
+    layer keeps its count: the RigL repository's "momentum" method. The growth "random" is a
+    control: each candidate has equal probability, and counts are met in expectation only.
 
     Attributes:
-        baseline: Number of active weights to hold on average, over all layers.
-        window: When to update.
-        drop: How much to drop.
-        layers: All prunable layers in order; a layer's place is part of its random key.
-        redistribution: What a layer's share is proportional to: mean |momentum| or |weight| over
-            its active weights, its number of nonzero weights, or its size ("numel", which the
-            original calls "none").
-        growth: Grow where |momentum| is largest, or each candidate with equal probability.
-        seed: Seed of all random numbers.
         draw: Where random growth takes its numbers, uniform on [0, 1), from: a function of shape,
             key and device.
-        num_active: Layer name -> number of active weights to begin with. An update that does not
-            see a layer, because it is frozen, leaves that many out of the baseline.
     """
 
     name: ClassVar[str] = "snfs"
+    title: ClassVar[str] = "SNFS, with or without redistribution"
+    paper: ClassVar[str] = "[Dettmers & Zettlemoyer, 2019](https://arxiv.org/abs/1907.04840)"
     gradient_decay: ClassVar[float] = 0.9
 
-    baseline: float
-    window: Window
-    drop: DropFraction
-    layers: tuple[str, ...]
-    redistribution: str = "momentum"
-    growth: str = "momentum"
-    seed: int = 0
+    drop_fraction_min: float = setting(0.0, "what the cosine of snfs ends at; the paper's 0.005")
+    redistribution: Redistribution = setting(
+        "momentum", "what a layer's share of snfs's growth follows; none: counts stay"
+    )
+    growth: Growth = setting("momentum", "where snfs grows")
     draw: Callable[[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = rng.uniform
-    num_active: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.redistribution not in get_args(Redistribution):
+        super().__post_init__()
+        if self.redistribution == "none" and self.growth != "momentum":
             raise ValueError(
-                f"redistribution must be one of {', '.join(get_args(Redistribution))}, "
-                f"got {self.redistribution!r}"
+                f"growth {self.growth!r} has no effect with redistribution 'none'; use set"
             )
-        if self.growth not in get_args(Growth):
-            raise ValueError(f"growth must be momentum or random, got {self.growth!r}")
 
-    def due(self, step: int) -> bool:
-        return self.window.due(step)
+    @property
+    def keeps_counts(self) -> bool:
+        return self.redistribution == "none"
 
-    def drop_fraction(self, step: int) -> float:
-        return self.drop(step)
+    def step_flops(self, dense: float, sparse: float, total_steps: int | None = None) -> float:
+        """Count the dense gradient of the weights in every step."""
+        return 2 * sparse + dense
+
+    def grow_scores(self, name: str, mask: Tensor, grads: Tensors, step: int) -> Scores | None:
+        return grads.get(name)
 
     def update(
         self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
     ) -> Tensors:
-        numel = {name: mask.numel() for name, mask in masks.items()}
+        if self.keeps_counts:
+            return super().update(masks, weights, grads, step, state)
+        numel = [mask.numel() for mask in masks.values()]
         active = torch.stack([mask.sum() for mask in masks.values()])
         shares = layer_shares(masks, weights, grads, self.redistribution)
-        removed = num_removed(active, list(numel.values()), shares, self.drop(step))
+        removed = num_removed(active, numel, shares, self.schedule(step))
         adjustment = state.get("adjustment", shares.new_zeros(()))
-        regrown = num_regrown(active, list(numel.values()), shares, removed, adjustment)
+        regrown = num_regrown(active, numel, shares, removed, adjustment)
         new = {}
         for index, (name, mask) in enumerate(masks.items()):
             kept = remove_smallest(mask, weights[name], removed[index])
             new[name] = self._grow(name, kept, regrown[index], grads, step)
         total = torch.stack([mask.sum() for mask in new.values()]).sum()
-        unseen = sum(count for name, count in self.num_active.items() if name not in masks)
-        _adjust(state, self.baseline - unseen - total.double())
+        # What an update does not see, because it is frozen, has no part in the number to hold.
+        baseline = sum(self.num_active[name] for name in masks)
+        _adjust(state, baseline - total.double())
         return new
 
     def _grow(self, name: str, kept: Tensor, count: Tensor, grads: Tensors, step: int) -> Tensor:
@@ -96,8 +95,19 @@ class Snfs(Method):
             momentum = grads.get(name)
             scores = torch.zeros(kept.shape, device=kept.device) if momentum is None else momentum
             return add_largest(kept, scores, count)
-        key = (self.seed, step, self.layers.index(name), rng.GROW_SCORE)
+        key = self.key(name, step, rng.GROW_SCORE)
         return bernoulli_growth(kept, count, self.draw(tuple(kept.shape), key, kept.device))
+
+
+def bernoulli_growth(kept: Tensor, expected: Tensor, uniform: Tensor) -> Tensor:
+    """Activate each inactive entry with probability expected / number of inactive entries.
+
+    Args:
+        kept: The mask after dropping.
+        expected: 0-dim tensor, the number of entries to activate.
+        uniform: Numbers uniform on [0, 1), of the shape of `kept`.
+    """
+    return kept | (uniform < expected / (~kept).sum())
 
 
 def layer_shares(masks: Tensors, weights: Tensors, momenta: Tensors, redistribution: str) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from sparse.runtime import graph
 from sparse.runtime.graph import Node
 from sparse.runtime.header import DTYPES, Header, check_tensors, parse
-from sparse.topology.masks import pack, unpack
+from sparse.topology.bits import pack, unpack
 
 FORMAT = "compact-sparse-1"
 MAX_REASON = 300  # characters

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparse.runtime import graph, memory
 from sparse.runtime.check import check, check_shapes
 from sparse.runtime.graph import Node
-from sparse.topology.masks import unpack
+from sparse.topology.bits import unpack
 
 DTYPES = {
     "float32": torch.float32,

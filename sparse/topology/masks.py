@@ -4,8 +4,7 @@ Functions that rank do so by magnitude, and their counts are exact. selection.py
 ties and NaN.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,21 +29,6 @@ def random_mask(
     """
     every = torch.ones(tuple(shape), dtype=torch.bool, device=device)
     return largest(Draw(tuple(shape), tuple(key)), num_active, every)
-
-
-def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
-    """Refuse masks that are missing, not bool, or of another shape than their weights.
-
-    Raises:
-        ValueError: Names the layer, and `source`, which gave the masks.
-    """
-    for name, weight in weights.items():
-        mask = masks.get(name)
-        if mask is None or mask.dtype != torch.bool or mask.shape != weight.shape:
-            found = "none" if mask is None else f"{mask.dtype} of {tuple(mask.shape)}"
-            raise ValueError(
-                f"{source} gave no bool mask of {tuple(weight.shape)} for {name}, but {found}"
-            )
 
 
 def topk_mask(scores: Scores, num_active: int | Tensor, among: Tensor | None = None) -> Tensor:
@@ -94,45 +78,3 @@ def drop_and_grow(
             )
         kept = largest(drop_scores * mask, mask.sum() - num_dropped, torch.ones_like(mask))
     return add_largest(kept, grow_scores, num_dropped)
-
-
-def bernoulli_growth(kept: Tensor, expected: Tensor, uniform: Tensor) -> Tensor:
-    """Activate each inactive entry with probability expected / number of inactive entries.
-
-    This is the random growth of Dettmers & Zettlemoyer 2019. Only the expected count is exact.
-
-    Args:
-        kept: The mask after dropping.
-        expected: 0-dim tensor, the number of entries to activate.
-        uniform: Numbers uniform on [0, 1), of the shape of `kept`.
-    """
-    return kept | (uniform < expected / (~kept).sum())
-
-
-def pack(mask: Tensor) -> Tensor:
-    """Pack a bool tensor into bytes of eight entries, with the first entry in the lowest bit.
-
-    Returns:
-        1-dim uint8 tensor of ceil(numel / 8) bytes on the same device.
-    """
-    flat = mask.reshape(-1)
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.uint8).view(-1, 8)
-    # Working bit by bit keeps temporary tensors at an eighth of the mask's size.
-    packed = padded[:, 0].clone()
-    for bit in range(1, 8):
-        packed |= padded[:, bit] << bit
-    return packed
-
-
-def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Undo `pack`.
-
-    Raises:
-        ValueError: The number of bytes does not fit the shape.
-    """
-    numel = math.prod(shape)
-    if packed.dtype != torch.uint8 or packed.shape != ((numel + 7) // 8,):
-        raise ValueError(f"{tuple(packed.shape)} bytes do not hold a mask of {tuple(shape)}")
-    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    flat = (packed[:, None] >> bits).bitwise_and_(1).view(torch.bool).view(-1)
-    return flat[:numel].view(*shape)

@@ -53,7 +53,7 @@ class Window:
         check_integer("delta_t", self.delta_t)
         if self.delta_t < 1:
             raise ValueError(f"delta_t must be at least 1 optimizer step, got {self.delta_t}")
-        _check_period(self.t_start, self.t_end)
+        check_period(self.t_start, self.t_end)
 
     def due(self, step: int) -> bool:
         """Say whether the topology is updated at this step."""
@@ -61,6 +61,12 @@ class Window:
             return False
         on_grid = (step - self.t_start) % self.delta_t == 0
         return on_grid or (self.at_end and step == self.t_end)
+
+    def num_updates(self, total_steps: int) -> int:
+        """Count the updates of a run; its steps are 0 ... total_steps - 1."""
+        steps = update_steps(self.delta_t, self.t_start, self.t_end, total_steps)
+        off_grid = self.at_end and self.t_end < total_steps and self.t_end not in steps
+        return len(steps) + off_grid
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class DropFraction:
     minimum: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_period(self.t_start, self.t_end)
+        check_period(self.t_start, self.t_end)
         check_number("drop_fraction", self.initial)
         check_number("the minimum drop fraction", self.minimum)
         if not 0.0 <= self.initial <= 1.0:
@@ -141,18 +147,7 @@ def num_dropped(num_active: int, fraction: float) -> int:
     return min(product, num_active)  # a float32 holds no odd number above 2^24
 
 
-def cubic_sparsity(step: int, t_start: int, t_end: int, final: float) -> float:
-    """Ramp the sparsity from 0 at t_start to `final` at t_end and after.
-
-    s(t) = final * (1 - (1 - p)^3) with p = (t - t_start) / (t_end - t_start) clipped to [0, 1]
-    (Zhu & Gupta 2017, equation 1).
-    """
-    _check_period(t_start, t_end)
-    progress = min(max((step - t_start) / (t_end - t_start), 0.0), 1.0)
-    return float(final * (1.0 - (1.0 - progress) ** 3))
-
-
-def _check_period(t_start: int, t_end: int) -> None:
+def check_period(t_start: int, t_end: int) -> None:
     check_integer("t_start", t_start)
     check_integer("t_end", t_end)
     if t_start < 0:

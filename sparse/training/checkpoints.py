@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse.topology.masks import pack, unpack
+from sparse.topology.bits import pack, unpack
 
 Tensors = Mapping[str, Tensor]
 
@@ -91,6 +91,21 @@ def load_masks(state: Mapping[str, Any], weights: Tensors) -> dict[str, Tensor]:
         bits = _take(entry, "bits", f" of the mask of {name}")
         masks[name] = unpack(bits.to(weight.device), shape)
     return masks
+
+
+def check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse masks that are missing, not bool, or of another shape than their weights.
+
+    Raises:
+        ValueError: Names the layer, and `source` as who gave the masks.
+    """
+    for name, weight in weights.items():
+        mask = masks.get(name)
+        if mask is None or mask.dtype != torch.bool or mask.shape != weight.shape:
+            found = "none" if mask is None else f"{mask.dtype} of {tuple(mask.shape)}"
+            raise ValueError(
+                f"{source} gave no bool mask of {tuple(weight.shape)} for {name}, but {found}"
+            )
 
 
 def check_counts(masks: Tensors, num_active: Mapping[str, int]) -> None:

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse.methods.base import Method
+from sparse.methods.base import GrowInit, Method
 from sparse.methods.layers import named_parameters
 from sparse.topology import rng
 from sparse.training.gates import Gate, zero_inactive
@@ -19,8 +19,6 @@ from sparse.training.optimizers import (
     momentum_buffer,
     state_of,
 )
-
-GrowInit = Literal["zeros", "gradient", "random"]
 
 
 @dataclass(frozen=True)

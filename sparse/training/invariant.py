@@ -69,18 +69,3 @@ class Invariant:
     def forget(self) -> None:
         """Forget the counts, because the violations were repaired."""
         self._unread.clear()
-
-
-def check_gradients(gradients: Mapping[str, Tensor], method: str) -> None:
-    """Refuse gradients of 0 for a method that ranks weights by gradients once and for all.
-
-    Raises:
-        SparsityError: All gradients of a layer are 0; names the layer.
-    """
-    for name, gradient in gradients.items():
-        if not is_fake(gradient) and not gradient.is_meta and not gradient.any():
-            raise SparsityError(
-                f"method {method!r} ranks {name} by a gradient that is 0 everywhere: take the "
-                "first step after a batch, do not start residual branches at 0, or keep the layer "
-                "dense with dense_layers"
-            )

@@ -23,7 +23,7 @@ from torchvision.models import resnet18
 from image_classification import checkpoint, convert, foreign
 from image_classification.foreign import Network
 from image_classification.models import create_model
-from sparse.topology.masks import unpack
+from sparse.topology.bits import unpack
 
 GRAPHS = json.loads((Path(__file__).parents[1] / "data/tf_graphs.json").read_text())
 

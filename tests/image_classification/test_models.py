@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from image_classification.models import ARCHES, create_model, default_image_size
+from image_classification.models import create_model, default_image_size, names
 
 OWN = ["mobilenet_v1", "wrn22_2", "small_cnn"]
 
@@ -123,7 +123,7 @@ class TestArchitectures:
         _check_on_meta(arch)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("arch", sorted({*ARCHES} - {*OWN, *SMALLEST}))
+    @pytest.mark.parametrize("arch", sorted({*names()} - {*OWN, *SMALLEST}))
     def test_all_others_build_without_memory_at_their_size(self, arch: str) -> None:
         _check_on_meta(arch)
 

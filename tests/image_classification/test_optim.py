@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from image_classification.models import create_model
-from image_classification.optim import (
-    LrSchedule,
-    create_ema,
-    create_loss,
-    create_optimizer,
-    mixup,
-    parameter_groups,
-)
+from image_classification.optim import LrSchedule, create_ema, create_loss, mixup
+from image_classification.optimizers import create_optimizer, parameter_groups
 
 CPU = torch.device("cpu")
 

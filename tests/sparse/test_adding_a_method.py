@@ -1,6 +1,10 @@
 """The walk-through of docs/adding_a_method.md, run as it stands."""
 
-import re
+import dataclasses
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +13,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse
+from tests.documents import blocks, commands
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "adding_a_method.md"
 
 
-def run_page(blocks: slice = slice(None)) -> dict[str, Any]:
-    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(code) == 3
+def run_page(count: int = 2) -> dict[str, Any]:
+    code = blocks(PAGE.read_text(), "python")
+    assert len(code) == 2
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "page"}
-    exec("\n".join(code[blocks]), namespace)
+    exec("\n".join(code[:count]), namespace)
     return namespace
 
 
@@ -43,11 +49,84 @@ def test_its_state_is_saved_and_belongs_to_it() -> None:
 
 
 def test_it_traces_on_a_fake_device() -> None:
-    page = run_page(slice(2))
+    method = run_page(1)["Sensitivity"](sparsity=0.8, t_end=10)
     with FakeTensorMode():
         model = torch.nn.Linear(20, 10, device="meta")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        sparsifier = page["sensitivity"](model, optimizer, sparsity=0.8, t_end=10)
+        sparsifier = sparse.Sparsifier(model, optimizer, method)
         model.weight.grad = torch.randn_like(model.weight)
         optimizer.step()
         assert sparsifier.num_updates == 1
+
+
+def test_its_settings_are_checked() -> None:
+    method = run_page(1)["Sensitivity"]
+    assert "power" in {field.name for field in dataclasses.fields(method)}
+    for settings, words in (
+        ({"power": -1.0}, "power must be above 0"),
+        ({"power": "much"}, "power must be a finite number, got 'much'"),
+        ({"delta_t": 0}, "delta_t must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            method(sparsity=0.8, t_end=10, **settings)
+
+
+def main(*flags: str, cwd: Path, path: str = ".") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *flags],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_main_runs_it_with_its_settings_as_flags(tmp_path: Path) -> None:
+    (tmp_path / "sensitivity.py").write_text(blocks(PAGE.read_text(), "python")[0])
+    (command,) = (c for c in commands(PAGE) if "main.py" in c.words)
+    flags = command.words[2:]
+    done = main(*flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["sparse"]["method"] == "sensitivity:Sensitivity"
+    assert (plan["sparse"]["delta_t"], plan["sparse"]["num_updates"]) == (20, 8)
+    assert plan["cost"]["training_ratio"] == pytest.approx(plan["cost"]["inference_ratio"])
+
+    flags = tuple(f for f in flags if f != "--dry-run")
+    short = "--synthetic-batches 6 --batch-size 8 --seed 1 --delta-t 2 --console dllogger".split()
+    done = main(*flags, *short, "--run-epochs", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
+    assert state["config"]["sparse_method"] == "sensitivity:Sensitivity"
+    assert (state["config"]["power"], state["sparse"]["method"]) == (0.5, "sensitivity")
+    assert state["sparse"]["num_updates"] == 3
+
+    done = main(*flags, *short, "--resume", "auto", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    dense = [f for f in short if f not in ("--delta-t", "2")]
+    plain = "--data-backend synthetic --arch small_cnn --num-classes 10 --epochs 2 --cpu".split()
+    done = main(*plain, *dense, "--resume", "auto", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "with --sparse-method sensitivity:Sensitivity --sparsity 0.8" in done.stderr
+    assert "--power 0.5" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("sensitivity:Sensitivity", "No module named 'sensitivity'; is it on PYTHONPATH?"),
+        ("torch:nn", "must be a class derived from sparse.Allocated"),
+        ("sparse:Nothing", "has no attribute 'Nothing'"),
+        ("sparse:DropAndGrow", "the class lacks name, due or update"),
+        ("lottery", "known are dense, gmp, rigl,"),
+    ],
+)
+def test_what_is_no_method_is_refused(method: str, words: str, tmp_path: Path) -> None:
+    synthetic = ("--data-backend", "synthetic", "--arch", "small_cnn", "--dry-run")
+    done = main(*synthetic, "--sparse-method", method, "--sparsity", "0.5", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("main.py: error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr

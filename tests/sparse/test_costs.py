@@ -19,8 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from image_classification.models.factory import create_model
 from sparse import costs
+from sparse.methods import Gmp, Rigl, Set, Snfs, Static
 
 ORACLE = json.loads((Path(__file__).parents[1] / "data/oracle.json").read_text())
+STATIC = Static(sparsity=0.5)
+SNFS = Snfs(sparsity=0.5, t_end=1)
+RIGL = Rigl(sparsity=0.5, t_end=1)
 MODELS = ("resnet50", "mobilenet_v1", "mobilenet_v1_conv_fc")
 
 
@@ -34,6 +38,10 @@ def model_for(name: str) -> nn.Module:
                 nn.Unflatten(1, (-1, 1, 1)), nn.Conv2d(1024, 1000, 1), nn.Flatten()
             )
     return model
+
+
+def gmp(start: int, end: int, every: int) -> Gmp:
+    return Gmp(sparsity=0.5, prune_start=start, prune_end=end, prune_every=every)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +79,14 @@ def test_totals_of_every_configuration_match_the_original_counter(
     layers = in_oracle_order(name, traced[name])
     for key, config in ORACLE["models"][name]["configs"].items():
         counts = {layer.name: n for layer, n in zip(layers, config["num_active"], strict=True)}
-        for method in ("static", "snfs", "rigl"):
+        for method in (STATIC, SNFS, RIGL):
             report = costs.report(
                 layers, densities(layers, config), method=method, num_active=counts
             )
             ours = [report["inference_flops"], report["inference_ratio"], report["size_mb"]]
             ours += [report["overall_sparsity"], report["training_ratio"]]
             theirs = [config["inference_flops"], config["inference_ratio"], config["size_mb"]]
-            theirs += [config["overall_sparsity"], config[method]]
+            theirs += [config["overall_sparsity"], config[method.name]]
             assert ours == pytest.approx(theirs, rel=1e-12), key
         for convention in ("true", "macs"):
             report = costs.report(layers, densities(layers, config), convention=convention)
@@ -90,7 +98,7 @@ def test_totals_of_every_configuration_match_the_original_counter(
 def test_dense_totals_are_the_published_ones(traced: dict[str, list[costs.LayerCost]]) -> None:
     for name in MODELS:
         dense = ORACLE["models"][name]["dense"]
-        report = costs.report(traced[name], method="dense")
+        report = costs.report(traced[name])
         assert report["inference_flops"] == dense["flops_notebook"]
         assert report["macs"] == dense["macs_true"]
         assert report["size_mb"] == pytest.approx(dense["mbytes"], rel=1e-12)
@@ -188,13 +196,13 @@ def test_tracing_leaves_the_model_alone() -> None:
 
 def test_mean_of_a_ramp_by_hand() -> None:
     # p = 0 and 1/2 give shares 0 and 7/8; then 1
-    mean = costs.gmp_mean_ramp(start=10, end=20, every=5, total_steps=40)
+    mean = gmp(10, 20, 5).mean_ramp(40)
     assert mean == pytest.approx((10 * 0 + 5 * 0 + 5 * 7 / 8 + 20) / 40)
 
 
 def test_a_run_that_ends_inside_its_ramp() -> None:
-    assert costs.gmp_mean_ramp(start=10, end=20, every=5, total_steps=12) == 0
-    mean = costs.gmp_mean_ramp(start=10, end=20, every=5, total_steps=17)
+    assert gmp(10, 20, 5).mean_ramp(12) == 0
+    mean = gmp(10, 20, 5).mean_ramp(17)
     assert mean == pytest.approx(2 * 7 / 8 / 17)
 
 
@@ -212,7 +220,7 @@ def test_mean_of_a_ramp_is_the_average_over_the_steps(
         last = start + (step - start) // every * every
         return 1 - (1 - (last - start) / length) ** 3
 
-    mean = costs.gmp_mean_ramp(start=start, end=end, every=every, total_steps=total)
+    mean = gmp(start, end, every).mean_ramp(total)
     assert mean == pytest.approx(sum(map(share, range(total))) / total)
 
 
@@ -229,24 +237,24 @@ def test_gmp_matches_the_published_average(
     sparse["conv1.weight"] = 1.0
     at_start = dict.fromkeys(sparse, 1.0) | {"fc.weight": sparse["fc.weight"]}
     # a mean over 33 samples is one over a run of 33000 steps
-    mean = costs.gmp_mean_ramp(start=10_000, end=25_000, every=1_000, total_steps=33_000)
+    method = gmp(10_000, 25_000, 1_000)
     first, last = (costs.report(layers, d)["inference_ratio"] for d in (at_start, sparse))
-    ours = first * costs.training_ratio("gmp", last / first, mean_ramp=mean)
+    ours = first * costs.training_ratio(method, last / first, total_steps=33_000)
     assert ours == pytest.approx(ORACLE["gmp_mean_ratio"][sparsity], abs=5e-4)
 
 
 def test_training_ratio_scales_with_the_length_of_training() -> None:
-    assert costs.training_ratio("dense", 1.0, multiplier=5) == 5
-    assert costs.training_ratio("set", 0.2, multiplier=5) == pytest.approx(1.0)
+    assert costs.training_ratio(None, 1.0, multiplier=5) == 5
+    assert costs.training_ratio(Set(sparsity=0.8, t_end=1), 0.2, multiplier=5) == pytest.approx(1.0)
     # (3 * 0.4 * 1 + 2 * 0.4 + 1) / (3 * 2) = 0.5
-    assert costs.training_ratio("rigl", 0.4, delta_t=1) == pytest.approx(0.5)
+    assert costs.training_ratio(Rigl(sparsity=0.6, t_end=1, delta_t=1), 0.4) == pytest.approx(0.5)
 
 
 @given(st.floats(0, 1), st.integers(1, 10_000))
 def test_rigl_costs_between_a_static_and_a_dense_gradient_run(ratio: float, delta_t: int) -> None:
-    static = costs.training_ratio("static", ratio)
-    snfs = costs.training_ratio("snfs", ratio)
-    rigl = costs.training_ratio("rigl", ratio, delta_t=delta_t)
+    static = costs.training_ratio(STATIC, ratio)
+    snfs = costs.training_ratio(SNFS, ratio)
+    rigl = costs.training_ratio(Rigl(sparsity=0.5, t_end=1, delta_t=delta_t), ratio)
     assert static <= rigl + 1e-12 <= snfs + 2e-12
 
 
@@ -256,9 +264,9 @@ def test_rigl_costs_between_a_static_and_a_dense_gradient_run(ratio: float, delt
         (lambda ls: costs.inference_flops(ls, {"weight": 1.5}), r"\[0, 1\], got 1.5"),
         (lambda ls: costs.size_bytes(ls, {"conv9.weight": 0.5}), "conv9.weight"),
         (lambda ls: costs.report(ls, convention="exact"), "published, true, macs"),
-        (lambda ls: costs.report(ls, method="lottery"), "lottery"),
-        (lambda ls: costs.report(ls, method="gmp"), "mean_ramp"),
-        (lambda _: costs.gmp_mean_ramp(start=9, end=9, every=1, total_steps=9), "start=9"),
+        (lambda ls: costs.report(ls, method=gmp(0, 9, 1)), "pass total_steps"),
+        (lambda _: gmp(9, 9, 1), "prune_start 9"),
+        (lambda _: gmp(0, 9, 1).mean_ramp(0), "total_steps must be at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call: Any, words: str) -> None:

@@ -129,7 +129,7 @@ def test_given_masks_must_fit() -> None:
     eye = torch.eye(4, dtype=torch.bool)
 
     def attach(masks: dict[str, torch.Tensor]) -> sparse.Sparsifier:
-        method = sparse.methods.base.Static()
+        method = sparse.methods.Static(sparsity=0.0)
         return sparse.Sparsifier(model, sgd(model), method, num_active=counts, masks=masks)
 
     assert torch.equal(attach({"0.weight": eye}).masks["0.weight"], eye)

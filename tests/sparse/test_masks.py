@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparse
-from sparse.topology.masks import bernoulli_growth, pack, unpack
+from sparse.methods.snfs import bernoulli_growth
+from sparse.topology.bits import pack, unpack
 
 
 def mask_of(*active: int, size: int = 8) -> Tensor:

@@ -1,6 +1,7 @@
 """The methods as pure functions: exact counts, hand-computed masks, scopes, redistribution."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparse
-from sparse.methods.base import Gmp, Rigl, Set, Snip
+from sparse.methods import Gmp, Rigl, Set, Snip
+from sparse.methods.allocation import Allocation
 from sparse.methods.snfs import Snfs, layer_shares, num_regrown, num_removed
 from sparse.topology.schedules import num_dropped
 from tests.sparse.nets import make, mlp, rows, sgd, train
-
-WINDOW = sparse.Window(1, 0, 100)
-DROP = sparse.DropFraction(0.5, 0, 100, "constant")
 
 
 def network(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -36,13 +35,20 @@ def counts(masks: dict[str, Tensor]) -> dict[str, int]:
     return {name: int(mask.sum()) for name, mask in masks.items()}
 
 
+def settings(masks: dict[str, Tensor], **others: Any) -> dict[str, Any]:
+    """Give the settings of a method that replaces half of the connections at every step."""
+    common = {"sparsity": 0.5, "delta_t": 1, "t_end": 100}
+    drop = {"drop_fraction": 0.5, "drop_anneal": "constant"}
+    return common | drop | {"allocation": Allocation(num_active=counts(masks))} | others
+
+
 @given(st.integers(0, 100), st.integers(0, 50))
 def test_rigl_and_set_keep_every_count(step: int, seed: int) -> None:
     masks, weights, grads = network(seed)
     for method in (
-        Rigl(counts(masks), WINDOW, DROP, seed=seed),
-        Rigl(counts(masks), WINDOW, DROP, drop_noise=1e-5, seed=seed),
-        Set(counts(masks), WINDOW, DROP, seed=seed),
+        Rigl(**settings(masks, seed=seed)),
+        Rigl(**settings(masks, drop_noise=1e-5, seed=seed)),
+        Set(**settings(masks, seed=seed)),
     ):
         new = method.update(masks, weights, grads, step, {})
         again = method.update(masks, weights, grads, step, {})
@@ -56,7 +62,7 @@ def test_rigl_and_set_keep_every_count(step: int, seed: int) -> None:
 def test_set_draws_anew_at_every_step_and_in_every_layer() -> None:
     masks = {f"{i}.weight": torch.arange(400).view(20, 20) % 4 == 0 for i in range(2)}
     weights = {name: mask.float() for name, mask in masks.items()}
-    method = Set(counts(masks), WINDOW, DROP)
+    method = Set(**settings(masks))
     first, second = (method.update(masks, weights, {}, step, {}) for step in (0, 1))
     assert not torch.equal(first["0.weight"], first["1.weight"])
     assert not torch.equal(first["0.weight"], second["0.weight"])
@@ -68,8 +74,7 @@ def test_set_grows_uniformly_over_all_free_places() -> None:
     weights = {"0.weight": mask * 1.0}
     weights["0.weight"][0] = 2.0  # the survivors: with half of 300 dropped, the first rows stay
     draws = 300
-    drop = sparse.DropFraction(0.5, 0, draws, "constant")
-    method = Set({"0.weight": 300}, WINDOW, drop)
+    method = Set(**settings({"0.weight": mask}, t_end=draws))
     total = torch.zeros(30, 30)
     for step in range(draws):
         total += method.update({"0.weight": mask}, weights, {}, step, {})["0.weight"]
@@ -83,13 +88,13 @@ def test_set_grows_uniformly_over_all_free_places() -> None:
 def test_drop_noise_only_breaks_ties() -> None:
     masks, weights, grads = network()
     exact, noisy = (
-        Rigl(counts(masks), WINDOW, DROP, drop_noise=noise).update(masks, weights, grads, 3, {})
+        Rigl(**settings(masks, drop_noise=noise)).update(masks, weights, grads, 3, {})
         for noise in (0.0, 1e-9)
     )
     assert all(torch.equal(exact[name], noisy[name]) for name in masks)
     flat = {name: mask * 1.0 for name, mask in masks.items()}
     tied, noisy = (
-        Rigl(counts(masks), WINDOW, DROP, drop_noise=noise).update(masks, flat, grads, 3, {})
+        Rigl(**settings(masks, drop_noise=noise)).update(masks, flat, grads, 3, {})
         for noise in (0.0, 1e-5)
     )
     assert any(not torch.equal(tied[name], noisy[name]) for name in masks)
@@ -120,11 +125,12 @@ def test_scopes_of_pruning(scope: str) -> None:
     masks, weights, grads = network()
     masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
     weights = {name: torch.randn_like(weight) for name, weight in weights.items()}
-    sparsities = dict.fromkeys(masks, 0.75)
+    allocation = Allocation(sparsities=dict.fromkeys(masks, 0.75))
+    pruning = {"sparsity": 0.75, "scope": scope, "allocation": allocation}
     scores = {name: (weights[name] * grads[name]).abs() for name in masks}
     total = sum(mask.numel() for mask in masks.values())
-    snip = Snip(sparsities, scope).update(masks, weights, grads, 0, {})
-    gmp = Gmp(sparsities, sparse.Window(1, 0, 10), scope).update(masks, weights, {}, 10, {})
+    snip = Snip(**pruning).update(masks, weights, grads, 0, {})
+    gmp = Gmp(**pruning, prune_every=1, prune_end=10).update(masks, weights, {}, 10, {})
     for new, by in ((snip, scores), (gmp, {n: w.abs() for n, w in weights.items()})):
         if scope == "layer":
             for name, mask in new.items():
@@ -192,7 +198,7 @@ def test_regrowth_by_hand() -> None:
 def test_snfs_holds_its_number_of_weights_on_average() -> None:
     masks, _, _ = network()
     baseline = sum(counts(masks).values())
-    method = Snfs(baseline, WINDOW, sparse.DropFraction(0.3, 0, 100), tuple(masks))
+    method = Snfs(**settings(masks, drop_fraction=0.3, drop_anneal="cosine"))
     state: dict[str, Tensor] = {}
     totals, layers = [], []
     for step in range(60):
@@ -210,7 +216,7 @@ def test_random_growth_of_snfs_meets_its_count_in_expectation() -> None:
     baseline = sum(counts(masks).values())
     totals = []
     for seed in range(40):
-        method = Snfs(baseline, WINDOW, DROP, tuple(masks), growth="random", seed=seed)
+        method = Snfs(**settings(masks, growth="random", seed=seed))
         totals.append(sum(counts(dict(method.update(masks, weights, grads, 0, {}))).values()))
     assert len(set(totals)) > 1
     assert sum(totals) / len(totals) == pytest.approx(baseline, rel=0.02)
@@ -231,6 +237,6 @@ def test_average_of_gradients_decides_where_momentum_grows() -> None:
             average[name] = 0.9 * average[name] + 0.1 * weight.grad
         optimizer.step()
     for name, mask in sparsifier.masks.items():
-        count = num_dropped(int(old[name].sum()), sparsifier.method.drop_fraction(3))
+        count = num_dropped(int(old[name].sum()), sparsifier.method.fraction_at(3))
         expected = sparse.drop_and_grow(old[name], weights[name], average[name], count)
         assert torch.equal(mask, expected)

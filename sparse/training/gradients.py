@@ -1,10 +1,12 @@
-"""Keep an average of every dense gradient, for the methods that grow by it."""
+"""What a method sees as gradients: those of the batch, or an average over all steps."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from sparse.errors import SparsityError
+from sparse.topology.rng import is_fake
 from sparse.training.clock import found_inf, inverse_scale
 
 
@@ -37,3 +39,31 @@ def average_gradients(
         else:
             blended = average.lerp(gradient, 1.0 - decay)
             average.copy_(torch.where(overflow != 0, average, blended))
+
+
+def unscaled_gradients(
+    weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Collect the gradients of the batch, of the weights that have one."""
+    unscale = inverse_scale(optimizer)
+    gradients = {name: weight.grad for name, weight in weights.items()}
+    return {
+        name: gradient if unscale is None else gradient * unscale
+        for name, gradient in gradients.items()
+        if gradient is not None
+    }
+
+
+def check_gradients(gradients: Mapping[str, Tensor], method: str) -> None:
+    """Refuse gradients of 0 for a method that ranks weights by gradients once and for all.
+
+    Raises:
+        SparsityError: All gradients of a layer are 0; names the layer.
+    """
+    for name, gradient in gradients.items():
+        if not is_fake(gradient) and not gradient.is_meta and not gradient.any():
+            raise SparsityError(
+                f"method {method!r} ranks {name} by a gradient that is 0 everywhere: take the "
+                "first step after a batch, do not start residual branches at 0, or keep the layer "
+                "dense with dense_layers"
+            )

@@ -1,28 +1,34 @@
-"""Write docs/options.md, the table of main.py's flags: `python scripts/options.py`.
+"""Write what derives from flags and methods: `python scripts/derive.py`.
 
-Everything is read from where the flags are declared: the dataclasses, whose comments head the
-groups, and the table of the flags that each sparse method uses.
+docs/options.md has the flags of main.py, README.md a table of the methods, and sparse/factories.pyi
+the signatures of their factories for editors and type checkers. Everything is read from where it is
+declared: the dataclasses of the flags, whose comments head the groups, and those of the methods.
 """
 
 import dataclasses
 import inspect
 import re
 import sys
+import textwrap
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
 
-from cli.flags import METHOD_FLAGS, SparseFlags
-from image_classification.config import RETIRED, Config
+from cli.flags import sparse_flags, used_flags
+from image_classification.config import RETIRED, Config, flag_types
+from sparse import METHODS, factories
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
+ROOT = Path(__file__).resolve().parents[1]
 HEAD = """\
 # Options of main.py
 
-<!-- written by `python scripts/options.py`; help texts stand where the flags are declared -->
+<!-- written by `python scripts/derive.py`; help texts stand where the flags are declared -->
 
 `python main.py DATA [flags]`, with `DATA/train/<class>/*` and `DATA/val/<class>/*`. This page has
 every flag with all of its spellings; `python main.py --help` prints them too. Flags may be cut
@@ -80,7 +86,7 @@ def default(field: "dataclasses.Field[Any]") -> str:
 def rows(section: type, names: list[str], *, methods: bool = False) -> list[str]:
     """Return a table of some flags; `methods` adds which sparse methods use them."""
     fields = {f.name: f for f in dataclasses.fields(section) if f.metadata}
-    hints = typing.get_type_hints(section)
+    hints = flag_types(section)
     head = ["flag", "takes", "default", "meaning", *(["used by"] if methods else [])]
     table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in names:
@@ -90,22 +96,22 @@ def rows(section: type, names: list[str], *, methods: bool = False) -> list[str]
         cells = [spellings(field), values(hints[name]), default(field)]
         cells.append(field.metadata["help"].replace("|", "\\|"))
         if methods:
-            using = [method for method, used in METHOD_FLAGS.items() if name in used.split()]
-            every = len(using) == len(METHOD_FLAGS) - 1
-            cells.append("all but dense" if every else " ".join(using))
+            using = [method for method in METHODS if name in used_flags(method)]
+            cells.append("all but dense" if len(using) == len(METHODS) else " ".join(using))
         table.append("| " + " | ".join(cells) + " |")
     return table
 
 
-def page() -> str:
-    """Return the whole page."""
+def options() -> str:
+    """Return docs/options.md."""
     lines = [HEAD]
     for head, names in groups(Config).items():
         if any(f.metadata for f in dataclasses.fields(Config) if f.name in names):
             lines += [f"## {head.capitalize()}", "", *rows(Config, names), ""]
     lines += ["## Sparsity", "", "[methods.md](methods.md) has the equations.", ""]
-    names = [name for group in groups(SparseFlags).values() for name in group]
-    lines += [*rows(SparseFlags, names, methods=True), ""]
+    flags = sparse_flags()
+    names = [field.name for field in dataclasses.fields(flags)]
+    lines += [*rows(flags, names, methods=True), ""]
     lines += [
         "## No longer there",
         "",
@@ -116,9 +122,91 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def readme() -> str:
+    """Return README.md with the table of the methods."""
+    head = "| method | call | paper |"
+    lines = (ROOT / "README.md").read_text().split("\n")
+    begin = lines.index(head)
+    end = next(i for i in range(begin, len(lines)) if not lines[i].startswith("|"))
+    table = [f"| {m.title} | `sparse.{m.name}` | {m.paper} |" for m in METHODS.values()]
+    return "\n".join([*lines[:begin], head, "|---|---|---|", *table, *lines[end:]])
+
+
+def stub() -> str:
+    """Return sparse/factories.pyi."""
+    known = "\n".join(f'    "{name}",' for name in METHODS)
+    functions = [_function(name, getattr(factories, name)) for name in METHODS]
+    return STUB + f"\n__all__ = [\n{known}\n]\n\n" + "\n".join(functions)
+
+
+STUB = """\
+# Written by `python scripts/derive.py` from the records of the methods.
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sparse.training.sparsifier import Sparsifier
+"""
+
+
+def _function(name: str, factory: Callable[..., Any]) -> str:
+    lines = [f"def {name}("]
+    for parameter in inspect.signature(factory).parameters.values():
+        if parameter.name == "optimizer":
+            lines += ["    optimizer: Optimizer,", "    *,"]
+            continue
+        default = parameter.default
+        value = "" if default is parameter.empty else f" = {_literal(default)}"
+        lines.append(f"    {parameter.name}: {_annotation(parameter.annotation)}{value},")
+    doc = []
+    for line in inspect.cleandoc(factory.__doc__ or "").split("\n"):
+        deeper = "    " + " " * (len(line) - len(line.lstrip()))
+        doc += textwrap.wrap(
+            line,
+            100,
+            initial_indent="    ",
+            subsequent_indent=deeper + "    ",
+            drop_whitespace=True,
+            replace_whitespace=False,
+        ) or [""]
+    doc[0] = f'    """{doc[0].strip()}'
+    return "\n".join([*lines, ") -> Sparsifier:", *doc, '    """', ""])
+
+
+def _literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _annotation(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return f"Literal[{', '.join(map(_literal, typing.get_args(hint)))}]"
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " | ".join(map(_annotation, typing.get_args(hint)))
+    if hint is type(None):
+        return "None"
+    if hint is nn.Module:
+        return "nn.Module"
+    if arguments := typing.get_args(hint):
+        return f"{hint.__origin__.__name__}[{', '.join(map(_annotation, arguments))}]"
+    return str(hint.__name__)
+
+
+def derived() -> dict[Path, str]:
+    """Return what each file has to contain."""
+    return {
+        ROOT / "docs" / "options.md": options(),
+        ROOT / "README.md": readme(),
+        ROOT / "sparse" / "factories.pyi": stub(),
+    }
+
+
 def main() -> None:
-    """Write the page."""
-    PAGE.write_text(page())
+    """Write the files."""
+    for path, content in derived().items():
+        path.write_text(content)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,44 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from sparse.topology.masks import pack
+from sparse.topology.bits import pack
 from sparse.training.gates import gather
 
+Tensors = Mapping[str, Tensor]
 
-def record(explored: dict[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+
+def record_explored(explored: dict[str, Tensor], masks: Tensors) -> None:
     """Add the active weights of masks to those explored so far, one bit each."""
     for name, mask in masks.items():
         bits = pack(mask)
         explored[name] = explored[name] | bits if name in explored else bits
 
 
-def count(explored: Mapping[str, Tensor]) -> int:
+def count_explored(explored: Tensors) -> int:
     """Count the explored weights. Waits for the device."""
     sums = [((bits >> place) & 1).sum() for bits in explored.values() for place in range(8)]
     return int(gather(sums).sum())
+
+
+def turnover(old: Tensors, new: Tensors, fresh: Tensors, *, keeps_counts: bool) -> Tensors:
+    """Count the connections that an update dropped and grew: 0-dim tensors on the device.
+
+    Args:
+        old: The masks before.
+        new: The masks after.
+        fresh: The marks of new connections.
+        keeps_counts: As many connections come as go.
+    """
+    grown = _total(fresh)
+    dropped = grown if keeps_counts else grown + _total(old) - _total(new)
+    return {"dropped": dropped, "grown": grown}
+
+
+def _total(masks: Tensors) -> Tensor:
+    return gather([torch.count_nonzero(mask) for mask in masks.values()]).sum()
 
 
 def summarize(num_active: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, float]:

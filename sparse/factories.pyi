@@ -1,0 +1,293 @@
+# Written by `python scripts/derive.py` from the records of the methods.
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sparse.training.sparsifier import Sparsifier
+
+__all__ = [
+    "gmp",
+    "rigl",
+    "rigl_reset",
+    "set",
+    "snfs",
+    "snip",
+    "static",
+]
+
+def gmp(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    sparsity: float,
+    distribution: Literal["uniform", "er", "erk"] | None = None,
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    scope: Literal["layer", "global"] = "layer",
+    prune_start: int = 0,
+    prune_end: int,
+    prune_every: int = 100,
+    hooks: bool = True,
+) -> Sparsifier:
+    """Gradual magnitude pruning along a cubic ramp (Zhu & Gupta 2017).
+
+    Of n weights, round(n * (1 - s(t))) are kept. Pruned weights do not come back: where fewer are
+    left than the ramp asks for, as when a longer one is begun half-way, all of them are kept.
+
+    Args:
+        sparsity: Fraction of zero weights, in [0, 1).
+        distribution: How sparsity is spread over layers; erk by default.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        sparsity_map: Layer globs and their sparsities.
+        scope: Rank weights within layers or over all (snip, gmp).
+        prune_start: Optimizer step at which gmp starts.
+        prune_end: Step of gmp's final sparsity.
+        prune_every: Optimizer steps between gmp's prunings, at least 1.
+        hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+    """
+
+def rigl(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    sparsity: float,
+    distribution: Literal["uniform", "er", "erk"] | None = "erk",
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    delta_t: int = 100,
+    t_start: int = 0,
+    t_end: int,
+    drop_fraction: float = 0.3,
+    drop_anneal: Literal["cosine", "constant", "linear", "exponential"] = "cosine",
+    drop_power: float | None = None,
+    grow_init: Literal["zeros", "gradient", "random"] = "zeros",
+    drop_noise: float = 0.0,
+    initial_acc_scale: float = 0.0,
+    seed: int = 0,
+    hooks: bool = True,
+    track_exploration: bool = False,
+) -> Sparsifier:
+    """RigL: drop by magnitude, grow by the dense gradient (Evci et al. 2020, algorithm 1).
+
+    An update takes the place of an optimizer step: no weight moves, the step counts. A layer
+    without a gradient at an update (frozen, or not part of this step) keeps its mask.
+
+    Args:
+        sparsity: Fraction of zero weights, in [0, 1).
+        distribution: How sparsity is spread over layers; erk by default.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        sparsity_map: Layer globs and their sparsities.
+        delta_t: Optimizer steps between topology updates, at least 1.
+        t_start: Optimizer step of the first topology update.
+        t_end: Last optimizer step of a topology update.
+        drop_fraction: First share of connections replaced, in [0, 1].
+        drop_anneal: How the drop fraction falls.
+        drop_power: Exponent of the exponential drop_anneal, above 0.
+        grow_init: Weights of new connections.
+        drop_noise: Standard deviation of noise on |w| when dropping.
+        initial_acc_scale: Momentum of rigl's new connections per gradient.
+        seed: Seed of masks and all other random choices; the same on all ranks.
+        hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        track_exploration: Whether to record which weights were ever active.
+    """
+
+def rigl_reset(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    sparsity: float,
+    distribution: Literal["uniform", "er", "erk"] | None = "erk",
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    delta_t: int = 100,
+    t_start: int = 0,
+    t_end: int,
+    drop_fraction: float = 0.3,
+    drop_anneal: Literal["cosine", "constant", "linear", "exponential"] = "cosine",
+    drop_power: float | None = None,
+    drop_noise: float = 0.0,
+    seed: int = 0,
+    hooks: bool = True,
+) -> Sparsifier:
+    """Reset the weakest weights at every update and keep the masks: a control for RigL.
+
+    The RigL repository calls this method "static"; it is not training with a fixed mask, which is
+    `Static`.
+
+    Args:
+        sparsity: Fraction of zero weights, in [0, 1).
+        distribution: How sparsity is spread over layers; erk by default.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        sparsity_map: Layer globs and their sparsities.
+        delta_t: Optimizer steps between topology updates, at least 1.
+        t_start: Optimizer step of the first topology update.
+        t_end: Last optimizer step of a topology update.
+        drop_fraction: First share of connections replaced, in [0, 1].
+        drop_anneal: How the drop fraction falls.
+        drop_power: Exponent of the exponential drop_anneal, above 0.
+        drop_noise: Standard deviation of noise on |w| when dropping.
+        seed: Seed of masks and all other random choices; the same on all ranks.
+        hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+    """
+
+def set(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    sparsity: float,
+    distribution: Literal["uniform", "er", "erk"] | None = "erk",
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    delta_t: int = 100,
+    t_start: int = 0,
+    t_end: int,
+    drop_fraction: float = 0.3,
+    drop_anneal: Literal["cosine", "constant", "linear", "exponential"] = "cosine",
+    drop_power: float | None = None,
+    grow_init: Literal["zeros", "gradient", "random"] = "zeros",
+    drop_noise: float = 0.0,
+    seed: int = 0,
+    hooks: bool = True,
+    track_exploration: bool = False,
+) -> Sparsifier:
+    """Sparse Evolutionary Training: drop by magnitude, grow at random (Mocanu et al. 2018).
+
+    Attributes:
+        draw: Where the random scores come from: a function of shape and key.
+
+    Args:
+        sparsity: Fraction of zero weights, in [0, 1).
+        distribution: How sparsity is spread over layers; erk by default.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        sparsity_map: Layer globs and their sparsities.
+        delta_t: Optimizer steps between topology updates, at least 1.
+        t_start: Optimizer step of the first topology update.
+        t_end: Last optimizer step of a topology update.
+        drop_fraction: First share of connections replaced, in [0, 1].
+        drop_anneal: How the drop fraction falls.
+        drop_power: Exponent of the exponential drop_anneal, above 0.
+        grow_init: Weights of new connections.
+        drop_noise: Standard deviation of noise on |w| when dropping.
+        seed: Seed of masks and all other random choices; the same on all ranks.
+        hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        track_exploration: Whether to record which weights were ever active.
+    """
+
+def snfs(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    sparsity: float,
+    distribution: Literal["uniform", "er", "erk"] | None = "erk",
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    delta_t: int = 100,
+    t_start: int = 0,
+    t_end: int,
+    drop_fraction: float = 0.3,
+    drop_anneal: Literal["cosine", "constant", "linear", "exponential"] = "cosine",
+    drop_power: float | None = None,
+    grow_init: Literal["zeros", "gradient", "random"] = "zeros",
+    drop_fraction_min: float = 0.0,
+    redistribution: Literal["momentum", "magnitude", "nonzero", "numel", "none"] = "momentum",
+    growth: Literal["momentum", "random"] = "momentum",
+    seed: int = 0,
+    hooks: bool = True,
+    track_exploration: bool = False,
+) -> Sparsifier:
+    """Sparse Networks from Scratch: grow by gradient momentum (Dettmers & Zettlemoyer 2019).
+
+    Every layer drops by magnitude. The regrowth is shared out among the layers in proportion to
+    mean |momentum| or |weight| over their active weights, to their number of nonzero weights, or to
+    their size ("numel", which the original calls "none"). With the redistribution "none" every
+    layer keeps its count: the RigL repository's "momentum" method. The growth "random" is a
+    control: each candidate has equal probability, and counts are met in expectation only.
+
+    Attributes:
+        draw: Where random growth takes its numbers, uniform on [0, 1), from: a function of shape,
+            key and device.
+
+    Args:
+        sparsity: Fraction of zero weights, in [0, 1).
+        distribution: How sparsity is spread over layers; erk by default.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        sparsity_map: Layer globs and their sparsities.
+        delta_t: Optimizer steps between topology updates, at least 1.
+        t_start: Optimizer step of the first topology update.
+        t_end: Last optimizer step of a topology update.
+        drop_fraction: First share of connections replaced, in [0, 1].
+        drop_anneal: How the drop fraction falls.
+        drop_power: Exponent of the exponential drop_anneal, above 0.
+        grow_init: Weights of new connections.
+        drop_fraction_min: What the cosine of snfs ends at; the paper's 0.005.
+        redistribution: What a layer's share of snfs's growth follows; none: counts stay.
+        growth: Where snfs grows.
+        seed: Seed of masks and all other random choices; the same on all ranks.
+        hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        track_exploration: Whether to record which weights were ever active.
+    """
+
+def snip(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    sparsity: float,
+    distribution: Literal["uniform", "er", "erk"] | None = None,
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    scope: Literal["layer", "global"] = "layer",
+    hooks: bool = True,
+) -> Sparsifier:
+    """SNIP: prune once by |gradient * weight| of the first step's batch (Lee et al. 2019).
+
+    The first optimizer step sets the masks from the gradients it finds, moves no weight and does
+    not count. Until then the model is dense. The scope "layer" is that of the RigL repository,
+    "global" that of the paper. The dense gradient of this step is not counted in the costs.
+
+    Args:
+        sparsity: Fraction of zero weights, in [0, 1).
+        distribution: How sparsity is spread over layers; erk by default.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        sparsity_map: Layer globs and their sparsities.
+        scope: Rank weights within layers or over all (snip, gmp).
+        hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+    """
+
+def static(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    sparsity: float,
+    distribution: Literal["uniform", "er", "erk"] | None = "erk",
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    seed: int = 0,
+    hooks: bool = True,
+) -> Sparsifier:
+    """Train with a random mask that never changes.
+
+    Args:
+        sparsity: Fraction of zero weights, in [0, 1).
+        distribution: How sparsity is spread over layers; erk by default.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        sparsity_map: Layer globs and their sparsities.
+        seed: Seed of masks and all other random choices; the same on all ranks.
+        hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+    """

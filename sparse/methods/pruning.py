@@ -1,0 +1,71 @@
+"""What methods share that start dense and prune: what is pruned does not come back."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sparse.methods.base import Allocated, Tensors
+from sparse.methods.settings import setting
+from sparse.topology.distributions import Distribution
+from sparse.topology.masks import topk_mask
+
+Scope = Literal["layer", "global"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning(Allocated):
+    """Methods that start dense and prune: per layer, or all layers together."""
+
+    distribution: Distribution | None = setting(
+        None, "how sparsity is spread over layers; erk by default"
+    )
+    scope: Scope = setting("layer", "rank weights within layers or over all (snip, gmp)")
+
+    @property
+    def num_active(self) -> Mapping[str, int]:
+        return self.allocation.sizes
+
+    def prune(
+        self, scores: Tensors, masks: Tensors, num_kept: Callable[[int, float], int]
+    ) -> Tensors:
+        """Keep the active entries of largest |score|, in every layer or in all of them together.
+
+        Args:
+            scores: What to rank.
+            masks: The masks before.
+            num_kept: How many entries to keep, if as many are active: a function of the number of
+                entries and the sparsity.
+        """
+        if self.scope == "layer":
+            counts = {
+                name: num_kept(mask.numel(), self.allocation.sparsities[name])
+                for name, mask in masks.items()
+            }
+            return {n: topk_mask(scores[n], counts[n], mask) for n, mask in masks.items()}
+        flat = torch.cat([scores[name].reshape(-1).float() for name in masks])
+        among = torch.cat([mask.reshape(-1) for mask in masks.values()])
+        chosen = topk_mask(flat, num_kept(flat.numel(), self.sparsity), among)
+        parts = torch.split(chosen, [mask.numel() for mask in masks.values()])
+        return {name: part.view(masks[name].shape) for name, part in zip(masks, parts, strict=True)}
+
+    @abstractmethod
+    def num_final(self, numel: int, sparsity: float) -> int:
+        """Compute how many of some weights are left in the end."""
+
+    def check_left(self, num_left: Mapping[str, int]) -> None:
+        sizes = {name: self.allocation.sizes[name] for name in num_left}
+        zeros = self.allocation.sparsities
+        if self.scope == "global":
+            num_left, sizes = {"all": sum(num_left.values())}, {"all": sum(sizes.values())}
+            zeros = {"all": self.sparsity}
+        for name, left in num_left.items():
+            wanted = self.num_final(sizes[name], zeros[name])
+            if left < wanted or (self.timing == "once" and left > wanted):
+                where = "the network" if self.scope == "global" else name
+                raise ValueError(
+                    f"{where} has {left} weights left, this run would keep {wanted}, and what is "
+                    "pruned does not come back"
+                )

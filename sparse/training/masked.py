@@ -1,0 +1,195 @@
+"""Hold the masks of a model, and keep what they leave inactive at exactly 0."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparse.methods.layers import check_owned, parameters_only, prunable_modules, weight_of
+from sparse.topology import rng
+from sparse.topology.masks import random_mask
+from sparse.training.checkpoints import check_counts, check_masks
+from sparse.training.connections import disconnect, mask_module
+from sparse.training.gates import Gate, active_positions, count_active, masks_of, zero_inactive
+from sparse.training.invariant import Invariant, held
+from sparse.training.optimizers import check_optimizer, lay_out_state, moments_of, state_of
+
+Tensors = Mapping[str, Tensor]
+
+
+class MaskedModel:
+    """The weights of a model, their masks, and the optimizer that holds their state.
+
+    Weights and optimizer state of inactive connections are exactly 0. What is loaded into them is
+    masked at once.
+
+    Attributes:
+        masks_version: Changes whenever the masks may have changed. Code that caches something
+            computed from the masks compares it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        num_active: Mapping[str, int],
+        maskable: Collection[str] | None,
+    ) -> None:
+        """Find the weights; the arguments are those of `Sparsifier`.
+
+        Raises:
+            ValueError: An argument does not fit the model or the optimizer.
+        """
+        modules = prunable_modules(model)
+        # A weight that is computed from parameters stays dense; a stand-in tells its size.
+        self._weights = {name: weight_of(name, module) for name, module in modules.items()}
+        if list(num_active) != list(self._weights):
+            raise ValueError("num_active must have the names that prunable(model) lists, in order")
+        if maskable is None:
+            maskable = {name for name, w in self._weights.items() if num_active[name] < w.numel()}
+        self._maskable = parameters_only(
+            {name: weight for name, weight in self._weights.items() if name in maskable}
+        )
+        self._modules = {name: modules[name] for name in self._maskable}
+        check_optimizer(optimizer, self._maskable)
+        self._optimizer = optimizer
+        self.masks_version = 0
+        self._gates: dict[str, Gate] = {}
+        self._counts: dict[str, int] | None = None
+        # Tensors that were loaded and masked since the last step: tensor, gate, the loaded values.
+        self._loaded: list[tuple[Tensor, Gate, Tensor]] = []
+        self._invariant = Invariant()
+
+    @property
+    def maskable(self) -> dict[str, nn.Parameter]:
+        """Name -> weight, of all weights that have a mask or may get one."""
+        return dict(self._maskable)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Name -> bool mask of every prunable weight, all True for dense ones; not to write to."""
+        return masks_of(self._gates, self._weights)
+
+    @property
+    def num_active(self) -> dict[str, int]:
+        """Name -> number of active weights of every prunable weight. May wait for the device."""
+        if self._counts is None:
+            self._counts = count_active(self._gates, self._weights)
+        return dict(self._counts)
+
+    def active_positions(self, name: str) -> Tensor | None:
+        """List the active entries of a weight as offsets into its memory; None: all are active.
+
+        int64 and ascending. Waits for the device.
+        """
+        gate = self._gates.get(name)
+        return None if gate is None else active_positions(gate, self._weights[name])
+
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """Zero weights and optimizer state of inactive connections, if something else wrote there.
+
+        Needed after weights were written by hand, an average was swapped in, or the like;
+        `load_state_dict` of model and optimizer does it by itself.
+        """
+        self._invariant.forget()
+        tensors = held(self._optimizer, self._maskable, self._gates, state_of)
+        zero_inactive((tensor, gate) for _, tensor, gate in tensors)
+
+    @torch.no_grad()
+    def apply_to(self, module: nn.Module) -> None:
+        """Zero the inactive weights of another module with the same parameter names.
+
+        An average over training (EMA) of weights under moving masks is not sparse until then.
+
+        Raises:
+            ValueError: The module lacks a masked weight, or it has another shape there.
+        """
+        mask_module(module, self._gates)
+
+    def _random_masks(self, num_active: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+        masks = {}
+        for index, (name, weight) in enumerate(self._weights.items()):
+            if num_active[name] < weight.numel():
+                key = (seed, 0, index, rng.INITIAL_MASK)
+                masks[name] = random_mask(weight.shape, num_active[name], key, weight.device)
+        return masks
+
+    def _check_given(self, masks: Tensors, num_active: Mapping[str, int]) -> None:
+        """Refuse masks of the caller that do not fit the weights and their counts."""
+        wanted = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
+        check_masks(masks, wanted | {n: self._weights[n] for n in masks}, "the caller")
+        check_counts(masks, num_active)
+
+    @torch.no_grad()
+    def _install(self, masks: Tensors) -> None:
+        """Take masks over, in place of any others, and zero what they leave inactive.
+
+        Loaded values that the former masks zeroed come back where the new ones are active.
+        """
+        for tensor, gate, values in self._loaded:
+            tensor.copy_(torch.where(gate.inactive & (tensor == 0), values, tensor))
+        self._loaded.clear()
+        self._invariant.forget()
+        self._gates.clear()
+        for name, mask in masks.items():
+            weight = self._maskable[name]
+            self._gates[name] = Gate(mask, weight)
+            disconnect(self._optimizer, weight, self._gates[name], mask)
+        self._counts = None
+        self.masks_version += 1
+
+    def _reconnect(self, old: Tensors, survivors: Tensors, new: Tensors) -> dict[str, Tensor]:
+        """Change masks, and zero what they leave inactive; return the marks of new connections.
+
+        Args:
+            old: The masks before, of the layers that change. From now on all layers have a mask,
+                those that do not change, too.
+            survivors: The connections that keep weight and state.
+            new: The masks after.
+        """
+        self._counts = None
+        self.masks_version += any(new[name] is not old[name] for name in old)
+        for name, weight in self._maskable.items():
+            if name not in self._gates:
+                self._gates[name] = Gate(torch.ones_like(weight, dtype=torch.bool), weight)
+        for name, mask in old.items():
+            weight, gate = self._maskable[name], self._gates[name]
+            if survivors[name] is not mask:
+                disconnect(self._optimizer, weight, gate, survivors[name])
+            disconnect(self._optimizer, weight, gate, new[name])
+        return {name: new[name] > mask for name, mask in old.items()}
+
+    def _zero_gradients(self) -> None:
+        gradients = ((self._weights[name].grad, gate) for name, gate in self._gates.items())
+        zero_inactive((gradient, gate) for gradient, gate in gradients if gradient is not None)
+
+    @torch.no_grad()
+    def _weight_loaded(self, name: str) -> None:
+        if name in self._gates:
+            self._mask_loaded([(self._maskable[name], self._gates[name])])
+
+    @torch.no_grad()
+    def _optimizer_loaded(self) -> None:
+        lay_out_state(self._optimizer)
+        for name, gate in self._gates.items():
+            state = state_of(self._optimizer, self._maskable[name])
+            self._mask_loaded([(tensor, gate) for tensor in state.values()])
+
+    def _mask_loaded(self, pairs: list[tuple[Tensor, Gate]]) -> None:
+        """Mask loaded tensors, but keep the loaded values until the next step.
+
+        The masks that belong to these values may be loaded after them.
+        """
+        self._loaded += [(tensor, gate, tensor.detach().clone()) for tensor, gate in pairs]
+        zero_inactive(pairs)
+
+    def _count_inactive(self) -> None:
+        check_owned(self._modules, self._maskable)
+        self._invariant.count(held(self._optimizer, self._maskable, self._gates, moments_of))
+
+    def _check_inactive(self) -> None:
+        """Raise SparsityError if an inactive weight or its optimizer state is not 0."""
+        self._count_inactive()
+        self._invariant.read(self._optimizer)
