@@ -9,69 +9,71 @@ from image_classification import versions
 if __name__ == "__main__":
     versions.require()
 
-import argparse
 import functools
 import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import sparse
 from cli.flags import find_method
+from cli.program import Program
 from image_classification import models
+from image_classification.flags import flag
 from sparse import costs
 from sparse.methods.settings import settings_of
 from sparse.topology.distributions import layer_sparsities
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = argparse.ArgumentParser(prog="costs.py", description="Cost of sparse networks.")
-    add = parser.add_argument
-    add("--arch", default="resnet50", help="as main.py --arch")
-    add("--image-size", type=int, help="side of the input (the model's own)")
-    add("--num-classes", type=int, default=1000)
-    add("--distribution", default="erk", choices=("uniform", "er", "erk"))
-    add("--sparsity", type=float, default=0.0, help="fraction of zeros, in [0, 1)")
-    add("--dense-layers", nargs="*", metavar="GLOB", help="layers kept dense (uniform: the first)")
-    add("--method", help="of training, as main.py --sparse-method (rigl, or dense)")
-    add("--delta-t", type=int, default=100, help="rigl: steps between updates (%(default)s)")
-    add("--multiplier", type=float, default=1.0, help="training length (%(default)s)")
-    add("--prune-start", type=int, default=10_000, help="gmp: first step of the ramp (%(default)s)")
-    add("--prune-end", type=int, default=25_000, help="gmp: end of the ramp (%(default)s)")
-    add("--prune-every", type=int, default=1_000, help="gmp: steps between prunings (%(default)s)")
-    add("--total-steps", type=int, default=32_000, help="gmp: steps at length 1 (%(default)s)")
-    add("--convention", default="published", choices=costs.CONVENTIONS, help="how to count")
-    add(
-        "--rounding", default="floor", choices=("floor", "ceil"), help="of ERK's budget; ceil: 2019"
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Cost of sparse networks."""
+
+    arch: str = flag("resnet50", "as main.py --arch")
+    image_size: int | None = flag(None, "side of the input (the model's own)")
+    num_classes: int = flag(1000, "length of the logits")
+    distribution: Literal["uniform", "er", "erk"] = flag("erk", "how sparsity is spread")
+    sparsity: float = flag(0.0, "fraction of zeros, in [0, 1)")
+    dense_layers: list[str] | None = flag(
+        None, "layers kept dense (uniform: the first)", nargs="*", metavar="GLOB"
     )
-    add("--json", action="store_true", help="print the report as one JSON object")
-    add("--table", choices=("rigl", "port"), help="print published rows beside our figures")
-    add("--plot", type=Path, metavar="PNG", help="draw the published rows: accuracy against cost")
-    return parser
+    method: str | None = flag(None, "of training, as main.py --sparse-method (rigl, or dense)")
+    delta_t: int = flag(100, "rigl: steps between updates")
+    multiplier: float = flag(1.0, "training length")
+    prune_start: int = flag(10_000, "gmp: first step of the ramp")
+    prune_end: int = flag(25_000, "gmp: end of the ramp")
+    prune_every: int = flag(1_000, "gmp: steps between prunings")
+    total_steps: int = flag(32_000, "gmp: steps at length 1")
+    convention: costs.Convention = flag("published", "how to count")
+    rounding: Literal["floor", "ceil"] = flag("floor", "of ERK's budget; ceil: 2019")
+    json: bool = flag(False, "print the report as one JSON object")
+    table: Literal["rigl", "port"] | None = flag(None, "print published rows beside our figures")
+    plot: Path | None = flag(None, "draw the published rows: accuracy against cost", metavar="PNG")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
-    args = build_parser().parse_args(argv)
-    try:
-        if args.table or args.plot:
-            show_published(args)
-        else:
-            report = report_flags(args)
-            print(json.dumps(report) if args.json else format_report(report))
-    except ValueError as error:
-        print(f"costs.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def run(args: Flags) -> str:
+    """Return what the command line asks for.
+
+    Raises:
+        ValueError: A user's mistake, in one line.
+    """
+    if args.table or args.plot:
+        return show_published(args)
+    report = report_flags(args)
+    return json.dumps(report) if args.json else format_report(report)
 
 
-def show_published(args: argparse.Namespace) -> None:
-    """Print and draw the published rows, as the flags ask for.
+PROGRAM = Program("costs.py", Flags, run)
+main = PROGRAM.main
+
+
+def show_published(args: Flags) -> str:
+    """Return the published rows as a table and draw them, as the flags ask for.
 
     Raises:
         ValueError: The rows are not there; one line.
@@ -83,13 +85,14 @@ def show_published(args: argparse.Namespace) -> None:
             f"--table and --plot read results/ of the checkout, which is not there ({error}); "
             "in a container, mount it"
         ) from error
-    if args.table:
-        print(published.table(args.table, report_network, rounding=args.rounding))
     if args.plot:
         picture.plot(args.plot, report_network)
+    if args.table is None:
+        return ""
+    return published.table(args.table, report_network, rounding=args.rounding)
 
 
-def report_flags(args: argparse.Namespace) -> dict[str, Any]:
+def report_flags(args: Flags) -> dict[str, Any]:
     """Return the costs that the flags ask for.
 
     Raises:

@@ -18,8 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cli import weights
 from cli.flags import cost_plan, of_command_line, resolve, sparse_plan
 from cli.join import attach, report_costs, try_out
+from cli.metrics import FORMATS
+from cli.program import fail
 from cli.resume import check_sparsity, saved_masks
 from image_classification import build, config, distributed
 from image_classification.config import Config
@@ -55,21 +58,18 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         ValueError: A user's mistake, in one line.
         Preempted: The process was asked to stop before it had begun.
     """
-    sparse_flags = of_command_line(argv)
-    parser = config.build_parser(Config, sparse_flags, description=DESCRIPTION)
-    values = config.parse(parser, argv)
-    c = config.section(Config, values)
+    c, flags = config.parse(argv, Config, of_command_line(argv), description=DESCRIPTION)
     if c.version:
         return functools.partial(print, *(f"{k}: {v}" for k, v in run_metadata().items()), sep="\n")
     config.check(c)
-    flags = resolve(config.section(sparse_flags, values))
+    flags = resolve(flags)
     if c.dry_run:
         return functools.partial(print, dry_run(c, flags))
     stack.enter_context(preemption.listening(c.preempt_grace))
     c = build.adopt(c)
     dataset = build.inspect(c)
     model = build.sketch_model(c, dataset)
-    start = build.prepare(c, dataset, model)
+    start = build.prepare(c, dataset, model, read_weights=weights.read)
     notes = check_sparsity(c, flags, start, model)
     if preemption.requested():
         raise Preempted
@@ -80,6 +80,7 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         append=c.resume is not None,
         tensorboard=Path(c.tensorboard) if c.tensorboard else None,
         console=c.console,
+        formats=FORMATS,
         enabled=world.is_main,
     )
     stack.callback(logger.close)
@@ -112,12 +113,10 @@ def main(argv: Sequence[str]) -> int:
             try:
                 action = prepare(argv, stack)
             except ValueError as error:  # later ones are bugs, which show their traceback
-                print(f"main.py: error: {error}", file=sys.stderr)
-                return 2
+                return fail("main.py", error)
             action()
         except (DataError, TrainingError, SparsityError) as error:
-            print(f"main.py: error: {error}", file=sys.stderr)
-            return 2 if isinstance(error, DataError) else 1
+            return fail("main.py", error, status=2 if isinstance(error, DataError) else 1)
         except Preempted:
             signal = preemption.requested() or "a signal to another rank"
             print(f"main.py: stopped by {signal}: --resume auto goes on", file=sys.stderr)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sparse
-from export import read_source
+from cli.networks import read as read_trained
 from image_classification.models import create_model, default_image_size
 from sparse import runtime
 from sparse.native.library import LEVELS
@@ -311,7 +311,7 @@ def networks(args: argparse.Namespace) -> list[tuple[str, str, nn.Module, dict[s
             arch, distribution, sparsity = name.split("/")
             found.append((name, arch, *build(arch, distribution, float(sparsity))))
         return found
-    trained = read_source(args.checkpoint, ema=False)
+    trained = read_trained(args.checkpoint)
     name = f"{trained.arch}/{args.checkpoint.name}"
     return [(name, trained.arch, trained.model(), dict(trained.masks))]
 

@@ -15,8 +15,8 @@ import yaml
 from torch import nn
 
 import sparse
-from image_classification import config
-from image_classification.config import flag
+from image_classification.config import Config
+from image_classification.flags import flag, ineffective, spelling
 from sparse import METHODS, Allocated, costs
 from sparse.methods.settings import Setting, settings_of
 
@@ -165,7 +165,7 @@ def resolve(flags: Any) -> Any:
     resolved = dataclasses.replace(flags, sparse_method=method, sparsity=sparsity)
     names = {f.name for f in dataclasses.fields(flags)} - {"sparse_method", "static_topo", *used}
     names -= {"dense_allocation", "drop_masks", "grad_compress"}
-    unused = config.ineffective(
+    unused = ineffective(
         resolved, [(False, " ".join(sorted(names)), f"another --sparse-method than {method}")]
     )
     if unused:
@@ -202,7 +202,7 @@ def arguments(flags: Any, total_steps: int) -> dict[str, Any]:
     found = {}
     for name, known in settings_of(find_method(flags.sparse_method)).items():
         value = getattr(flags, name)
-        spelled = "--" + name.replace("_", "-")
+        spelled = spelling(name)
         if known.is_end and value is None:
             value = int(flags.t_end_fraction * total_steps)
         elif known.is_end and flags.t_end_fraction != SparseFlags.t_end_fraction:
@@ -247,7 +247,7 @@ def record(flags: Any, total_steps: int) -> dict[str, Any]:
 def spell(kept: Mapping[str, Any]) -> str:
     """Return what `record` made, among other flags, as words of a command line."""
     words = [f"--sparse-method {kept['sparse_method']}"]
-    others = {f.name for kind in (config.Config, SparseFlags) for f in dataclasses.fields(kind)}
+    others = {f.name for kind in (Config, SparseFlags) for f in dataclasses.fields(kind)}
     defaults = vars(sparse_flags()())
     for name, value in kept.items():
         if name in others or value is None or value == defaults.get(name):
@@ -256,7 +256,7 @@ def spell(kept: Mapping[str, Any]) -> str:
             value = f"FILE with {dict(value)}"
         elif isinstance(value, list):
             value = " ".join(value)
-        words.append(f"--{name.replace('_', '-')} {value}")
+        words.append(f"{spelling(name)} {value}")
     return " ".join(words)
 
 

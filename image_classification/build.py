@@ -19,11 +19,15 @@ from image_classification.distributed import World
 from image_classification.log import Logger
 from image_classification.run import Extension, Run
 from image_classification.trainer import Precision, Trainer
+from image_classification.weights import Weights
 
 IMAGENET = data.DatasetInfo(num_train=1_281_167, num_val=50_000, classes=())
 
 Attach = Callable[[nn.Module, Optimizer, int, int], Extension]
 """Joins something to (model, optimizer, total steps, seed) before training starts."""
+
+ReadWeights = Callable[[Path], Weights]
+"""Returns the weights in a file; raises ValueError (one line) where it cannot."""
 
 
 def inspect(config: Config) -> data.DatasetInfo:
@@ -131,18 +135,26 @@ class Start:
     state: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     pretrained: Mapping[str, Any] = field(default_factory=dict)
-    """What --pretrained-from-file holds, without the last layer where --new-head says so."""
+    """What --pretrained-from-file holds: `state_dict`, without the last layer where --new-head says
+    so, and all other entries as they are."""
     notes: tuple[str, ...] = ()
     """What the log should say of the files."""
 
 
-def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Start:
+def prepare(
+    config: Config,
+    dataset: data.DatasetInfo,
+    model: nn.Module,
+    *,
+    read_weights: ReadWeights = weights.read,
+) -> Start:
     """Check all that can be checked before a process group or a device is started.
 
     Args:
         config: The flags.
         dataset: The facts of DATA.
         model: The network of the flags; on the meta device it is enough.
+        read_weights: Reads --pretrained-from-file.
 
     Raises:
         ValueError: One line: the processes do not divide the batch, or the checkpoint is missing,
@@ -159,7 +171,7 @@ def prepare(config: Config, dataset: data.DatasetInfo, model: nn.Module) -> Star
     pretrained: Mapping[str, Any] = {}
     notes = _evaluation_notes(config, path, state) if path and config.evaluate else ()
     if config.pretrained_from_file:
-        pretrained, notes = _read_pretrained(config, model)
+        pretrained, notes = _read_pretrained(config, model, read_weights)
     world_size = distributed.world_from_env().world_size
     kept_batch = state.get("optimizer_batch_size")
     steps = cut(config, num_train=dataset.num_train, world_size=world_size, kept_batch=kept_batch)
@@ -179,10 +191,12 @@ def _evaluation_notes(config: Config, path: Path, state: Mapping[str, Any]) -> t
     return tuple(notes if state.get("arch") != config.arch else notes[1:])
 
 
-def _read_pretrained(config: Config, model: nn.Module) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+def _read_pretrained(
+    config: Config, model: nn.Module, read_weights: ReadWeights
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """Return what --pretrained-from-file holds for `model`, and what was left out of it."""
     source = Path(str(config.pretrained_from_file))
-    found = weights.read(source)
+    found = read_weights(source)
     head = models.classifier(model)
     own = model.state_dict()
     kernel = f"{head}.weight"
@@ -206,7 +220,7 @@ def _read_pretrained(config: Config, model: nn.Module) -> tuple[Mapping[str, Any
     ]
     if found.arch not in (None, config.arch):
         notes.append(f"{source} holds {found.arch}, its weights fit {config.arch} and are taken")
-    return {"state_dict": fitted, "sparse": found.sparse}, tuple(notes)
+    return {**found.rest, "state_dict": fitted}, tuple(notes)
 
 
 def _check_resume(config: Config, model: nn.Module, state: Mapping[str, Any], path: Path) -> None:

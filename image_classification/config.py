@@ -1,22 +1,13 @@
-"""Flags of the trainer: one frozen dataclass, the parser made from it, and the checks on it.
+"""Flags of the trainer: one frozen dataclass, the parser made from it, and the checks on it."""
 
-A flag is a dataclass field made by `flag`; its annotation is its type, its name its YAML key.
-"""
-
-import dataclasses
-import difflib
-import re
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
-
-from image_classification import data, models, optim
+from image_classification import data, flags, models, optim
 from image_classification.data import AUGMENTATIONS, BACKENDS, INTERPOLATIONS, check_backend
+from image_classification.flags import argument, flag, ineffective, spelling
 from image_classification.optimizers import (
     OPTIMIZERS,
     WEIGHT_DECAY,
@@ -30,39 +21,11 @@ ConsoleFormat = Literal["auto", "summary", "dllogger"]
 """What a run prints; auto is summary on a terminal and dllogger elsewhere."""
 
 
-def flag(
-    default: Any,
-    help: str,
-    *names: str,
-    switch: str | None = None,
-    nargs: Literal["*", "+"] | None = None,
-    choices: Iterable[str] | None = None,
-) -> Any:
-    """Declare a command-line flag as a dataclass field.
-
-    Args:
-        default: Value without the flag. A bool makes a switch that stores its opposite.
-        help: One line for `--help`.
-        *names: Further spellings; the first is `--<field-name>` unless `switch` is given.
-        switch: Spelling of a bool flag whose field is named for the opposite.
-        nargs: "*" or "+" for a flag annotated as a list.
-        choices: Values that a text flag takes, such as the keys of a dict: they are asked for when
-            a parser is made.
-    """
-    metadata = {
-        "default": default, "help": help, "names": names, "switch": switch, "nargs": nargs,
-        "choices": choices,
-    }  # fmt: skip
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything the trainer can be told; names and defaults follow NVIDIA's ConvNets harness."""
 
-    data: str | None = None
+    data: str | None = argument("directory with train/ and val/", None, metavar="DATA")
 
     # data
     data_backend: str = flag("dali-cpu", "where images are decoded and augmented", choices=BACKENDS)
@@ -230,63 +193,8 @@ RETIRED = {
 }
 
 
-def build_parser(*sections: type, description: str) -> jsonargparse.ArgumentParser:
-    """Return a parser with DATA, `--config`, `--print_config` and a flag per field of `sections`.
-
-    Args:
-        *sections: Dataclasses whose fields were made by `flag`.
-        description: Head of `--help`.
-    """
-    parser = jsonargparse.ArgumentParser(
-        prog="main.py", description=description, exit_on_error=False, allow_abbrev=True
-    )
-    parser.add_argument("data", nargs="?", metavar="DATA", help="directory with train/ and val/")
-    parser.add_argument("--config", action="config", help="YAML file of flags")
-    for section in sections:
-        hints = flag_types(section)
-        group = parser.add_argument_group(section.__name__)
-        for field in dataclasses.fields(section):
-            if field.metadata:
-                _add_flag(group, field, hints[field.name])
-    return parser
-
-
-def flag_types(section: type) -> dict[str, Any]:
-    """Return the types of a dataclass's flags by field name, their choices resolved."""
-    hints = typing.get_type_hints(section)
-    for field in dataclasses.fields(section):
-        if choices := field.metadata.get("choices"):
-            chosen: Any = Literal[tuple(choices)]
-            optional = type(None) in _members(hints[field.name])
-            hints[field.name] = chosen | None if optional else chosen
-    return hints
-
-
-def _add_flag(group: Any, field: "dataclasses.Field[Any]", hint: Any) -> None:
-    meta = field.metadata
-    first = meta["switch"] or "--" + field.name.replace("_", "-")
-    short = [name for name in meta["names"] if not name.startswith("--")]
-    long = [first, *(name for name in meta["names"] if name.startswith("--"))]
-    names = (*short, *long)
-    if hint is bool:
-        action = "store_false" if meta["default"] else "store_true"
-        group.add_argument(*names, dest=field.name, action=action, help=meta["help"])
-        return
-    extra: dict[str, Any] = {}
-    if meta["nargs"]:
-        (hint,) = (typing.get_args(t)[0] for t in _members(hint) if typing.get_origin(t) is list)
-        extra["nargs"] = meta["nargs"]
-    group.add_argument(
-        *names, dest=field.name, type=hint, default=meta["default"], help=meta["help"], **extra
-    )
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def parse(parser: jsonargparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Return the values of `argv` by field name.
+def parse(argv: Sequence[str], *sections: type, description: str) -> list[Any]:
+    """Return an instance of each of `sections`, made of the flags of main.py.
 
     Raises:
         ValueError: One line naming the flag and, where known, the remedy.
@@ -295,42 +203,7 @@ def parse(parser: jsonargparse.ArgumentParser, argv: Sequence[str]) -> dict[str,
         name = word.partition("=")[0]
         if name in RETIRED:
             raise ValueError(f"{name} is not a flag any more: {RETIRED[name]}")
-    try:
-        return dict(vars(parser.parse_args(list(argv))))
-    except Exception as error:  # jsonargparse raises many kinds; each is a user's mistake here
-        raise ValueError(_one_line(str(error), parser)) from error
-
-
-def _one_line(text: str, parser: jsonargparse.ArgumentParser) -> str:
-    text = " ".join(text.split())
-    # name the flag as it is typed, not the parser's key
-    text = re.sub(r'Parser key "(\w+)"', lambda m: "--" + m[1].replace("_", "-"), text)
-    known = [name for action in parser._actions for name in action.option_strings]
-    for unknown in re.findall(r"--[\w-]+", text) if "unrecognized" in text else ():
-        if close := difflib.get_close_matches(unknown, known, n=1):
-            text += f" (did you mean {close[0]}?)"
-    return text
-
-
-def section(kind: type, values: dict[str, Any]) -> Any:
-    """Return an instance of the dataclass `kind` made of its part of the parsed `values`."""
-    return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
-
-
-def ineffective(config: Any, rules: Sequence[tuple[bool, str, str]]) -> list[str]:
-    """Return a line for every flag that was changed from its default but has no effect.
-
-    Args:
-        config: A dataclass instance made of flags.
-        rules: (has an effect, space-separated field names, what it would need) triples.
-    """
-    defaults = type(config)()
-    return [
-        f"--{name.replace('_', '-')} has no effect without {need}"
-        for effective, names, need in rules
-        for name in names.split()
-        if not effective and getattr(config, name) != getattr(defaults, name)
-    ]
+    return flags.parse("main.py", argv, *sections, description=description, config_file=True)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -342,7 +215,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         now: Those of this run.
     """
     return [
-        f"--{name.replace('_', '-')} {before[name]} -> {value}"
+        f"{spelling(name)} {before[name]} -> {value}"
         for name, value in now.items()
         if name in before and name not in PER_INVOCATION and before[name] != value
     ]
@@ -353,7 +226,7 @@ def check(config: Config) -> None:
     for name, within in RANGES.items():
         value = getattr(config, name)
         if value is not None and value not in within:
-            raise ValueError(f"--{name.replace('_', '-')} must be {within}, got {value}")
+            raise ValueError(f"{spelling(name)} must be {within}, got {value}")
     if config.evaluate and config.training_only:
         raise ValueError("--evaluate and --training-only exclude each other")
     if config.data is None and BACKENDS[config.data_backend].reads_images:

@@ -1,15 +1,16 @@
 """Read files of weights, whoever wrote them, and check them against a network.
 
 Reads files of torch.save and of safetensors: bare state dicts, and checkpoints of torchvision's and
-NVIDIA's trainers, of timm, of the PyTorch port of RigL, and our own. Also reads TensorFlow
-checkpoints of the RigL repository. Nothing in a file is executed.
+NVIDIA's trainers, of timm, and our own. Nothing in a file is executed.
+
+Our names are torchvision's (layer1.0.conv1.weight), without "module.".
 """
 
 import argparse
-import importlib
+import contextlib
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from image_classification import checkpoint, foreign
-from image_classification.foreign import Network
+from image_classification import checkpoint
 
 ENTRIES = ("state_dict", "model_state_dict", "model", "net", "module")
 AVERAGED_ENTRIES = ("ema", "state_dict_ema", "model_ema", "ema_state_dict")
@@ -40,13 +40,18 @@ _HARMLESS: list[Any] = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")),
 ]
+# In front of all names: DistributedDataParallel, AveragedModel, a module that holds the network.
+_OUTER = re.compile(r"(?:(?:module|model)\.)+")
+# Anywhere in a name, where a part was wrapped: torch.compile, FSDP, activation checkpointing.
+_WRAPPER = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 
 
 @dataclass(frozen=True)
-class Weights(Network):
-    """Weights and masks of a file under our names, and what else it says."""
+class Weights:
+    """Weights of a file under our names, and what else it says."""
 
+    state_dict: dict[str, Tensor]
     arch: str | None = None
     """The network, where the file names it."""
     entry: str | None = None
@@ -55,29 +60,34 @@ class Weights(Network):
     """Entries with averaged weights that were not asked for."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Flags of main.py that belong to the network."""
-    sparse: Mapping[str, Any] | None = None
-    """State of the sparse method, where one of our runs wrote the file."""
+    rest: Mapping[str, Any] = field(default_factory=dict)
+    """What stands beside that entry, as it is."""
 
 
 def read(path: Path, *, ema: bool = False) -> Weights:
-    """Return the weights in a file.
+    """Return the weights in a file of `torch.save` or of safetensors.
 
     Args:
-        path: A file of `torch.save` or of safetensors, or the prefix of a TensorFlow checkpoint.
+        path: The file.
         ema: Take the averaged weights.
 
     Raises:
         ValueError: One line: the file is missing, damaged or of no known kind.
     """
-    prefix = path.with_suffix("") if path.suffix == ".index" else path
-    is_tf = Path(f"{prefix}.index").is_file()
-    if not is_tf and not path.is_file():
-        raise ValueError(f"{path} does not exist: name a file, or the prefix of PREFIX.index")
-    if is_tf and ema:
-        raise ValueError(f"{path} is a TensorFlow checkpoint, which has no averaged weights")
-    state = None if is_tf else _load(path)
+    state = _load(path)
+    with explained(path):
+        return _select(state, ema=ema)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Tell in one line that what a file holds cannot be used.
+
+    Raises:
+        ValueError: In place of whatever misplaced content raises.
+    """
     try:
-        return _from_tf(prefix) if state is None else _select(state, ema=ema)
+        yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} cannot be used: {reason}") from error
@@ -124,6 +134,8 @@ def fit(
 
 def _load(path: Path) -> dict[str, Any]:
     """Return what a file holds, without running anything."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: name a file of weights")
     if path.suffix == ".safetensors":
         try:
             return dict(safetensors.torch.load_file(path))
@@ -165,68 +177,50 @@ def _select(state: Mapping[str, Any], *, ema: bool) -> Weights:
         raise ValueError("it has no averaged weights; leave --ema out")
     if averaged and not entries and not ema:
         raise ValueError(
-            f"it has averaged weights only ({averaged[0]}): "
-            "python -m image_classification.convert --ema takes them"
+            f"it has averaged weights only ({averaged[0]}): python -m cli.convert --ema takes them"
         )
     entry = next(iter(averaged if ema else entries), None)
-    network = _network(state if entry is None else state[entry], state)
-    arch, config = state.get("arch"), state.get("config")
-    return Weights(
-        network.state_dict,
-        network.masks,
-        arch=arch if isinstance(arch, str) else None,
-        entry=entry,
-        left=() if ema else tuple(averaged),
-        config=config if isinstance(config, Mapping) else {},
-        sparse=state.get("sparse"),
-    )
-
-
-def _network(named: Mapping[str, Any], state: Mapping[str, Any]) -> Network:
-    """Return the network of a state dict and of the masks that stand beside it."""
+    named = state if entry is None else state[entry]
     if any(name.endswith(".values") for name in named):
         raise ValueError(
             "it is a compact file: python export.py FILE CHECKPOINT --to torch brings it back"
         )
-    if "pruner" in state:
-        return foreign.from_port(named, state["pruner"])
-    weights = foreign.from_torch(named)
-    weights.pop("n_averaged", None)
-    pruned = foreign.from_pruned(weights)
-    stored = (state.get("sparse") or {}).get("masks", {})
-    masks = {name: unpack(mask) for name, mask in stored.items()}
-    return foreign.masked(pruned.state_dict, {**pruned.masks, **masks})
+    state_dict = from_torch(named)
+    state_dict.pop("n_averaged", None)
+    arch, config = state.get("arch"), state.get("config")
+    return Weights(
+        state_dict,
+        arch=arch if isinstance(arch, str) else None,
+        entry=entry,
+        left=() if ema else tuple(averaged),
+        config=config if isinstance(config, Mapping) else {},
+        rest={} if entry is None else {key: state[key] for key in state if key != entry},
+    )
 
 
-def _from_tf(prefix: Path) -> Weights:
-    try:
-        tensorflow = importlib.import_module("tensorflow")  # a large package for rare use
-    except ImportError:
-        raise ValueError(
-            "reading TensorFlow checkpoints needs tensorflow: pip install tensorflow-cpu"
-        ) from None
-    reader = tensorflow.train.load_checkpoint(str(prefix))
-    names = [n for n in reader.get_variable_to_shape_map() if n.startswith("resnet_model/")]
-    variables = {name: torch.from_numpy(np.array(reader.get_tensor(name))) for name in names}
-    return from_tf(variables)
+def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Rename the weights of torchvision, timm or NVIDIA's ConvNets to our names.
+
+    What wrappers put into the names is taken out ("module." of DistributedDataParallel,
+    "_orig_mod." of torch.compile), and NVIDIA's later versions number the stages of a ResNet from 0
+    (layers.0.0.conv1). What is no tensor is left out.
+
+    Raises:
+        ValueError: Two weights get one name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        ours = _our_name(name)
+        if ours in renamed:
+            raise ValueError(f"two of its weights are {ours}, one of them {name}")
+        renamed[ours] = tensor
+    return renamed
 
 
-def from_tf(variables: Mapping[str, Tensor]) -> Weights:
-    """Return the network of the RigL repository's variables, and how it saw images."""
-    arch = foreign.tf_arch(variables)
-    network = foreign.from_tf(variables, arch)
-    config = {"interpolation": "tensorflow"}
-    return Weights(network.state_dict, network.masks, arch=arch, config=config)
-
-
-def pack(mask: Tensor) -> dict[str, Any]:
-    """Return a mask as checkpoints of sparse runs hold it: eight entries a byte, lowest first."""
-    bits = np.packbits(mask.numpy(), axis=None, bitorder="little")
-    return {"shape": list(mask.shape), "bits": torch.from_numpy(bits)}
-
-
-def unpack(packed: Mapping[str, Any]) -> Tensor:
-    """Undo `pack`."""
-    shape = torch.Size(packed["shape"])
-    bits = np.unpackbits(packed["bits"].numpy(), count=shape.numel(), bitorder="little")
-    return torch.from_numpy(bits).bool().reshape(shape)
+def _our_name(name: str) -> str:
+    name = _WRAPPER.sub("", name)
+    if outer := _OUTER.match(name):
+        name = name[outer.end() :]
+    return re.sub(r"^layers\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.", name)

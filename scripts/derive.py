@@ -21,7 +21,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
 
 from cli.flags import sparse_flags, used_flags
-from image_classification.config import RETIRED, Config, flag_types
+from image_classification.config import RETIRED, Config
+from image_classification.flags import flag_types
 from sparse import METHODS, factories
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +39,8 @@ combination is refused, and so is a value out of range: one line, exit status 2.
 what a command line comes to.
 
 The other programs explain themselves: `python costs.py --help`, and likewise `export.py`,
-`classify.py`, `multiproc.py`, `python -m image_classification.convert` and
-`python -m image_classification.report`.
+`classify.py`, `multiproc.py`, `python -m cli.convert` and
+`python -m cli.report`.
 """
 KINDS = {int: "integer", float: "number", str: "text"}
 
@@ -85,7 +86,8 @@ def default(field: "dataclasses.Field[Any]") -> str:
 
 def rows(section: type, names: list[str], *, methods: bool = False) -> list[str]:
     """Return a table of some flags; `methods` adds which sparse methods use them."""
-    fields = {f.name: f for f in dataclasses.fields(section) if f.metadata}
+    flags = (f for f in dataclasses.fields(section) if f.metadata)
+    fields = {f.name: f for f in flags if not f.metadata["positional"]}
     hints = flag_types(section)
     head = ["flag", "takes", "default", "meaning", *(["used by"] if methods else [])]
     table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -106,7 +108,7 @@ def options() -> str:
     """Return docs/options.md."""
     lines = [HEAD]
     for head, names in groups(Config).items():
-        if any(f.metadata for f in dataclasses.fields(Config) if f.name in names):
+        if head:  # DATA stands in front of the first
             lines += [f"## {head.capitalize()}", "", *rows(Config, names), ""]
     lines += ["## Sparsity", "", "[methods.md](methods.md) has the equations.", ""]
     flags = sparse_flags()

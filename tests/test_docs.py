@@ -28,7 +28,9 @@ import export
 import main
 import multiproc
 import sparse
-from image_classification import convert
+from cli import convert, networks
+from cli.metrics import FORMATS
+from cli.program import Program
 from image_classification.log.records import default_metadata
 from image_classification.models import create_model
 from scripts import derive
@@ -113,13 +115,14 @@ def run_costs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a program parse its command line; its own tests do what the command does."""
     program = command.words[2 if command.words[1] == "-m" else 1]
-    parsers = {
-        "classify.py": classify.build_parser,
-        "export.py": export.build_parser,
-        "image_classification.convert": convert.build_parser,
+    programs: dict[str, Program[Any]] = {
+        "classify.py": classify.PROGRAM,
+        "export.py": export.PROGRAM,
+        "cli.convert": convert.PROGRAM,
     }
     arguments = command.words[command.words.index(program) + 1 :]
-    assert parsers[program]().parse_args(arguments) if arguments else parsers[program]()
+    if arguments:
+        assert programs[program].parse(arguments)
 
 
 def helped(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,13 +173,14 @@ RULES: dict[str, Rule] = {
     rf"(python|({LAUNCHERS}) .*) main\.py": plan_main,
     r"bash scripts/(rigl/)?(rn50|mbv1)_\S+\.sh": plan_row,
     r"python costs\.py": run_costs,
-    r"python (export\.py|classify\.py|-m image_classification\.convert)": parse,
-    r"python (benchmarks/\w+\.py|-m image_classification\.report)": helped,
+    r"python (export\.py|classify\.py|-m cli\.convert)": parse,
+    r"python (benchmarks/\w+\.py|-m cli\.report)": helped,
     r"python -m sparse\.native": build_kernels,
     r"python scripts/derive\.py": write_derived,
     r"python scripts/rows\.py": "tests/test_rows.py",
     r"python -m tests\.golden tests/golden": "tests/sparse/test_golden.py",
     r"bash scripts/demo\.sh": "tests/test_demo.py",
+    r"bash scripts/gpu_check\.sh": "tests/test_gpu_kit.py",
     r"bash scripts/prepare_imagenet\.sh \S+ \S+$": "tests/test_prepare_imagenet.py",
     r"bash docker/\w+\.sh": "tests/docker/test_scripts.py",
     r"bash tests/docker/engine\.sh bash scripts/test\.sh -m docker tests/docker": ".ci/run",
@@ -266,7 +270,7 @@ def test_an_exported_network_is_run_as_runtime_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    trained = export.Trained(
+    trained = networks.Trained(
         arch="small_cnn",
         options={"num_classes": 3},
         image_size=16,
@@ -274,7 +278,7 @@ def test_an_exported_network_is_run_as_runtime_says(
         state=create_model("small_cnn", num_classes=3).state_dict(),
         masks={},
     )
-    export.write_compact(trained, Path("network.safetensors"), dtype="float32", fold=True)
+    networks.write_compact(trained, Path("network.safetensors"), dtype="float32", fold=True)
     logits = run_block("docs/runtime.md", images=torch.randn(2, 3, 16, 16))["logits"]
     assert tuple(logits.shape) == (2, 3)
 
@@ -351,8 +355,10 @@ def test_files_and_functions_that_are_named_exist(document: Path) -> None:
     for span in names(document.read_text()):
         if "/" in span and re.fullmatch(r"[\w./-]+\.(py|sh|csv|md|png|sbatch|json|yml)", span):
             assert (ROOT / span).exists() or span in NOT_HERE, f"there is no {span}"
-        name = re.match(r"(sparse|image_classification)(\.\w+)+(?=$|\()", span)
-        if name and not default_metadata(name[0]) and span not in NOT_HERE:  # or a key of the log
+        name = re.match(r"(sparse|image_classification|cli)(\.\w+)+(?=$|\()", span)
+        if (
+            name and not default_metadata(name[0], FORMATS) and span not in NOT_HERE
+        ):  # or a key of the log
             assert pkgutil.resolve_name(name[0]) is not None
 
 

@@ -56,7 +56,7 @@ def state_of(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def convert(*arguments: object) -> str:
-    return export.run(export.build_parser().parse_args([str(a) for a in arguments]))
+    return export.run(export.PROGRAM.parse([str(a) for a in arguments]))
 
 
 def assert_same_state(found: dict[str, Tensor], model: nn.Module, factor: float = 1.0) -> None:
@@ -204,8 +204,7 @@ def test_classify_runs_the_exported_file_and_ranks_as_with_the_checkpoint(tmp_pa
         Image.fromarray(pixels).save(images[-1])
 
     def lines_of(*arguments: object) -> list[str]:
-        parsed = classify.build_parser().parse_args([str(a) for a in arguments])
-        return classify.report(parsed).splitlines()
+        return classify.report(classify.PROGRAM.parse([str(a) for a in arguments])).splitlines()
 
     trained = lines_of(*images, "--resume", source, "--cpu", "--topk", 2)
     for options in ([], ["--batch"]):

@@ -172,11 +172,13 @@ def test_a_mistake_is_one_line(images: Path, typed: str, message: str) -> None:
 
 
 @pytest.mark.usefixtures("added")
-def test_the_flags_and_their_page_name_them() -> None:
+def test_the_flags_and_their_page_name_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert "apex-sgd`, `signs`" in derive.options()
     assert "`syntetic`, `stills`" in derive.options()
-    parser = config.build_parser(Config, description="")
-    assert parser.get_defaults().optimizer == "sgd"
-    assert "signs" in parser.format_help()
+    (defaults,) = config.parse([], Config, description="")
+    assert defaults.optimizer == "sgd"
+    with pytest.raises(SystemExit, match="0"):
+        config.parse(["--help"], Config, description="")
+    assert "signs" in capsys.readouterr().out
     assert optimizers.describe_optimizers() == "apex-sgd is apex's FusedSGD; signs is a toy"
     assert models.with_width() == ["mobilenet_v1", "tiny"]

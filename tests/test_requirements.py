@@ -16,7 +16,7 @@ from image_classification.versions import OLDEST
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted(
     path.relative_to(ROOT)
-    for folder in (ROOT, ROOT / "image_classification")
+    for folder in (ROOT, ROOT / "cli", ROOT / "image_classification")
     for path in folder.glob("*.py")
     if '\nif __name__ == "__main__":\n' in path.read_text()
 )

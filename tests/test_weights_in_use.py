@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import classify
 import export
 import main
-from image_classification import checkpoint, convert, weights
+from cli import convert, foreign, networks, predictions
+from image_classification import checkpoint
 from image_classification.models import create_model
 from sparse import runtime
 from tests import pictures
-from tests.image_classification.test_convert import GRAPHS, noise, variables
+from tests.cli.test_convert import GRAPHS, noise, variables
 from tests.test_main import SMALL, last, records, run
 
 SYNTHETIC = "--data-backend synthetic --synthetic-batches 1 -b 2 --image-size 64 --cpu".split()
@@ -97,7 +97,7 @@ def test_weights_that_cannot_be_started_from_are_one_line(data: Path, tmp_path: 
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint that comes of the RigL repository's ResNet-50, as its graph was run."""
     path = tmp_path_factory.mktemp("converted") / "ours.pth.tar"
-    found = weights.from_tf(variables("resnet50"))
+    found = foreign.from_tf(variables("resnet50"), "tf_resnet50")
     assert found.arch is not None
     convert.write(found, path, arch=found.arch)
     return path
@@ -126,7 +126,7 @@ def test_a_tensorflow_checkpoint_is_evaluated_as_its_graph(
 def test_a_tensorflow_checkpoint_is_exported_as_its_graph(converted: Path, tmp_path: Path) -> None:
     def convert_to(target: Path, *flags: str) -> Path:
         words = [str(converted), str(target), *flags]
-        export.run(export.build_parser().parse_args(words))
+        export.run(export.PROGRAM.parse(words))
         return target
 
     compact = convert_to(tmp_path / "net.safetensors")
@@ -134,9 +134,9 @@ def test_a_tensorflow_checkpoint_is_exported_as_its_graph(converted: Path, tmp_p
     header = runtime.read(compact).header
     assert (header.arch, header.interpolation) == ("tf_resnet50", "tensorflow")
     again = convert_to(tmp_path / "back.pth.tar", "--to", "torch")
-    model, config = classify.load_model(again, arch=None)
-    assert_logits_of_tensorflow(model)
-    assert config["interpolation"] == "tensorflow"
+    trained = networks.read_checkpoint(again)
+    assert_logits_of_tensorflow(trained.model())
+    assert trained.interpolation == "tensorflow"
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_the_compiled_kernels_give_the_logits_of_tensorflow(
     converted: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "net.safetensors"
-    export.run(export.build_parser().parse_args([str(converted), str(target)]))
+    export.run(export.PROGRAM.parse([str(converted), str(target)]))
     assert_logits_of_tensorflow(runtime.load(target, tune=False), atol=1e-4)
 
 
@@ -183,7 +183,7 @@ def test_images_are_seen_as_the_checkpoint_was_trained(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (90, 121, 3), dtype=np.uint8)).save(tmp_path / "x.png")
     ours, theirs = (
-        classify.load_image(tmp_path / "x.png", image_size=32, interpolation=name)
+        predictions.load_image(tmp_path / "x.png", image_size=32, interpolation=name)
         for name in ("bicubic", "tensorflow")
     )
     assert ours.shape == theirs.shape

@@ -144,7 +144,7 @@ def verify(path: Path) -> None:
     if recorded is None and not _is_cut(path):
         raise ValueError(
             f"{path} was not written by this trainer (it carries no digest): "
-            "bring it in with python -m image_classification.convert"
+            "bring it in with python -m cli.convert"
         )
     raise ValueError(
         f"{path} is truncated or damaged: its content does not match its digest; "

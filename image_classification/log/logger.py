@@ -11,6 +11,7 @@ from typing import Any
 from image_classification.config import ConsoleFormat
 from image_classification.log.records import (
     Backend,
+    Formats,
     close_raport,
     default_metadata,
     open_console,
@@ -44,6 +45,7 @@ class Logger:
         console: What standard output shows. `dllogger` shows every record as a line. `summary`
             shows one line per epoch (see `headline`). `auto` is `summary` on a terminal and
             `dllogger` elsewhere. None shows neither records nor messages.
+        formats: Units and formats of the metrics that a program joins to training.
         enabled: False on the ranks that do not write. All methods may be called there, too.
 
     Raises:
@@ -58,9 +60,10 @@ class Logger:
         append: bool,
         tensorboard: Path | None = None,
         console: ConsoleFormat | None = "auto",
+        formats: Formats | None = None,
         enabled: bool = True,
     ) -> None:
-        self._enabled = enabled
+        self._enabled, self._formats = enabled, formats
         self._start = datetime.now()
         self._declared: set[str] = set()
         self._raport_failed = False
@@ -120,7 +123,7 @@ class Logger:
         if not data or verbosity == Verbosity.OFF or not self._enabled:
             return
         for metric in data:
-            known = default_metadata(metric)
+            known = default_metadata(metric, self._formats)
             if known and metric not in self._declared:
                 self.metadata(metric, unit=known[0], format=known[1])
         by_iteration = verbosity == Verbosity.DEFAULT and self._summary is None

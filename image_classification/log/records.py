@@ -14,35 +14,31 @@ from typing import Any, Protocol
 Step = tuple[int, ...] | str
 Data = Mapping[str, Any]
 
-_TIME = ("s", ":.5f")
-_RATE = ("images/s", ":.2f")
-_SHARE = (None, ":.4f")
-_COUNT = (None, ":.0f")
+Formats = Mapping[str, tuple[str | None, str]]
+"""Unit and format of metrics. An entry serves the names below it too (group.metric.<layer>)."""
 
-# Unit and format of each metric. Validation metrics are listed once, as val.*, and serve val_ema.*;
-# an entry serves the names below it too (sparse.sparsity.<layer>).
-_METRICS: dict[str, tuple[str | None, str]] = {
+TIME = ("s", ":.5f")
+RATE = ("images/s", ":.2f")
+SHARE = (None, ":.4f")
+COUNT = (None, ":.0f")
+
+# Validation metrics are listed once, as val.*, and serve val_ema.*.
+_METRICS: Formats = {
     "train.loss": (None, ":.5f"),
     "train.lr": (None, ":.6f"),
     "train.grad_scale": (None, ":.1f"),
-    "train.compute_ips": _RATE,
-    "train.total_ips": _RATE,
-    "train.data_time": _TIME,
-    "train.compute_time": _TIME,
+    "train.compute_ips": RATE,
+    "train.total_ips": RATE,
+    "train.data_time": TIME,
+    "train.compute_time": TIME,
     "val.top": ("%", ":.2f"),
     "val.loss": (None, ":.5f"),
-    "val.compute_ips": _RATE,
-    "val.total_ips": _RATE,
-    "val.data_time": _TIME,
-    "val.compute_latency": _TIME,
-    "val.compute_latency_at": _TIME,
-    "data.bad_files": _COUNT,
-    "sparse.sparsity": _SHARE,
-    "sparse.drop_fraction": _SHARE,
-    "sparse.exploration_rate": _SHARE,
-    "sparse.sent_ratio": _SHARE,
-    "sparse.dropped": _COUNT,
-    "sparse.grown": _COUNT,
+    "val.compute_ips": RATE,
+    "val.total_ips": RATE,
+    "val.data_time": TIME,
+    "val.compute_latency": TIME,
+    "val.compute_latency_at": TIME,
+    "data.bad_files": COUNT,
     "gpu.utilization": ("%", ":.0f"),
     "gpu.memory": ("GiB", ":.2f"),
     "gpu.power": ("W", ":.0f"),
@@ -64,13 +60,19 @@ class Backend(Protocol):
         """Hand everything written so far to the operating system."""
 
 
-def default_metadata(metric: str) -> tuple[str | None, str] | None:
-    """Return (unit, format) of a metric of the harness; None for a name it does not know."""
+def default_metadata(metric: str, further: Formats | None = None) -> tuple[str | None, str] | None:
+    """Return (unit, format) of a metric of the harness; None for a name it does not know.
+
+    Args:
+        metric: Its name.
+        further: Formats of metrics that are joined from outside.
+    """
+    known = {**_METRICS, **(further or {})}
     name = re.sub(r"^val_ema\.", "val.", metric)
     name = re.sub(r"^(val\.top|val\.compute_latency_at)\d+$", r"\1", name)
-    while name not in _METRICS and "." in name:
+    while name not in known and "." in name:
         name = name.rpartition(".")[0]
-    return _METRICS.get(name)
+    return known.get(name)
 
 
 def open_raport(path: Path, *, append: bool) -> Backend:

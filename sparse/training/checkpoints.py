@@ -31,19 +31,32 @@ def save(
     Masks take 1 bit per weight. Each mask is stored with its shape.
     """
     return {
-        "version": _VERSION,
+        **masks_alone(masks),
         "method": method,
         "step": step,
         "num_updates": num_updates,
         "last_update": dict(last_update),
-        "masks": {
-            name: {"shape": list(mask.shape), "bits": pack(mask).cpu()}
-            for name, mask in masks.items()
-        },
         "averages": _copies(averages),
         "method_state": _copies(method_state),
         "explored": None if explored is None else _copies(explored),
     }
+
+
+def masks_alone(masks: Tensors) -> dict[str, Any]:
+    """Return a state that holds masks and nothing of a run."""
+    packed = {name: {"shape": [*m.shape], "bits": pack(m).cpu()} for name, m in masks.items()}
+    return {"version": _VERSION, "masks": packed}
+
+
+def read_masks(state: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """Return all masks of a state, or none where there is no state.
+
+    Raises:
+        KeyError: A mask has no shape or no bits.
+        ValueError: Its bits do not fit its shape.
+    """
+    stored = (state or {}).get("masks") or {}
+    return {name: unpack(mask["bits"], tuple(mask["shape"])) for name, mask in stored.items()}
 
 
 def check(state: Mapping[str, Any], method: str) -> None:

@@ -9,8 +9,8 @@ from image_classification.config import Config, cut
 
 
 def parse(*argv: str) -> Config:
-    parser = config.build_parser(Config, description="")
-    return config.section(Config, config.parse(parser, argv))
+    (c,) = config.parse(argv, Config, description="")
+    return c
 
 
 def test_defaults_are_those_of_the_original_harness() -> None:

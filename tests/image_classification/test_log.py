@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from cli.metrics import FORMATS
 from image_classification.log import GpuMonitor, Logger, Verbosity, default_metadata, run_metadata
 from tests.terminal import Terminal
 
@@ -232,7 +233,7 @@ def test_a_full_disk_is_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_metrics_of_the_harness_are_known(metric: str, expected: object) -> None:
-    assert default_metadata(metric) == expected
+    assert default_metadata(metric, FORMATS) == expected
 
 
 # TensorBoard

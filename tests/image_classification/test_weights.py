@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torchvision.models import resnet18
 
-from image_classification import convert, weights
+from cli import convert, foreign
+from image_classification import weights
 from image_classification.models import check_image_size, create_model, names
 
 State = dict[str, Tensor]
@@ -30,7 +31,7 @@ def same(one: State, other: State) -> bool:
     return list(one) == list(other) and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def read(path: Path, **options: Any) -> weights.Weights:
+def read(path: Path, **options: Any) -> foreign.Network:
     return convert.read(path, arch="resnet18", **options)
 
 

@@ -1,8 +1,8 @@
-"""Bring weights in and out: `python -m image_classification.convert SOURCE TARGET`.
+"""Bring weights in and out: `python -m cli.convert SOURCE TARGET`.
 
-Reads whatever `image_classification.weights` does: files of torchvision, timm, NVIDIA's ConvNets,
-the PyTorch port of RigL and of torch.nn.utils.prune with their masks, of the RigL repository
-(TensorFlow 1, ResNet-50 and MobileNet-v1) with theirs, and our own. Writes a checkpoint for
+Reads whatever `cli.weights` does: files of torchvision, timm, NVIDIA's ConvNets, the PyTorch port
+of RigL and of torch.nn.utils.prune with their masks, of the RigL repository (TensorFlow 1,
+ResNet-50 and MobileNet-v1) with theirs, and our own. Writes a checkpoint for
 `main.py --evaluate --resume` and `--pretrained-from-file`, or the weights alone under
 torchvision's or NVIDIA's names.
 """
@@ -12,39 +12,38 @@ from image_classification import versions
 if __name__ == "__main__":
     versions.require()
 
-import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from image_classification import checkpoint, foreign, models, weights
-from image_classification.foreign import Network
-from image_classification.weights import Weights
+from cli import foreign, networks, weights
+from cli.foreign import Network
+from cli.program import Program
+from image_classification import models
+from image_classification.flags import argument, flag
+from image_classification.weights import fit
 
 Format = Literal["checkpoint", "torchvision", "nvidia"]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m image_classification.convert", description="Bring weights in and out."
-    )
-    add = parser.add_argument
-    add("source", type=Path, help="file of weights, or the prefix of a TensorFlow checkpoint")
-    add("target", type=Path, help="file to write; .safetensors for weights alone is understood")
-    add("-a", "--arch", help="network of SOURCE, where it does not say (resnet50)")
-    add("--to", choices=("checkpoint", "torchvision", "nvidia"), default="checkpoint")
-    add("--ema", action="store_true", help="take the averaged weights of SOURCE")
-    return parser
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Bring weights in and out."""
+
+    source: Path = argument("file of weights, or the prefix of a TensorFlow checkpoint")
+    target: Path = argument("file to write; .safetensors for weights alone is understood")
+    arch: str | None = flag(None, "network of SOURCE, where it does not say (resnet50)", "-a")
+    to: Format = flag("checkpoint", "a checkpoint with masks, or the weights alone under our names "
+                      "or NVIDIA's")  # fmt: skip
+    ema: bool = flag(False, "take the averaged weights of SOURCE")
 
 
-def read(source: Path, *, arch: str | None = None, ema: bool = False) -> Weights:
+def read(source: Path, *, arch: str | None = None, ema: bool = False) -> Network:
     """Return the weights in a file, in the order of their architecture and checked against it.
 
     Args:
@@ -63,7 +62,7 @@ def read(source: Path, *, arch: str | None = None, ema: bool = False) -> Weights
         num_classes = models.count_classes(name, found.state_dict)
         with torch.device("meta"):
             own = models.create_model(name, num_classes=num_classes, **options).state_dict()
-        fitted = weights.fit(found.state_dict, own, name)
+        fitted = fit(found.state_dict, own, name)
     except ValueError as error:
         raise ValueError(f"{source} cannot be converted: {error}") from error
     return dataclasses.replace(found, state_dict=fitted, arch=name)
@@ -73,7 +72,7 @@ def write(network: Network, target: Path, *, arch: str, to: Format = "checkpoint
     """Write a network.
 
     Args:
-        network: Weights under our names, and masks; `Weights` bring their flags along.
+        network: Weights under our names, their masks and flags.
         target: New file. With the suffix .safetensors, weights are written in that format.
         arch: Its architecture.
         to: "checkpoint" keeps the masks, the others hold weights with zeros.
@@ -94,16 +93,12 @@ def write(network: Network, target: Path, *, arch: str, to: Format = "checkpoint
         return
     if target.suffix == ".safetensors":
         raise ValueError(f"{target}: a checkpoint is no .safetensors file; add --to torchvision")
-    state: dict[str, Any] = {"epoch": 0, "arch": arch, "state_dict": network.state_dict}
-    if network.masks:
-        packed = {name: weights.pack(mask) for name, mask in network.masks.items()}
-        state["sparse"] = {"version": 1, "masks": packed}
-    if isinstance(network, Weights) and network.config:
-        state["config"] = dict(network.config)
-    checkpoint.write(target, state)
+    networks.write_checkpoint(
+        target, arch, network.state_dict, masks=network.masks, config=network.config
+    )
 
 
-def describe(found: Weights, target: Path, *, to: Format) -> str:
+def describe(found: Network, target: Path, *, to: Format) -> str:
     """Return the lines that say what was written and what was not."""
     zeros = sum(int((~mask).sum()) for mask in found.masks.values())
     masked = sum(mask.numel() for mask in found.masks.values())
@@ -117,18 +112,21 @@ def describe(found: Weights, target: Path, *, to: Format) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
-    args = build_parser().parse_args(argv)
-    try:
-        found = read(args.source, arch=args.arch, ema=args.ema)
-        assert found.arch is not None
-        write(found, args.target, arch=found.arch, to=args.to)
-    except (ValueError, OSError) as error:
-        print(f"convert: error: {error}", file=sys.stderr)
-        return 2
-    print(describe(found, args.target, to=args.to))
-    return 0
+def run(given: Flags) -> str:
+    """Convert; return the lines that say what was written.
+
+    Raises:
+        ValueError: A user's mistake, in one line.
+    """
+    found = read(given.source, arch=given.arch, ema=given.ema)
+    assert found.arch is not None
+    with networks.writing(given.target):
+        write(found, given.target, arch=found.arch, to=given.to)
+    return describe(found, given.target, to=given.to)
+
+
+PROGRAM = Program("convert", Flags, run)
+main = PROGRAM.main
 
 
 if __name__ == "__main__":

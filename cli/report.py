@@ -1,4 +1,4 @@
-"""Turn finished runs into a table: `python -m image_classification.report RAPORT...`.
+"""Turn finished runs into a table: `python -m cli.report RAPORT...`.
 
 Runs that differ in their seed alone are one row: mean and sample standard deviation over them.
 """
@@ -8,7 +8,6 @@ from image_classification import versions
 if __name__ == "__main__":
     versions.require()
 
-import argparse
 import json
 import statistics
 import sys
@@ -19,7 +18,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from cli.program import Program
 from image_classification.config import Config
+from image_classification.flags import argument, flag
 
 # Flags that may differ between two runs of one experiment.
 _NOT_THE_EXPERIMENT = {
@@ -178,24 +179,30 @@ def _mean(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; return its exit status: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m image_classification.report", description="Turn finished runs into a table."
-    )
-    parser.add_argument("raports", type=Path, nargs="+", metavar="RAPORT", help="raport files")
-    parser.add_argument("--metric", default="val.top1", help="of an epoch (%(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the metric over the epochs")
-    args = parser.parse_args(argv)
-    try:
-        groups = group(map(read_raport, args.raports))
-        print(table(groups, args.metric))
-        if args.plot:
-            plot(groups, args.plot, args.metric)
-    except ValueError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Turn finished runs into a table."""
+
+    raports: list[Path] = argument("raport files", nargs="+", metavar="RAPORT")
+    metric: str = flag("val.top1", "metric of an epoch")
+    plot: Path | None = flag(None, "draw the metric over the epochs", metavar="PNG")
+
+
+def run(given: Flags) -> str:
+    """Return the table, and draw the picture that is asked for.
+
+    Raises:
+        ValueError: A user's mistake, in one line.
+    """
+    groups = group(map(read_raport, given.raports))
+    text = table(groups, given.metric)
+    if given.plot:
+        plot(groups, given.plot, given.metric)
+    return text
+
+
+PROGRAM = Program("report", Flags, run)
+main = PROGRAM.main
 
 
 if __name__ == "__main__":

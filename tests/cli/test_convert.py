@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from image_classification import checkpoint, convert, foreign
-from image_classification.foreign import Network
+from cli import convert, foreign
+from cli.foreign import Network
+from image_classification import checkpoint
 from image_classification.models import create_model
 from sparse.topology.bits import unpack
 
@@ -58,6 +59,29 @@ def value(name: str, shape: Sequence[int]) -> Tensor:
 @functools.cache
 def variables(graph: str) -> dict[str, Tensor]:
     return {name: value(name, shape) for name, shape in GRAPHS[graph]["variables"].items()}
+
+
+def to_tf(network: Network, arch: str) -> dict[str, Tensor]:
+    """Undo `foreign.from_tf`, under the names of a graph whose every layer is sparse."""
+    variables: dict[str, Tensor] = {}
+    for name, scope in foreign.tf_kernels(arch):
+        kernel = network.state_dict[f"{name}.weight"]
+        last = "depthwise_weights" if name.endswith(".dw") else "weights"
+        variables[f"resnet_model/{scope}/{last}"] = to_tf_layout(kernel, name)
+        if (mask := network.masks.get(f"{name}.weight")) is not None:
+            variables[f"resnet_model/{scope}/mask"] = to_tf_layout(mask.float(), name)
+    for name, scope in foreign.tf_norms(arch):
+        for ours, theirs in foreign.NORM.items():
+            variables[f"resnet_model/{scope}/{theirs}"] = network.state_dict[f"{name}.{ours}"]
+    variables["resnet_model/final_dense/biases"] = network.state_dict["fc.bias"]
+    return variables
+
+
+def to_tf_layout(kernel: Tensor, name: str) -> Tensor:
+    if kernel.dim() == 2:
+        return kernel.t().contiguous()
+    order = (2, 3, 0, 1) if name.endswith(".dw") else (2, 3, 1, 0)
+    return kernel.permute(order).contiguous()
 
 
 def arch_of(graph: str) -> str:
@@ -100,7 +124,7 @@ def test_masks_of_a_tensorflow_checkpoint_come_along(graph: str, dense: int) -> 
 @pytest.mark.parametrize("graph", ["resnet50", "mobilenet_v1"])
 def test_tensorflow_names_and_layouts_round_trip(graph: str) -> None:
     there = foreign.from_tf(variables(graph), arch_of(graph))
-    back = foreign.to_tf(there, arch_of(graph))
+    back = to_tf(there, arch_of(graph))
     again = foreign.from_tf(back, arch_of(graph))
     assert same(again.state_dict, there.state_dict)
     assert same(again.masks, there.masks)
@@ -197,7 +221,7 @@ def test_the_masks_of_the_port_end_up_in_the_checkpoint(tmp_path: Path) -> None:
     state, masks = port_checkpoint()
     torch.save(state, tmp_path / "port.pth.tar")
     root = Path(__file__).parents[2]
-    command = ["-m", "image_classification.convert", tmp_path / "port.pth.tar"]
+    command = ["-m", "cli.convert", tmp_path / "port.pth.tar"]
     done = subprocess.run(
         [sys.executable, *command, tmp_path / "ours.pth.tar"],
         cwd=root, capture_output=True, text=True, timeout=120, check=True,
@@ -249,7 +273,7 @@ def files_that_do_not_convert(folder: Path) -> dict[str, str]:
     (folder / "cut.pth").write_bytes(whole.read_bytes()[:-3000])
     return {
         "absent.pth": "does not exist",
-        "code.pth": "objects besides tensors (tests.image_classification.test_convert.Code)",
+        "code.pth": "objects besides tensors (tests.cli.test_convert.Code)",
         "tensor.pth": "holds a Tensor",
         "linear.pth": "it is no resnet50: fc.bias is missing",
         "whole.pth": "it is no resnet50",

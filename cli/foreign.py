@@ -1,7 +1,6 @@
-"""Weights of other trainers under our names: pure functions from tensors to tensors.
+"""Sparse networks of other trainers under our names: pure functions from tensors to tensors.
 
-Our names are torchvision's (layer1.0.conv1.weight), without "module.". Masks are bool, True =
-active, and are given for sparse layers only.
+Masks are bool, True = active, and are given for sparse layers only.
 """
 
 import re
@@ -12,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from image_classification.weights import Weights
+
 # torchvision's name -> scope of the RigL repository's TensorFlow graph
 _RESNET50_BLOCKS = (3, 4, 6, 3)
 _MOBILENET_BLOCKS = 13
 _KERNELS = ("weights", "kernel", "depthwise_weights")
-_NORM = {
+NORM = {
     "weight": "gamma",
     "bias": "beta",
     "running_mean": "moving_mean",
@@ -24,45 +25,19 @@ _NORM = {
 }
 TF_ARCHES = ("tf_resnet50", "mobilenet_v1")
 
-# In front of all names: DistributedDataParallel, AveragedModel, a module that holds the network.
-_OUTER = re.compile(r"(?:(?:module|model)\.)+")
-# Anywhere in a name, where a part was wrapped: torch.compile, FSDP, activation checkpointing.
-_WRAPPER = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
 
 @dataclass(frozen=True)
-class Network:
-    """Weights and masks of a network."""
+class Network(Weights):
+    """Weights of a file together with their masks."""
 
-    state_dict: dict[str, Tensor]
     masks: dict[str, Tensor] = field(default_factory=dict)
 
 
-def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename the weights of torchvision, timm, NVIDIA's ConvNets or the port to our names.
-
-    What wrappers put into the names is taken out ("module." of DistributedDataParallel,
-    "_orig_mod." of torch.compile), and NVIDIA's later versions number the stages of a ResNet from 0
-    (layers.0.0.conv1). What is no tensor is left out.
-
-    Raises:
-        ValueError: Two weights get one name.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        ours = _our_name(name)
-        if ours in renamed:
-            raise ValueError(f"two of its weights are {ours}, one of them {name}")
-        renamed[ours] = tensor
-    return renamed
-
-
-def from_pruned(state_dict: Mapping[str, Tensor]) -> Network:
+def from_pruned(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Undo torch.nn.utils.prune, which keeps `weight_orig` and `weight_mask` in place of `weight`.
 
-    The masks of weights become those of the network; a bias is multiplied with its mask.
+    Returns:
+        The weights, each multiplied with its mask, and the masks of all but biases.
 
     Raises:
         ValueError: A mask is missing or has another shape than its weight.
@@ -73,50 +48,39 @@ def from_pruned(state_dict: Mapping[str, Tensor]) -> Network:
             raise ValueError(f"it has {name}_orig but no {name}_mask")
         weights[name] = weights.pop(f"{name}_orig")
         masks[name] = weights.pop(f"{name}_mask") != 0
-    pruned = masked(weights, masks)
     kernels = {name: mask for name, mask in masks.items() if mask.dim() >= 2}
-    return Network(pruned.state_dict, kernels)
+    return masked(weights, masks), kernels
 
 
 def to_nvidia(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `from_torch` for NVIDIA's later versions."""
+    """Return weights under the names of NVIDIA's later versions."""
     return {
         re.sub(r"^layer(\d+)\.", lambda m: f"layers.{int(m[1]) - 1}.", name): tensor
         for name, tensor in state_dict.items()
     }
 
 
-def _our_name(name: str) -> str:
-    name = _WRAPPER.sub("", name)
-    if outer := _OUTER.match(name):
-        name = name[outer.end() :]
-    return re.sub(r"^layers\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.", name)
-
-
-def from_port(state_dict: Mapping[str, Any], pruner: Mapping[str, Any]) -> Network:
-    """Convert a checkpoint of the PyTorch port of RigL.
+def port_masks(weights: Mapping[str, Tensor], pruner: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the masks in a checkpoint of the PyTorch port of RigL.
 
     Args:
-        state_dict: Its weights.
+        weights: Its weights under our names.
         pruner: Its entry "pruner". `backward_masks` lists a mask, or None for a dense layer, for
             each weight that is neither a bias nor of a normalization layer, in traversal order.
 
     Raises:
         ValueError: The masks do not fit the weights.
     """
-    weights = from_torch(state_dict)
     kernels = [name for name, tensor in weights.items() if tensor.dim() >= 2]
     listed: Sequence[Any] = pruner["backward_masks"]
     if len(listed) != len(kernels):
         raise ValueError(f"{len(listed)} masks do not fit {len(kernels)} convolutions and layers")
-    masks = {
-        name: mask.bool() for name, mask in zip(kernels, listed, strict=True) if mask is not None
-    }
-    return masked(weights, masks)
+    pairs = zip(kernels, listed, strict=True)
+    return {name: mask.bool() for name, mask in pairs if mask is not None}
 
 
-def masked(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Network:
-    """Return the network with exact zeros where a mask is False.
+def masked(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with exact zeros where a mask is False.
 
     Raises:
         ValueError: A mask has another shape than its weight.
@@ -128,7 +92,7 @@ def masked(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Networ
                 f"its weight {tuple(weights[name].shape)}"
             )
     zeroed = {name: weights[name].masked_fill(~mask, 0) for name, mask in masks.items()}
-    return Network({**weights, **zeroed}, dict(masks))
+    return {**weights, **zeroed}
 
 
 def from_tf(variables: Mapping[str, Tensor], arch: str) -> Network:
@@ -154,27 +118,13 @@ def from_tf(variables: Mapping[str, Tensor], arch: str) -> Network:
         if (mask := _lookup(variables, scope, ("mask",))) is not None:
             masks[weight_name] = _from_tf_layout(mask, name) != 0
     for name, scope in tf_norms(arch):
-        for ours, theirs in _NORM.items():
+        for ours, theirs in NORM.items():
             weights[f"{name}.{ours}"] = _find(variables, scope, (theirs,))
         weights[f"{name}.num_batches_tracked"] = torch.tensor(0)
     weights["fc.bias"] = _find(variables, "final_dense", ("biases", "bias"))
-    return masked(weights, masks)
-
-
-def to_tf(network: Network, arch: str) -> dict[str, Tensor]:
-    """Undo `from_tf`, under the names of a graph whose every layer is sparse."""
-    variables: dict[str, Tensor] = {}
-    for name, scope in tf_kernels(arch):
-        kernel = network.state_dict[f"{name}.weight"]
-        last = "depthwise_weights" if name.endswith(".dw") else "weights"
-        variables[f"resnet_model/{scope}/{last}"] = _to_tf_layout(kernel, name)
-        if (mask := network.masks.get(f"{name}.weight")) is not None:
-            variables[f"resnet_model/{scope}/mask"] = _to_tf_layout(mask.float(), name)
-    for name, scope in tf_norms(arch):
-        for ours, theirs in _NORM.items():
-            variables[f"resnet_model/{scope}/{theirs}"] = network.state_dict[f"{name}.{ours}"]
-    variables["resnet_model/final_dense/biases"] = network.state_dict["fc.bias"]
-    return variables
+    # how the original resized images, which main.py has a flag for
+    config = {"interpolation": "tensorflow"}
+    return Network(masked(weights, masks), masks=masks, arch=arch, config=config)
 
 
 def tf_arch(names: Iterable[str]) -> str:
@@ -247,11 +197,4 @@ def _from_tf_layout(kernel: Tensor, name: str) -> Tensor:
     if kernel.dim() == 2:
         return kernel.t().contiguous()
     order = (2, 3, 0, 1) if name.endswith(".dw") else (3, 2, 0, 1)
-    return kernel.permute(order).contiguous()
-
-
-def _to_tf_layout(kernel: Tensor, name: str) -> Tensor:
-    if kernel.dim() == 2:
-        return kernel.t().contiguous()
-    order = (2, 3, 0, 1) if name.endswith(".dw") else (2, 3, 1, 0)
     return kernel.permute(order).contiguous()

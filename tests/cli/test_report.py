@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from image_classification import report
+from cli import report
 from image_classification.config import Config
 from image_classification.log import Logger, run_metadata
 

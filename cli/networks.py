@@ -1,0 +1,212 @@
+"""Trained networks: read from a checkpoint or a compact file, written as either or as ONNX."""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sparse
+from image_classification import checkpoint
+from image_classification.config import Config
+from image_classification.data.stage import MEAN, STD
+from image_classification.models import count_classes, create_model, default_image_size
+from sparse import runtime
+from sparse.training import checkpoints
+
+MODEL_OPTIONS = ("stem", "width")
+"""Flags of main.py that change the architecture."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A network with what is known of its training."""
+
+    arch: str
+    options: Mapping[str, Any]
+    """Further arguments of `create_model`."""
+    image_size: int
+    interpolation: str
+    state: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    """True = active; layers without one are dense."""
+
+    def model(self) -> nn.Module:
+        """Return the network in evaluation mode.
+
+        Raises:
+            ValueError: The architecture is another than that of the weights.
+        """
+        try:
+            # Whoever wrote the file chose the options: no memory before the weights fit them.
+            with torch.device("meta"):
+                model = create_model(self.arch, **self.options)
+            model.load_state_dict(dict(self.state), assign=True)
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.arch} does not have these weights: {reason}") from error
+        return model.eval()
+
+    def config(self) -> dict[str, Any]:
+        """Return the flags of main.py: those of the network, and defaults for the others."""
+        size, kind = self.image_size, self.interpolation
+        known = {"arch": self.arch, **self.options, "image_size": size, "interpolation": kind}
+        return {**vars(Config()), **known}
+
+
+def read(path: Path, *, ema: bool = False) -> Trained:
+    """Return the network of a checkpoint or of a compact file, told apart by their first bytes.
+
+    Args:
+        path: The file.
+        ema: Take the moving average of the weights.
+
+    Raises:
+        ValueError: One line naming the file and what is wrong with it.
+    """
+    try:
+        with path.open("rb") as file:
+            is_checkpoint = file.read(2) == b"PK"
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if is_checkpoint:
+        return read_checkpoint(path, ema=ema)
+    if ema:
+        raise ValueError(f"--ema needs a checkpoint; {path} is none and holds one set of weights")
+    compact = runtime.read(path)
+    header = compact.header
+    return Trained(
+        arch=header.arch,
+        options=header.model,
+        image_size=header.image_size,
+        interpolation=header.interpolation,
+        state=compact.state_dict(),
+        masks=compact.masks(),
+    )
+
+
+def read_checkpoint(path: Path, *, arch: str | None = None, ema: bool = False) -> Trained:
+    """Return the network of a checkpoint of main.py.
+
+    Args:
+        path: The file.
+        arch: Name that the checkpoint must carry; None accepts any.
+        ema: Take the moving average of the weights.
+
+    Raises:
+        ValueError: One line naming the file and what is missing or does not fit.
+    """
+    saved = checkpoint.load(path)
+    held = checkpoint.entry(saved, "arch", path)
+    if arch not in (None, held):
+        raise ValueError(f"{path} holds {held}, --arch is {arch}; leave --arch out")
+    # a converted checkpoint carries no flags: those of main.py's defaults fit, or loading fails
+    config = {**vars(Config()), **saved.get("config", {})}
+    options = {name: config[name] for name in MODEL_OPTIONS}
+    try:
+        options["num_classes"] = count_classes(held, checkpoint.entry(saved, "state_dict", path))
+    except ValueError as error:
+        raise ValueError(f"{path}: entry 'state_dict' does not fit: {error}") from error
+    with torch.device("meta"):
+        model = create_model(held, **options)
+    checkpoint.check({"state_dict": model}, saved, path)
+    state = _averaged(saved, path) if ema else saved["state_dict"]
+    masks = checkpoints.read_masks(saved.get("sparse"))
+    return Trained(
+        arch=held,
+        options=options,
+        image_size=config["image_size"] or default_image_size(held),
+        interpolation=config["interpolation"],
+        state=state,
+        masks=masks or {name: state[name] != 0 for name in sparse.prunable(model)},
+    )
+
+
+def _averaged(saved: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    if saved.get("ema") is None:
+        raise ValueError(f"{path} has no moving average of the weights: leave --ema out")
+    prefix = "module."
+    return {k.removeprefix(prefix): v for k, v in saved["ema"].items() if k.startswith(prefix)}
+
+
+def write_compact(trained: Trained, output: Path, *, dtype: str, fold: bool) -> None:
+    """Write a compact sparse file.
+
+    Raises:
+        ValueError: The network does something that the runtime does not know.
+    """
+    runtime.save(
+        output,
+        trained.state,
+        trained.masks,
+        nodes=runtime.trace(trained.model()),
+        arch=trained.arch,
+        model=trained.options,
+        image_size=trained.image_size,
+        mean=MEAN,
+        std=STD,
+        interpolation=trained.interpolation,
+        dtype=dtype,
+        fold=fold,
+    )
+
+
+def write_checkpoint(
+    output: Path,
+    arch: str,
+    state_dict: Mapping[str, Tensor],
+    *,
+    config: Mapping[str, Any],
+    masks: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint without a run: weights, flags of main.py and masks, as far as known."""
+    state: dict[str, Any] = {"epoch": 0, "arch": arch, "state_dict": dict(state_dict)}
+    if masks:
+        state["sparse"] = checkpoints.masks_alone(masks)
+    if config:
+        state["config"] = dict(config)
+    checkpoint.write(output, state)
+
+
+def write_onnx(trained: Trained, output: Path) -> None:
+    """Write the dense graph, zeros included, for batches of any size; input `images`.
+
+    Raises:
+        ValueError: The packages that torch needs for it are not installed.
+    """
+    size = trained.image_size
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter's own dependencies
+            program = torch.onnx.export(
+                trained.model(),
+                (torch.zeros(2, 3, size, size),),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                input_names=["images"],
+                output_names=["logits"],
+                verbose=False,
+            )
+    except ImportError as error:
+        raise ValueError(
+            f"--to onnx needs a package that is missing ({error.name}): pip install onnx onnxscript"
+        ) from error
+    assert program is not None
+    program.save(output)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell in one line that `path` cannot be written.
+
+    Raises:
+        ValueError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error

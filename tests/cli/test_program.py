@@ -1,0 +1,79 @@
+"""What all programs have in common: the help, and one line for a mistake."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+import classify
+import costs
+import export
+import main
+from cli import convert, report
+
+PROGRAMS = {
+    "main.py": main.main,
+    "costs.py": costs.main,
+    "export.py": export.main,
+    "classify.py": classify.main,
+    "convert": convert.main,
+    "report": report.main,
+}
+Main = Callable[[Sequence[str]], int]
+
+
+@pytest.mark.parametrize(("name", "main"), PROGRAMS.items(), ids=PROGRAMS)
+def test_a_mistake_is_one_line_and_status_2(
+    name: str, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in (["a", "b", "--no-such-flag"], ["a", "b", "--flagless", "c"]):
+        assert main(argv) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith(f"{name}: error: ")
+        assert argv[2] in printed.err
+        assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "message"),
+    [
+        ("costs.py", "--arch", "argument --arch: expected one argument"),
+        ("costs.py", "--delta-t many", "--delta-t"),
+        ("costs.py", "--distribution best", "--distribution"),
+        ("costs.py", "--sparsty 0.9", "did you mean --sparsity?"),
+        ("export.py", "a b --dtype int4", "--dtype"),
+        ("export.py", "a", "required: output"),
+        ("convert", "", "required: source, target"),
+        ("report", "", "required: raports"),
+        ("classify.py", "a.jpg", "name one with --resume or --model"),
+        ("classify.py", "a.jpg --resume b --model c", "--resume and --model exclude each other"),
+    ],
+)
+def test_the_line_names_the_flag(
+    name: str, argv: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert PROGRAMS[name](argv.split()) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "main"), PROGRAMS.items(), ids=PROGRAMS)
+def test_the_help_is_told_in_words(
+    name: str, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    usage = text.split()[1:4]
+    assert name in usage or f"cli.{name}" in usage
+    for jargon in ("type:", "<class", "null", "None", "SUPPRESS", "%("):
+        assert jargon not in text, jargon
+
+
+def test_the_help_shows_defaults_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        costs.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "rigl: steps between updates (default: 100)" in text
+    assert "--distribution {uniform,er,erk} how sparsity is spread (default: erk)" in text
