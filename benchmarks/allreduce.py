@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 
 import sparse
 from benchmarks import hosts
-from sparse.training.compression import pack, unpack
+from sparse.training.compression import compress, decompress
 
 SPARSITIES = {"0.9": 0.9, "0.8": 0.8}
 UNITS = {"mbit": 1e6, "gbit": 1e9}
@@ -140,8 +140,8 @@ def ways_to_pack(mask: Tensor) -> dict[str, tuple[Callable[[], object], Callable
 
     return {
         "index_select / index_copy_ (used)": (
-            lambda: pack(buffer, positions, values),
-            lambda: unpack(values, positions, buffer),
+            lambda: compress(buffer, positions, values),
+            lambda: decompress(values, positions, buffer),
         ),
         "the same, int32 / index_add_": (
             lambda: torch.index_select(buffer, 0, narrow, out=values),

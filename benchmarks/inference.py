@@ -194,17 +194,17 @@ def compare_threads(own: Mapping[int, runtime.Network], rounds: int) -> dict[str
 
 
 def profile(network: runtime.Network, rounds: int) -> list[dict[str, Any]]:
-    """Return, per step of the plan, the median processor milliseconds and useful GFLOP/s."""
+    """Return, per operation of the plan, the median processor milliseconds and useful GFLOP/s."""
     size = network.header.image_size
     program = network.program(size, size)
     image = torch.randn(3, size, size)
     times = np.median([program.profile(image) for _ in range(rounds)], 0)
     rows = []
-    for step, seconds in zip(program.plan.steps, times, strict=True):
+    for operation, seconds in zip(program.plan.operations, times, strict=True):
         row: dict[str, Any] = {"milliseconds": round(1e3 * float(seconds), 3)}
-        if step.layer is not None:
-            row["layer"] = step.layer.name
-            flops = 2 * step.num_connections()
+        if operation.layer is not None:
+            row["layer"] = operation.layer.name
+            flops = 2 * operation.num_connections()
             if flops:
                 row["gflops"] = round(1e-9 * flops / float(seconds), 1)
         rows.append(row)

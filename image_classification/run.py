@@ -19,7 +19,7 @@ from image_classification.trainer import Trainer, TrainingError
 
 
 class Stateful(Protocol):
-    """Something a checkpoint can hold."""
+    """An object whose state a checkpoint can hold."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
@@ -27,22 +27,22 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Extension:
-    """What is joined to training from outside; the harness does not know what it is."""
+    """What a program joins to training. The trainer does not know what it is."""
 
     metrics: Callable[[], Mapping[str, float]] = dict
     """Numbers for every log record."""
     epoch_metrics: Callable[[], Mapping[str, float]] = dict
     """Further numbers at the end of an epoch, for the raport only."""
     bar: Sequence[str] = ()
-    """Those of `metrics` that the progress bar and the console's line of an epoch show."""
+    """Names of `metrics` that the progress bar and the console's line of an epoch show."""
     prepare_ema: Callable[[nn.Module], object] = lambda model: None
     """Called on the averaged model after each of its updates."""
     prepare_ddp: Callable[[DistributedDataParallel], object] = lambda model: None
-    """Called on the model wrapped for several processes, before its first use."""
+    """Called on the model that DDP has wrapped, before its first use."""
     state: Mapping[str, Stateful] = field(default_factory=dict)
     """Further entries of the checkpoint."""
     flags: Mapping[str, Any] = field(default_factory=dict)
-    """Further flags for the checkpoint's `config`; plain values."""
+    """Further flags for the checkpoint's `config`, with plain values."""
 
 
 class Run:
@@ -51,13 +51,13 @@ class Run:
     Args:
         config: The flags.
         trainer: Model and optimizer, ready to train.
-        train_loader: Training batches of this process; None to validate only.
-        val_loader: Validation batches of this process; None for --training-only.
+        train_loader: Training batches of this process, or None if the run only validates.
+        val_loader: Validation batches of this process, or None with --training-only.
         steps_per_epoch: Optimizer steps per epoch.
         optimizer_batch_size: Images per optimizer step over all processes.
         logger: Log of the run.
-        extension: What is joined from outside.
-        seed: Seed the run started with; goes into the checkpoint.
+        extension: What the program joins to training.
+        seed: Seed with which the run started. The checkpoint keeps it.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Run:
         self.steps_per_epoch, self.optimizer_batch_size = steps_per_epoch, optimizer_batch_size
         self.extension, self.seed = extension, seed
         self.epoch = 0
-        """Epochs finished."""
+        """Number of finished epochs."""
         self.best_top1 = 0.0
         self._stale = 0  # epochs since best_top1 was reached
         self._totals: dict[str, float] = {}  # summary of the epochs so far
-        self._saved: Path | None = None  # the checkpoint that stands
+        self._saved: Path | None = None  # the newest checkpoint
         self._ballot = distributed.Ballot()
         self._gpu = GpuMonitor(trainer.world.device)
 
@@ -90,8 +90,9 @@ class Run:
         """Run the epochs that are left and log the run's summary.
 
         Raises:
-            DataError: In one line, why the data cannot be used any further.
-            Preempted: A rank was asked to stop; a checkpoint was written where that is wanted.
+            DataError: In one line, why the data cannot be used any longer.
+            Preempted: A rank was asked to stop. A checkpoint was written, unless checkpoints are
+                off.
             TrainingError: In one line, why training cannot go on.
         """
         config = self.config
@@ -119,7 +120,7 @@ class Run:
         self.logger.message("Experiment ended")
 
     def validate(self, epoch: int = 0) -> dict[str, float]:
-        """Return the metrics of the model, and of its EMA where there is one."""
+        """Return the metrics of the model, and of its EMA if there is one."""
         assert self.val_loader is not None
         models = {"val": self.trainer.model}
         if self.trainer.ema is not None:
@@ -140,7 +141,9 @@ class Run:
                     prefix=prefix,
                     after_batch=self._stop_if_agreed,
                 )
-            except DataError:  # no image is left: tell which files, or that they are too many
+            except (
+                DataError
+            ):  # no image is left: name the bad files, or say that there are too many
                 self._share_bad_files()
                 raise
         return record
@@ -162,19 +165,19 @@ class Run:
                 loader.close()
 
     def save(self, *, is_best: bool = False) -> None:
-        """Write a checkpoint of the present state; rank 0 writes, all ranks take part.
+        """Write a checkpoint of the present state. All ranks must call this; rank 0 writes.
 
-        Weights that are not finite are not worth keeping: the checkpoint before them stays.
+        If weights are not finite, nothing is written, and the checkpoint before stays.
         """
         own = {"rng": checkpoint.rng_state(), "meter": self.trainer.meter.state_dict()}
         ranks = distributed.all_gather_object(own)
         if self.trainer.world.is_main:
             self._write(self._state(ranks), is_best=is_best)
-        self._saved = distributed.broadcast_object(self._saved)  # when it is written
+        self._saved = distributed.broadcast_object(self._saved)  # waits until it is written
 
     @property
     def _epoch_step(self) -> int:
-        """Optimizer steps of the epoch that is not finished yet."""
+        """Number of optimizer steps in the unfinished epoch."""
         return self.trainer.epoch_step if self.trainer.epoch == self.epoch else 0
 
     def _state(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -214,19 +217,19 @@ class Run:
                 epoch=self.epoch,
                 is_best=is_best,
                 filename=self.config.checkpoint_filename,
-                # in the middle of an epoch it would take the place of the last one's file
+                # within an epoch it would replace the file of the epoch before
                 keep=0 if self._epoch_step else self.config.gather_checkpoints,
             )
             self._saved = path
             self.logger.saved(path)
-        except OSError as error:  # a full disk: the run is worth more than this checkpoint
+        except OSError as error:  # a full disk must not end the run
             self.logger.warning(str(error))
 
     def load_weights(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Take the weights, the averaged ones and what the extension knows; nothing else.
+        """Load the weights, the averaged weights and the extension's state, and nothing else.
 
         Raises:
-            ValueError: One line naming the file and the entry that is missing or does not fit.
+            ValueError: One line that names the file and the entry that is missing or does not fit.
         """
         parts: dict[str, Any] = {"state_dict": self.trainer.model}
         if self.trainer.ema is not None:
@@ -241,11 +244,11 @@ class Run:
         """Continue from a checkpoint.
 
         Raises:
-            ValueError: One line naming the file and the entry that is missing or does not fit.
+            ValueError: One line that names the file and the entry that is missing or does not fit.
         """
         trainer = self.trainer
         parts: dict[str, Any] = {"state_dict": trainer.model, "optimizer": trainer.optimizer}
-        if trainer.scaler.is_enabled() and state.get("scaler") != {}:  # empty: it was not enabled
+        if trainer.scaler.is_enabled() and state.get("scaler") != {}:  # empty: no scaler was in use
             parts["scaler"] = trainer.scaler
         if trainer.ema is not None:
             parts["ema"] = trainer.ema
@@ -265,7 +268,7 @@ class Run:
         self._resume_rank(checkpoint.entry(state, "ranks", path), path)
 
     def _tell_changes(self, state: Mapping[str, Any], path: Path) -> None:
-        """Say which flags differ from those of the checkpoint, and what is not continued."""
+        """Tell which flags differ from those of the checkpoint, and what is not continued."""
         if changed := changes(state.get("config", {}), self._flags):
             self.logger.message(f"flags changed since {path}: {', '.join(changed)}")
         if self.trainer.ema is None and state.get("ema") is not None:
@@ -274,13 +277,14 @@ class Run:
             )
 
     def _resume_rank(self, ranks: Sequence[Mapping[str, Any]], path: Path) -> None:
-        """Take over what belongs to this rank."""
+        """Restore what belongs to this rank: its meter and its random numbers."""
         world = self.trainer.world
         if len(ranks) == world.world_size:
             self.trainer.meter.load_state_dict(ranks[world.rank]["meter"])
             checkpoint.set_rng_state(ranks[world.rank]["rng"])
             return
-        # another number of processes: sums are shared out, no stream continues exactly
+        # Another number of processes: ranks get equal shares of the sums, and the random numbers
+        # cannot continue.
         meters = [rank["meter"] for rank in ranks]
         shares = {name: sum(m[name] for m in meters) / len(meters) for name in ("loss", "images")}
         self.trainer.meter.load_state_dict({**meters[0], **shares})
@@ -326,7 +330,7 @@ class Run:
             ) from error
 
     def _after_step(self) -> None:
-        """Stop if the ranks have agreed to, or write the checkpoint that is due."""
+        """Stop if the ranks have agreed to stop. Otherwise write a checkpoint if one is due."""
         every = self.config.checkpoint_every_steps
         if self._ballot.cast(preemption.requested() is not None):
             self._stop()
@@ -338,21 +342,21 @@ class Run:
             raise Preempted
 
     def _stop_if_requested(self) -> None:
-        """Stop before the next epoch; what is on disk is what there is to save."""
+        """Stop before the next epoch if asked to. There is nothing new to save."""
         if self._ballot.decide(preemption.requested() is not None):
             raise Preempted
 
     def _stop(self) -> None:
-        """Save and stop; no rank ends before the checkpoint is written."""
+        """Save and stop. No rank ends before the checkpoint is written."""
         if self.config.save_checkpoints:
             self.save()
         raise Preempted
 
     def _share_bad_files(self) -> int:
-        """Warn of files that could not be read; return their number. All ranks take part.
+        """Warn of files that could not be read, and return their number. All ranks must call this.
 
         Raises:
-            DataError: More are bad than --max-bad-files allows.
+            DataError: There are more bad files than --max-bad-files allows.
         """
         loaders = [self.train_loader, self.val_loader]
         return share_bad_files(
@@ -362,12 +366,12 @@ class Run:
         )
 
     def _validate_epoch(self, record: dict[str, float]) -> bool:
-        """Add validation metrics to `record`; tell whether top-1 is the best so far."""
+        """Add validation metrics to `record`. Return whether top-1 is the best so far."""
         if self.val_loader is None:
             return False
         try:
             record |= self.validate(self.epoch)
-        except Preempted:  # the epoch's training is saved, its validation is done again
+        except Preempted:  # the training of the epoch is saved; the resumed run validates it
             self._stop()
         top1 = max(record["val.top1"], record.get("val_ema.top1", 0.0))
         is_best = top1 > self.best_top1
@@ -396,7 +400,7 @@ class Run:
 
 
 def _summarize(totals: Mapping[str, float], record: Mapping[str, float]) -> dict[str, float]:
-    """Return the run's summary so far: the best accuracy and loss, the last of all else."""
+    """Return the run's summary so far: the best accuracies and losses, else the last values."""
     best = {"top": max, "loss": min}
     merged = dict(record)
     for name, value in totals.items():

@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).resolve().parent.parent
-DALI = (platform.system(), platform.machine()) == ("Linux", "x86_64")  # where its package exists
+DALI = (platform.system(), platform.machine()) == ("Linux", "x86_64")  # where DALI has a package
 SPARSE = ["--sparsity", "0.9", "--distribution", "erk"]
 METHODS = {
     "dense": [],
@@ -32,7 +32,7 @@ COLORS = {"dense": "#4c566a", "static": "#d08770", "rigl": "#2f7ed8"}
 
 
 def write_digits(folder: Path, size: int = 16) -> None:
-    """Write the 1,797 digits as JPEGs, folder/{train,val}/<digit>/; every fifth is validation."""
+    """Write 1,797 digits as JPEGs to folder/{train,val}/<digit>/. Every fifth is for validation."""
     digits = load_digits()
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / ("val" if index % 5 == 0 else "train") / str(label) / f"{index:04}.jpg"
@@ -42,7 +42,7 @@ def write_digits(folder: Path, size: int = 16) -> None:
 
 
 def command(data: Path, method: str, epochs: int) -> list[str]:
-    """Return the main.py command of one run, but for its outputs."""
+    """Return the main.py command of one run, without the workspace."""
     backend = "dali-cpu" if DALI else "pytorch"
     flags = "--arch small_cnn --image-size 16 -b 64 --lr 0.1 --lr-schedule cosine --lr-per-step"
     flags += f" --warmup {min(2, epochs - 1)} --nesterov --wd 5e-4 --label-smoothing 0.1"
@@ -52,14 +52,14 @@ def command(data: Path, method: str, epochs: int) -> list[str]:
 
 
 def records(raport: Path) -> list[dict[str, Any]]:
-    """Return the LOG records of a raport file; of one that is being written, those so far."""
+    """Return the LOG records of a raport, which may still be growing."""
     written = raport.read_text().rpartition("\n")[0] if raport.exists() else ""
     lines = [json.loads(line.removeprefix("DLLL ")) for line in written.splitlines()]
     return [line for line in lines if line["type"] == "LOG" and line["step"] != "PARAMETER"]
 
 
 def series(log: list[dict[str, Any]], name: str, depth: int) -> tuple[list[float], list[float]]:
-    """Return (position in epochs, value) of a metric; depth 1: per epoch, 2: per iteration."""
+    """Return positions (in epochs) and values of a metric; depth 1: per epoch, 2: per iteration."""
     found = [r for r in log if name in r["data"] and len(r["step"]) == depth]
     last = max((r["step"][1] for r in found if depth == 2), default=1)
     at = [r["step"][0] + (r["step"][1] / last if depth == 2 else 1) for r in found]
@@ -99,8 +99,10 @@ def draw(logs: dict[str, list[dict[str, Any]]], plan: dict[str, Any], path: Path
 
 
 def standing(method: str, log: list[dict[str, Any]], epochs: int) -> str:
-    """Return where a run stands: method, epoch, loss, top-1 and sparsity, the latest of each."""
-    by_step = [record for record in log if record["step"]]  # the last one sums up the run
+    """Return one line on the progress of a run: the latest epoch, loss, top-1 and sparsity."""
+    by_step = [
+        record for record in log if record["step"]
+    ]  # the last record is the summary of the run
     if not by_step:
         return f"{method:8} starting"
     latest: dict[str, float] = {}
@@ -115,12 +117,12 @@ def standing(method: str, log: list[dict[str, Any]], epochs: int) -> str:
 
 
 def width() -> int:
-    """Return the columns of the terminal."""
+    """Return the number of columns of the terminal."""
     return shutil.get_terminal_size().columns
 
 
 def show(line: str, *, last: bool = False) -> None:
-    """Show where a run stands: in one place on a terminal; elsewhere only how it ended."""
+    """Show the progress of a run: on a terminal always in one line, elsewhere only the last."""
     if sys.stdout.isatty():
         print(f"\r\033[K{line[: width() - 1]}", end="\n" if last else "", flush=True)
     elif last:
@@ -128,7 +130,7 @@ def show(line: str, *, last: bool = False) -> None:
 
 
 def plan(run: list[str], log: TextIO) -> dict[str, Any]:
-    """Return the plan of a run; its errors go to the log."""
+    """Return the plan of a run. Errors go to the log."""
     done = subprocess.run([*run, "--dry-run"], check=True, stdout=subprocess.PIPE, stderr=log)
     resolved: dict[str, Any] = json.loads(done.stdout)
     return resolved
@@ -137,7 +139,7 @@ def plan(run: list[str], log: TextIO) -> dict[str, Any]:
 def train(
     run: list[str], workspace: Path, log: TextIO, *, method: str, epochs: int
 ) -> list[dict[str, Any]]:
-    """Train with all output in the log, show how it goes, and return the records of the raport."""
+    """Train with all output in the log, show the progress, and return the records of the raport."""
     raport = workspace / "experiment_raport.json"
     if raport.exists():  # of an earlier demo
         raport.unlink()
@@ -153,10 +155,10 @@ def train(
 
 
 def failure(log: Path, error: subprocess.CalledProcessError) -> int:
-    """Print the end of the log, half a screen of it; return the status to end with."""
+    """Print the last lines of the log; return the exit status of the demo."""
     status = error.returncode if error.returncode > 0 else 128 - error.returncode
     lines = log.read_text().splitlines()
-    if sys.stderr.isatty():  # as the terminal will break them
+    if sys.stderr.isatty():  # broken as the terminal breaks them
         lines = [line[i : i + width()] for line in lines for i in range(0, len(line) or 1, width())]
     print(end="\n" if sys.stdout.isatty() else "", flush=True)
     print(*lines[-12:], sep="\n", file=sys.stderr)
@@ -165,16 +167,16 @@ def failure(log: Path, error: subprocess.CalledProcessError) -> int:
 
 
 def near(path: Path) -> Path:
-    """Return the shortest name of a path."""
+    """Return a path relative to the current folder if it lies inside."""
     path = path.absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def suggestion(program: str, *arguments: str | Path) -> str:
-    """Return the command line of a program of the project, broken where the terminal ends."""
+    """Return the command line of a program of this project, broken at the end of the terminal."""
     words = [str(near(Path(sys.executable))), program, *map(str, arguments)]
     line = " ".join(shlex.quote(word).replace(" ", "\0") for word in words)
-    columns = width() - (3 if len(line) < width() - 2 else 8)  # indented; and with a backslash
+    columns = width() - (3 if len(line) < width() - 2 else 8)  # for the indent and a backslash
     lines = textwrap.wrap(line, columns, break_long_words=False, break_on_hyphens=False)
     return " \\\n      ".join(lines).replace("\0", " ")
 
@@ -182,7 +184,7 @@ def suggestion(program: str, *arguments: str | Path) -> str:
 def report(
     output: Path, logs: dict[str, list[dict[str, Any]]], plans: dict[str, dict[str, Any]]
 ) -> None:
-    """Print the table, draw the picture, and say what to try next."""
+    """Print the table, draw the picture, and suggest what to try next."""
     print(f"\n{'method':8} {'sparsity':>8} {'best top-1':>10} {'inference FLOPs':>16} {'size':>9}")
     for method, log in logs.items():
         cost = plans[method]["cost"]
@@ -204,7 +206,7 @@ def report(
 
 
 def demo(output: Path, epochs: int, log_file: Path) -> None:
-    """Write the images, train three times, report."""
+    """Write the images, train three times, and report."""
     write_digits(output / "digits")
     print(
         f"1,797 handwritten digits, three runs (epochs: {epochs}); log: {near(log_file)}",
@@ -223,7 +225,7 @@ def demo(output: Path, epochs: int, log_file: Path) -> None:
 
 
 def main() -> int:
-    """Run the demo; return 0, the status of a main.py that failed, or 130 after Ctrl-C."""
+    """Run the demo. Return 0, the status of a main.py that failed, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "demo", help="where files go")
     parser.add_argument("--epochs", type=int, default=20)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["main", "image_classification.data.dali_graph"])
+# The first of all tests that fork starts the server, so the list has what any of them needs.
+_CONTEXT.set_forkserver_preload(
+    ["main", "image_classification.data.dali_graph", "tests.sparse.ranks", "tests.sparse.nets"]
+)
 
 
-def start(argv: Sequence[str], output: Path) -> ForkServerProcess:
+def start(argv: Sequence[str], output: Path, **variables: str) -> ForkServerProcess:
     """Start main.py; what it prints is added to `output`."""
-    process = _CONTEXT.Process(target=_run, args=(list(argv), str(output)))
+    process = _CONTEXT.Process(target=_run, args=(list(argv), str(output), variables))
     process.start()
     return process
 
@@ -35,9 +39,29 @@ def finish(argv: Sequence[str], output: Path) -> int:
     return process.exitcode
 
 
-def _run(argv: list[str], output: str) -> None:
+def finish_together(argv: Sequence[str], output: Path, world_size: int = 2) -> list[int]:
+    """Run main.py on several processes, as torchrun starts them; return their exit statuses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    processes = [
+        start(argv, output, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(world_size), **meeting)
+        for rank in map(str, range(world_size))
+    ]
+    try:
+        for process in processes:
+            process.join(120)
+        assert all(p.exitcode is not None for p in processes), output.read_text()[-2000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.exitcode or 0 for process in processes]
+
+
+def _run(argv: list[str], output: str, variables: dict[str, str]) -> None:
     import main
 
+    os.environ.update(variables)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

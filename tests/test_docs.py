@@ -34,7 +34,7 @@ from cli.program import Program
 from image_classification.log.records import default_metadata
 from image_classification.models import create_model
 from scripts import derive
-from sparse.native import __main__ as build
+from sparse.native import __main__ as native
 from sparse.native import library
 from tests.documents import DOCUMENTS, ROOT, Command, anchors, blocks, commands, links, names
 
@@ -138,10 +138,10 @@ def helped(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build_kernels(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile the kernels of one level to another place."""
-    monkeypatch.setattr(library, "PREBUILT", Path.cwd())
+    """Compile the kernels of one level to the user's cache, unless they are there."""
+    monkeypatch.setattr(library, "PREBUILT", library.default_cache())
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert build.main(command.words[3:] or ["portable"]) == 0
+        assert native.main(command.words[3:] or ["portable"]) == 0
     assert all(Path(line).is_file() for line in printed.getvalue().splitlines())
 
 

@@ -90,12 +90,14 @@ def port() -> str:
 def whole(pictures: Path, tmp_path_factory) -> Path:
     """The workspace of two processes that nothing happened to."""
     workspace = tmp_path_factory.mktemp("whole")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(ROOT / "main.py"), str(pictures), *FLAGS, "--workspace", str(workspace)],
-        check=True, capture_output=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    finish(pictures, workspace)
     return workspace
+
+
+def finish(pictures: Path, workspace: Path) -> None:
+    """Train to the end on two processes."""
+    argv = [str(pictures), *FLAGS, "--workspace", str(workspace)]
+    assert forks.finish_together(argv, workspace / "output") == [0, 0]
 
 
 TWO = ("--standalone", "--nproc-per-node", "2")
@@ -103,7 +105,7 @@ TWO = ("--standalone", "--nproc-per-node", "2")
 
 @pytest.mark.distributed
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
-    whole: Path, tmp_path: Path, start: Start
+    pictures: Path, whole: Path, tmp_path: Path, start: Start
 ) -> None:
     launcher = start(tmp_path, *TWO)
     wait_for_records(tmp_path, 14)
@@ -122,7 +124,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     assert launcher.wait(60) == 75
     assert stopped[".step"] < forks.state(tmp_path)[".step"] < 48
 
-    assert start(tmp_path, *TWO).wait(120) == 0
+    finish(pictures, tmp_path)
     forks.assert_same(tmp_path, whole)
 
 

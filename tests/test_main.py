@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import main
+from tests import forks
 from tests.pictures import write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,9 +285,9 @@ def test_rigl_trains_resumes_and_evaluates(pictures: Path, tmp_path: Path, backe
 
 
 def test_a_finished_run_resumes_to_nothing(pictures: Path, tmp_path: Path) -> None:
-    """In processes of their own: they have to end by themselves, workers and all."""
+    """In a process of its own: it has to end by itself, workers and all."""
     flags = ["--data-backend", "pytorch", "--training-only", "--epochs", "1"]
-    train(pictures, tmp_path, *flags, run=launch())
+    train(pictures, tmp_path, *flags)
     before = (tmp_path / "checkpoint.pth.tar").read_bytes()
     train(pictures, tmp_path, *flags, "--resume", "auto", run=launch())
     assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
@@ -334,11 +336,17 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
+def together(*argv: str) -> Done:
+    """Run main.py on two processes that begin in a moment, with the variables of torchrun."""
+    with tempfile.NamedTemporaryFile() as output:
+        statuses = forks.finish_together(argv, Path(output.name))
+        return Done(max(statuses), "", Path(output.name).read_text())
+
+
 @pytest.mark.distributed
-def test_two_processes_by_torchrun_and_by_multiproc(pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_by_multiproc_train_as_torchruns_do(pictures: Path, tmp_path: Path) -> None:
     flags = [*RIGL, "--data-backend", "pytorch", "--epochs", "1", "-b", "4"]
-    torchrun = "-m torch.distributed.run --nproc-per-node 2 --master-port".split()
-    train(pictures, tmp_path / "a", *flags, run=launch(*torchrun, free_port()))
+    train(pictures, tmp_path / "a", *flags, run=together)
     multiproc = [str(ROOT / "multiproc.py"), "--nproc_per_node", "2", "--master_port"]
     log = train(pictures, tmp_path / "b", *flags, run=launch(*multiproc, free_port()))
     assert last(log, "val.top1") == last(records(tmp_path / "a"), "val.top1")
@@ -353,21 +361,12 @@ def losses(log: list[dict[str, Any]]) -> list[float]:
 @pytest.mark.distributed
 def test_two_processes_that_send_less_train_alike(tmp_path: Path) -> None:
     modes = ("none", "active", "bf16", "active+bf16")
-    program = tmp_path / "modes.py"  # torchrun once for all: starting it takes longest
-    program.write_text(
-        "import os, sys, main\n"
-        "os.environ['TORCHELASTIC_USE_AGENT_STORE'] = 'False'  # it serves one meeting only\n"
-        f"for mode, port in {[(mode, free_port()) for mode in modes]}:\n"
-        "    os.environ['MASTER_PORT'] = port\n"
-        "    flags = ['--workspace', f'{sys.argv[2]}/{mode}', '--grad-compress', mode]\n"
-        "    assert main.main([*sys.argv[3:], *flags]) == 0\n"
-    )
     synthetic = "--data-backend synthetic --synthetic-batches 6 --arch small_cnn --cpu -b 4"
     flags = [*synthetic.split(), *"--image-size 32 --lr 0.05 -p 1 --seed 3 --epochs 2".split()]
     flags += ["--memory-format", "nhwc", "--training-only", *RIGL]
-    torchrun = "-m torch.distributed.run --nproc-per-node 2 --master-port".split()
-    done = launch(*torchrun, free_port(), str(program))(str(tmp_path), *flags)
-    assert done.returncode == 0, done.stderr[-4000:]
+    for mode in modes:
+        done = together(*flags, "--workspace", str(tmp_path / mode), "--grad-compress", mode)
+        assert done.returncode == 0, done.stderr[-4000:]
     logs = {mode: records(tmp_path / mode) for mode in modes}
     exact = losses(logs["none"])
     assert len(exact) == 2 * (6 + 1) + 1  # per step, per epoch, in the end

@@ -177,7 +177,7 @@ def bytes_per_step(sparsity):
         sparsifier = sparse.rigl(model, optimizer, sparsity=sparsity, delta_t=1000, t_end=2000)
         sparse.compress_gradients(ddp, sparsifier)
     steps = []
-    for step in range(4):
+    for step in range(3):
         distributed.barrier()
         before = sent_bytes(interface)
         ddp().backward()

@@ -42,6 +42,7 @@ def whole(pictures: Path, tmp_path_factory) -> Path:
     return workspace
 
 
+@pytest.mark.usefixtures("whole")  # the server of the forks runs: its start is no part of a run
 @pytest.mark.parametrize("flags", [RIGL, EVERYTHING], ids=["pytorch-rigl", "dali-everything"])
 def test_ten_kills_at_random_moments_change_nothing(
     pictures: Path, tmp_path: Path, flags: list[str]

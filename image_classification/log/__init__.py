@@ -1,4 +1,4 @@
-"""The log of a run, and the only console output of the harness."""
+"""The log of a run, and the only console output of the trainer."""
 
 from image_classification.log.logger import Logger, Verbosity
 from image_classification.log.machine import GpuMonitor, run_metadata

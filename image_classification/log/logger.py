@@ -30,26 +30,26 @@ class Verbosity(IntEnum):
     DEFAULT = 0
     """Raport and console."""
     VERBOSE = 1
-    """For iterations the raport only; records of epochs and runs go to the console too."""
+    """Raport only, for records of iterations; records of epochs and runs go to the console too."""
 
 
 class Logger:
-    """Writes the records of a run; on all but one rank it writes nothing.
+    """Writes the records of a run. Only one rank writes.
 
-    A raport that can no longer be written (a full disk) is a warning, given once: training goes on.
+    If the raport can no longer be written (a full disk), training goes on after a single warning.
 
     Args:
-        raport: File of JSON lines; None for none.
-        append: Continue the file of the run that is resumed; otherwise it is replaced.
-        tensorboard: Directory of TensorBoard events; None for none.
-        console: What standard output shows: `dllogger` every record as a line, `summary` one line
-            per epoch (see `headline`), `auto` the latter on a terminal and the former elsewhere;
-            None for neither records nor messages.
-        formats: Units and formats of metrics that are joined from outside.
-        enabled: False on the ranks that do not write, whose callers then need no case of their own.
+        raport: File of JSON lines, or None.
+        append: Continue the file of the run that is resumed; otherwise the file is replaced.
+        tensorboard: Directory of TensorBoard events, or None.
+        console: What standard output shows. `dllogger` shows every record as a line. `summary`
+            shows one line per epoch (see `headline`). `auto` is `summary` on a terminal and
+            `dllogger` elsewhere. None shows neither records nor messages.
+        formats: Units and formats of the metrics that a program joins to training.
+        enabled: False on the ranks that do not write. All methods may be called there, too.
 
     Raises:
-        ValueError: in one line, the raport or the directory cannot be written, or `tensorboard` is
+        ValueError: In one line: the raport or the directory cannot be written, or `tensorboard` is
             not installed.
     """
 
@@ -85,19 +85,19 @@ class Logger:
     def metadata(self, metric: str, *, unit: str | None, format: str | None) -> None:
         """Declare a metric's unit and format (such as ":.2f"), before its first record.
 
-        The metrics of the harness need no declaration: theirs is written with their first record.
+        The trainer's own metrics need no declaration: the first record of a metric writes it.
         """
         self._declared.add(metric)
         metadata = {"unit": unit, "format": format}
         self._write(lambda out, now, elapsed: out.metadata(now, elapsed, metric, metadata))
 
     def headline(self, metrics: Sequence[str]) -> None:
-        """Choose the metrics of an epoch, and of the run, that `summary` shows, in this order."""
+        """Choose the metrics that `summary` shows for an epoch and for the run, in this order."""
         if self._summary:
             self._summary.headline = tuple(dict.fromkeys(metrics))
 
     def parameters(self, values: Mapping[str, Any]) -> None:
-        """Write the configuration of the run; what JSON does not know is written as text."""
+        """Write the configuration of the run. Values of types that JSON lacks become text."""
         plain = {name: _plain(value) for name, value in values.items()}
         self._write(lambda out, now, elapsed: out.log(now, elapsed, "PARAMETER", plain))
         if self._tensorboard:
@@ -115,10 +115,10 @@ class Logger:
 
         Args:
             step: (epoch, iteration), (epoch, iteration, validation iteration), (epoch,) for the
-                summary of an epoch or () for that of the run.
-            data: metric name -> value; an empty record is not written.
-            verbosity: where the record goes.
-            global_step: optimizer step; TensorBoard shows the numbers of records that have one.
+                summary of an epoch, or () for the summary of the run.
+            data: Metric name -> value. An empty record is not written.
+            verbosity: Where the record goes.
+            global_step: Optimizer step. TensorBoard shows only records that have one.
         """
         if not data or verbosity == Verbosity.OFF or not self._enabled:
             return
@@ -142,7 +142,7 @@ class Logger:
                 print(text, flush=True)
 
     def saved(self, path: Path) -> None:
-        """Tell where a checkpoint was written; `summary` names the last one, at the end."""
+        """Tell where a checkpoint was written. `summary` names only the last one, at the end."""
         self._checkpoint = path
         if not self._summary:
             self.message(f"SAVING {path}")
@@ -154,13 +154,13 @@ class Logger:
                 print(f"WARNING: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
     def progress(self, total: int, description: str) -> Progress:
-        """Return a progress bar over `total` items; it shows nothing unless a terminal does."""
+        """Return a progress bar over `total` items; it is invisible unless output is a terminal."""
         shown = self._console is not None and sys.stdout.isatty()
         self._progress = Progress(total, description, shown=shown)
         return self._progress
 
     def close(self) -> None:
-        """Write out everything and close the files; nothing is written afterwards."""
+        """Write everything out and close the files. Later calls write nothing."""
         self._progress.close()
         if self._summary and self._checkpoint:
             self.message(f"checkpoint: {self._checkpoint}")

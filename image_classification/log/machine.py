@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit and hardware, and how busy its GPU is."""
+"""The software and hardware of a run, and the load of its GPU."""
 
 import platform
 import re
@@ -17,11 +17,11 @@ _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali")
 
 
 def run_metadata() -> dict[str, str]:
-    """Return the facts that a reader needs to repeat a run; what is not there is left out.
+    """Return the facts that a reader needs to repeat a run. Unknown facts are left out.
 
-    Versions (this project, Python, torch, torchvision, DALI, CUDA, cuDNN, NCCL), the commit of the
-    checkout with "+dirty" when files differ from it, host, operating system, CPU, GPUs, and the
-    command line.
+    These are versions (this project, Python, torch, torchvision, DALI, CUDA, cuDNN, NCCL), the
+    commit of the checkout, host, operating system, CPU, GPUs, and the command line. The commit ends
+    in "+dirty" if files differ from it.
     """
     facts = {
         "project": _project_version(),
@@ -41,11 +41,11 @@ def run_metadata() -> dict[str, str]:
 
 
 class GpuMonitor:
-    """Reads the load of one GPU, that of other programs included, through NVML.
+    """Reads the load of one GPU through NVML, with the load by other programs.
 
     Args:
-        device: The GPU; None for the current one; of the CPU nothing is read. It is found by its
-            UUID, so that the numbering of CUDA_VISIBLE_DEVICES does not matter.
+        device: The GPU, or None for the current one. For the CPU nothing is read. The GPU is found
+            by its UUID, so the numbering of CUDA_VISIBLE_DEVICES does not matter.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -58,7 +58,7 @@ class GpuMonitor:
         try:
             pynvml.nvmlInit()
             gpu = _nvml_handle(pynvml, str(torch.cuda.get_device_properties(device).uuid))
-        except pynvml.NVMLError:  # containers may lack the library, virtual machines its rights
+        except pynvml.NVMLError:  # the library or the permission is missing, as in some containers
             return
         self._readers = {
             "gpu.utilization": lambda: float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu),
@@ -67,15 +67,15 @@ class GpuMonitor:
         }
 
     def sample(self) -> dict[str, float]:
-        """Return gpu.utilization (%), gpu.memory (GiB) and gpu.power (W), those that are known.
+        """Return gpu.utilization (%), gpu.memory (GiB) and gpu.power (W), as far as known.
 
-        Without a GPU, or where NVML is not to be had, there are none. Does not wait for the GPU.
+        Without a GPU or NVML the result is empty. Does not wait for the GPU.
         """
         values: dict[str, float] = {}
         for name, read in self._readers.items():
             try:
                 values[name] = read()
-            except self._unavailable:  # a slice of a GPU has no utilization of its own
+            except self._unavailable:  # a MIG slice has no utilization of its own
                 continue
         return values
 
@@ -95,7 +95,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _project_version() -> str | None:
-    """Return the version that CITATION.cff states, the one place where it is kept."""
+    """Return the version that CITATION.cff states: no other file holds it."""
     citation = _ROOT / "CITATION.cff"
     text = citation.read_text(encoding="utf-8") if citation.is_file() else ""
     match = re.search(r"^version:\s*[\"']?([\w.+-]+)", text, re.MULTILINE)
@@ -103,16 +103,16 @@ def _project_version() -> str | None:
 
 
 def _commit() -> str | None:
-    packed = _ROOT / "COMMIT"  # written where an image is built, which has no .git
-    if packed.is_file():
-        return packed.read_text(encoding="utf-8").strip()
+    built = _ROOT / "COMMIT"  # the Dockerfile writes it, because an image has no .git
+    if built.is_file():
+        return built.read_text(encoding="utf-8").strip()
     commit = _git("rev-parse", "HEAD")
     is_dirty = commit and _git("status", "--porcelain", "--untracked-files=no")
     return f"{commit}+dirty" if is_dirty else commit
 
 
 def _git(*arguments: str) -> str | None:
-    """Return the output of git in the project's own checkout; None where there is none."""
+    """Return the output of git in the project's own checkout; None if it is no checkout."""
     if not (_ROOT / ".git").exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a person watches while training: progress bars, a line per epoch, curves in TensorBoard."""
+"""What a person watches during training: progress bars, one line per epoch, TensorBoard."""
 
 import contextlib
 import functools
@@ -17,11 +17,11 @@ from tqdm import tqdm
 from image_classification.log.records import Data, Step, number_text
 
 _BAR = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-"""A bar with numbers of the run, which fit into 80 columns: the counts and the rate give way."""
+"""A bar with metrics. It leaves out the counts and the rate, so that 80 columns suffice."""
 
 
 class Progress:
-    """A progress bar, or nothing at all with the same methods."""
+    """A progress bar. If it is not shown, all methods do nothing."""
 
     def __init__(self, total: int, description: str, *, shown: bool) -> None:
         self._bar: Any = None
@@ -31,7 +31,7 @@ class Progress:
             )
 
     def update(self, n: int, **postfix: float | str) -> None:
-        """Count `n` more items; show the last part of each metric's name with its value."""
+        """Count `n` more items, and show metrics by the last part of their names."""
         if self._bar is None:
             return
         if postfix:
@@ -48,7 +48,7 @@ class Progress:
 
     @contextlib.contextmanager
     def hidden(self) -> Iterator[None]:
-        """Take the bar out of the way of lines that are printed meanwhile."""
+        """Hide the bar while lines are printed."""
         if self._bar is None:
             yield
         else:
@@ -57,12 +57,12 @@ class Progress:
 
 
 class Summary:
-    """Standard output in short: one line per epoch and one for the run.
+    """Prints one line per epoch and one for the run.
 
-    `epoch 3  loss 0.51234  top-1 87.50%` shows those metrics of the record that `headline` names.
+    A line such as `epoch 3  loss 0.51234  top-1 87.50%` shows the metrics that `headline` names.
 
     Args:
-        raport: The file of all records, which the first line names; None where there is none.
+        raport: The file of all records, which the first line names, or None.
     """
 
     def __init__(self, raport: Path | None) -> None:
@@ -83,7 +83,7 @@ class Summary:
             print(_joined([head, *shown], indent=len(head) + 2))
 
     def flush(self) -> None:
-        """Do nothing: the logger flushes standard output."""
+        """Do nothing, because the logger flushes standard output."""
 
     def _field(self, metric: str, value: object) -> str:
         metadata = self._metadata.get(metric, {})
@@ -101,7 +101,7 @@ def _label(metric: str) -> str:
 
 
 def _joined(fields: list[str], *, indent: int) -> str:
-    """Put fields on one line; a terminal that is too narrow gets more of them, each field whole."""
+    """Put fields on one line. A narrow terminal gets several lines, but no field is broken."""
     if not sys.stdout.isatty():
         return "  ".join(fields)
     width = shutil.get_terminal_size().columns
@@ -116,15 +116,15 @@ def _joined(fields: list[str], *, indent: int) -> str:
 
 
 class TensorBoard:
-    """Curves by optimizer step: `train/loss` and so on, summaries of epochs as `epoch/train.loss`.
+    """Curves over optimizer steps: `train/loss` and so on; `epoch/train.loss` for whole epochs.
 
     Args:
         directory: Where the event files go.
-        resumed: A run that is continued: what an interrupted run recorded beyond its last
-            checkpoint is hidden.
+        resumed: Whether the run is resumed. Records of the interrupted run after its last
+            checkpoint are then hidden.
 
     Raises:
-        ValueError: in one line, the directory cannot be written or the package is missing.
+        ValueError: In one line: the directory cannot be written, or the package is missing.
     """
 
     def __init__(self, directory: Path, *, resumed: bool) -> None:
@@ -141,14 +141,16 @@ class TensorBoard:
         self._open = functools.partial(SummaryWriter, str(directory))
         self._resumed = resumed
         self._parameters: dict[str, Any] = {}
-        self._writer: Any = None  # opened by the first numbers, which tell where a resume begins
+        self._writer: Any = (
+            None  # opened by the first record, whose step is where a resumed run begins
+        )
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """Show the configuration of the run as text."""
         self._parameters |= values
 
     def scalars(self, step: tuple[int, ...], data: Mapping[str, Any], global_step: int) -> None:
-        """Add the numbers of a record; the run's own summary is no curve and is left out."""
+        """Add the numbers of a record. The summary of the run is left out, as it is no curve."""
         if not step:
             return
         if self._writer is None:
@@ -161,6 +163,6 @@ class TensorBoard:
                 self._writer.add_scalar(tag, value, global_step)
 
     def close(self) -> None:
-        """Write out everything."""
+        """Write everything out."""
         if self._writer is not None:
             self._writer.close()

@@ -8,7 +8,7 @@ from sparse.native import library
 
 
 def main(levels: Sequence[str]) -> int:
-    """Build the given levels, by default all of this processor's family; print the libraries.
+    """Compile the given levels, by default all of this processor's family; print the paths.
 
     Returns:
         0, or 2 for an unknown level or a compiler that is missing or fails.
@@ -18,7 +18,7 @@ def main(levels: Sequence[str]) -> int:
         for level in levels or family:
             library.check_level(level)
             for sources in (library.GATES, library.KERNELS):
-                print(sources.build(level, library.PREBUILT))
+                print(sources.compile(level, library.PREBUILT))
     except (ValueError, library.BuildError) as error:
         print(f"sparse.native: error: {error}", file=sys.stderr)
         return 2

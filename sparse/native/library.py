@@ -1,8 +1,8 @@
-"""C++ sources of this package, compiled with the host's compiler on first use, called by ctypes.
+"""Compile C++ sources with the compiler of the host on first use, and load them with ctypes.
 
-A plain C interface instead of a torch extension: it compiles in seconds instead of half a minute,
-does not depend on torch's ABI, so that one library serves every version of torch, and starts
-without importing a compiler's tool chain.
+The sources have a plain C interface instead of that of a torch extension. They compile several
+times faster, and nothing of a tool chain is imported. They do not depend on the ABI of torch, so
+one library serves every version of torch.
 """
 
 import ctypes
@@ -31,26 +31,26 @@ _FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fPIC -shared -pthread -Wno-psabi".s
 
 
 class BuildError(RuntimeError):
-    """Sources cannot be compiled on this machine."""
+    """The sources cannot be compiled on this machine, or the library cannot be loaded."""
 
 
 def cpu_level() -> str:
-    """Return the best of `LEVELS` that this processor runs, as CPUID tells torch."""
+    """Return the best of `LEVELS` that this processor runs; torch reads it from CPUID."""
     level = torch.backends.cpu.get_cpu_capability().lower()
     return level if level in LEVELS else "portable"
 
 
 def check_level(level: str) -> None:
-    """Raise a ValueError, of one line, for what is not one of `LEVELS`."""
+    """Raise a ValueError of one line for a level that is not one of `LEVELS`."""
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
 
 
 def open_library(path: Path) -> ctypes.CDLL:
-    """Load a library that `Library.find` or `Library.build` returned.
+    """Load a library that `Library.find` or `Library.compile` returned.
 
     Raises:
-        BuildError: The system does not load it, as from a directory mounted noexec.
+        BuildError: The system does not load the library, as from a directory mounted noexec.
     """
     try:
         return ctypes.CDLL(str(path))
@@ -75,36 +75,37 @@ class Library:
     """A directory of sources that become one shared library.
 
     Attributes:
-        name: Begins the library's file name.
-        sources: Holds *.cpp and the headers that they include.
+        name: The beginning of the library's file name.
+        sources: The directory of *.cpp and of the headers that they include.
     """
 
     name: str
     sources: Path
 
     def find(self, level: str, cache: Path) -> Path:
-        """Return the library of a level: prebuilt with the installation, cached, or compiled now.
+        """Return the library of a level: prebuilt in the installation, cached, or compiled now.
 
-        One that the system does not load, damaged or of another system, is passed over.
+        A library that the system does not load, because it is damaged or of another system, is
+        passed over.
 
         Raises:
-            BuildError: It has to be compiled and cannot be.
+            BuildError: The library has to be compiled, and it cannot be.
         """
         prebuilt = PREBUILT / self._file_name(level, self._arguments(level))
-        return prebuilt if _loads(prebuilt) else self.build(level, cache)
+        return prebuilt if _loads(prebuilt) else self.compile(level, cache)
 
-    def build(self, level: str, directory: Path, *, flags: tuple[str, ...] = ()) -> Path:
-        """Compile the library into `directory`, unless one that loads is there; return its path.
+    def compile(self, level: str, directory: Path, *, flags: tuple[str, ...] = ()) -> Path:
+        """Return the path of the library in `directory`, where it is compiled if necessary.
 
-        The file name carries a digest of sources and flags, so a stale library is never used.
+        The file name has a digest of sources and flags, so an outdated library is never used.
 
         Args:
             level: One of `LEVELS`.
-            directory: Made when it is missing.
-            flags: Added to the compiler's.
+            directory: Created if it is missing.
+            flags: Further flags for the compiler.
 
         Raises:
-            BuildError: No compiler, or it failed; one line.
+            BuildError: There is no compiler, or it failed; one line.
         """
         arguments = [*self._arguments(level), *flags]
         library = directory / self._file_name(level, arguments)
@@ -121,7 +122,7 @@ class Library:
                 command = [compiler, *arguments, *sources, "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 with made.open("rb") as file:
-                    os.fsync(file.fileno())  # half of a library would crash whoever loads it
+                    os.fsync(file.fileno())  # half a library would crash any process that loads it
                 os.replace(made, library)
         except OSError as error:
             raise BuildError(f"the library cannot be written: {error}") from None

@@ -1,9 +1,9 @@
-"""Run trained sparse networks for real: compact files and CPU kernels that skip the zeros.
+"""Run trained sparse networks: compact files, and CPU kernels that skip the zeros.
 
     network = sparse.runtime.load("network.safetensors")
     logits = network(images)
 
-A file is written by `save` (or `export.py`); `trace` gives the graph it needs.
+`save` (or `export.py`) writes a file. `trace` returns the graph that `save` needs.
 """
 
 from sparse.native.library import BuildError

@@ -1,69 +1,43 @@
-"""The layout of every value of a network, and the order in which its layers are computed."""
+"""Decide how every value of a network lies in vectors, and in which order layers are computed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from sparse.runtime import bindings
+from sparse.runtime.execution_order import fuse, order_pieces
 from sparse.runtime.graph import INPUT
 from sparse.runtime.layout import Grid, Map, Value, Vector, best_grid, out_size, reach
-from sparse.runtime.lower import Array, Layer
+from sparse.runtime.lower import Layer
 from sparse.runtime.memory import place
-from sparse.runtime.schedule import group, maps_of, schedule, work_of
+from sparse.runtime.operation import Operation
 
-MAX_GROWTH = 1.2  # of a row, to spare its readers a repacking
-LINEAR_DENSITY = 0.3
-BYTES_PER_VECTOR = 20  # that the caches move while a vector is multiplied and added
-LEVELS = (4, 8)  # by which bands of the image are a multiple: the layers' strides divide them
-MAX_COST = 0.99  # of bands against none: the estimate is no better than that
-MAX_WASTE = 1.02  # lanes of an image of several bands, per pixel
-REPACK_COST = 16  # of a vector that is put together lane by lane
-
-
-@dataclass(kw_only=True, eq=False)
-class Step:
-    """One operation with what it reads and writes."""
-
-    kind: int
-    source: Value | None
-    target: Value | None
-    residual: Map | None = None
-    layer: Layer | None = None
-    stride: tuple[int, int] = (1, 1)
-    op: bindings.Op = field(default_factory=bindings.Op)
-    tables: list[Array] = field(default_factory=list)
-    """What the pointers of `op` point to."""
-
-    def num_connections(self) -> int:
-        """Return the multiply-accumulates of one image that are not with a zero weight."""
-        pixels = self.target.height * self.target.width if isinstance(self.target, Map) else 1
-        return self.layer.num_active * pixels if self.layer is not None else 0
-
-    def moves_whole(self) -> bool:
-        """Tell whether a repacking moves vectors as they are; the image is read pixel by pixel."""
-        source, target = self.source, self.target
-        if not (isinstance(source, Map) and isinstance(target, Map)):
-            return False
-        return _fits(source.grid, target.grid.scaled(self.stride))
+MAX_GROWTH = 1.2  # factor by which a row may grow if its readers then need no repacking
+LINEAR_DENSITY = 0.3  # below this density a linear layer is computed as a sparse one
+BYTES_PER_VECTOR = 20  # bytes that the caches move while one vector is multiplied and added
+LEVELS = (4, 8)  # rows and vectors of a band are multiples of these, which strides divide
+MAX_TIME = 0.99  # bands must save this much time at least: the estimate is not more exact
+MAX_WASTE = 1.02  # most lanes per pixel of an image with several bands
+REPACK_TIME = 16  # time of a vector that is put together lane by lane, in multiply-adds
 
 
 class Arrangement:
-    """The steps of a network for images of one size, with a place for every value.
+    """The operations of a network for images of one size, with a place in memory for every value.
 
     Args:
         layers: Result of `lower`.
         size: Channels, height and width of the images.
         lanes: Floats per vector of the kernels.
-        grid: Of the image; its bands go down through the layers. By default of one band.
+        grid: Grid of the image. The layers keep its bands as far as they can. The default is one
+            band.
 
     Attributes:
-        steps: In the order of the layers.
-        groups: Of steps whose rows are computed in turn.
+        operations: In the order of the layers.
+        groups: Groups of operations that are executed together, a few rows at a time.
         pieces: The order of execution.
-        arena_size: Floats that all values take (memory.py).
-        out_shape: Of the result, of one image.
+        arena_size: Number of floats that all values take (memory.py).
+        out_shape: Shape of the result of one image.
 
     Raises:
-        ValueError: An image too small for the network.
+        ValueError: The images are too small for the network.
     """
 
     def __init__(
@@ -74,32 +48,33 @@ class Arrangement:
         lanes: int,
         grid: Grid | None = None,
     ) -> None:
-        self.steps: list[Step] = []
+        self.operations: list[Operation] = []
         self._size, self._lanes = size, lanes
         self._values: dict[str, Value] = {}
         self._repacked: dict[tuple[object, ...], Map] = {}
-        self._wishes = self._wished(layers)
+        self._wishes = self._wished_vectors(layers)
         self._read_image(layers[0], grid)
         for layer in layers:
             self._add(layer)
         self._finish()
-        self.groups = group(self.steps)
-        self.pieces = schedule(self.steps, self.groups)
-        self.arena_size = place(self.steps, self.groups, self.pieces)
+        self.groups = fuse(self.operations)
+        self.pieces = order_pieces(self.operations, self.groups)
+        self.arena_size = place(self.operations, self.groups, self.pieces)
 
-    def cost(self) -> float:
-        """Estimate the time, in multiplications and additions of vectors.
+    def estimated_time(self) -> float:
+        """Return an estimate of the time of one image, in multiply-adds of vectors.
 
-        A layer is bound by them or, outside a group, by what it reads and writes.
+        A layer is limited by its multiply-adds. A layer outside a group may instead be limited by
+        the memory that it reads and writes.
         """
         alone = {members.start for members in self.groups if len(members) == 1}
         total = 0.0
-        for i, step in enumerate(self.steps):
-            sizes = [4 * value.size for value in maps_of(step)]
+        for i, operation in enumerate(self.operations):
+            sizes = [4 * value.size for value in operation.maps()]
             moved = sum(sizes) / BYTES_PER_VECTOR if i in alone else 0
-            work, target = work_of(step), step.target
-            if step.layer is None and isinstance(target, Map) and not step.moves_whole():
-                work = REPACK_COST * target.channels * target.rows * target.vectors
+            work, target = operation.vector_work(), operation.target
+            if operation.layer is None and isinstance(target, Map) and not operation.moves_whole():
+                work = REPACK_TIME * target.channels * target.rows * target.vectors
             total += max(work, moved)
         return total
 
@@ -110,22 +85,24 @@ class Arrangement:
             grid = Grid(vectors=vectors, rows=height, lanes=self._lanes)
         image = Map(channels=channels, height=height, width=width, grid=grid)
         self._values[INPUT] = image
-        self.steps.append(Step(kind=bindings.INPUT, source=None, target=image))
+        self.operations.append(Operation(kind=bindings.INPUT, source=None, target=image))
 
     def _out_vectors(self, layer: Layer, width: int) -> int:
-        """Return the vectors of an output row: whole in the input's and in the output's.
+        """Return the number of vectors of an output row.
 
-        The least number, unless a reader would have to repack the row and a little more avoids it.
+        This is the smallest number that holds the output row and, times the stride, the input row.
+        A slightly larger number is returned if a reader then need not repack the row.
         """
         stride = layer.stride[1]
         least = max(-(-_width(layer, width) // self._lanes), -(-width // (stride * self._lanes)))
         wish = self._wishes.get(layer.name, 0)
         return wish if least <= wish <= MAX_GROWTH * least else least
 
-    def _wished(self, layers: Sequence[Layer]) -> dict[str, int]:
-        """Return the vectors of a row that suit its strided readers, by the name of the value.
+    def _wished_vectors(self, layers: Sequence[Layer]) -> dict[str, int]:
+        """Return the number of vectors per row that suits the strided readers of each value.
 
-        Layers that keep the size pass the wish on to the layer that sets it.
+        The keys are names of values. If the layers before a value keep the width, the number is
+        noted for the value that sets the width.
         """
         widths = {INPUT: self._size[2]}
         wishes: dict[str, int] = {}
@@ -142,9 +119,10 @@ class Arrangement:
         return wishes
 
     def _setter(self, name: str, makers: Mapping[str, Layer], widths: Mapping[str, int]) -> str:
-        """Return the value that sets the vectors of a row of `name`.
+        """Return the name of the value that sets the number of vectors per row of `name`.
 
-        `name` itself, if to compute some more vectors up to there costs more than to repack it.
+        This is `name` itself if the additional vectors of the layers before cost more than a
+        repacking.
         """
         first, connections = name, 0
         while (maker := makers.get(first)) is not None and maker.residual is None:
@@ -168,7 +146,7 @@ class Arrangement:
             sparse = layer.num_active < LINEAR_DENSITY * layer.weight.size
             kind = bindings.SPARSE_LINEAR if sparse else bindings.DENSE_LINEAR
         self._values[layer.name] = target
-        self.steps.append(Step(kind=kind, source=source, target=target, layer=layer))
+        self.operations.append(Operation(kind=kind, source=source, target=target, layer=layer))
 
     def _add_window(self, layer: Layer) -> None:
         source = self._map_of(layer.source)
@@ -186,10 +164,10 @@ class Arrangement:
             )
         grid = self._grid(layer, source, height, width)
         if (sy, sx) != (1, 1) and (kh, kw, py, px) == (1, 1, 0, 0):
-            # Only what is read is taken along: the convolution then finds it side by side.
+            # The repacking keeps only the pixels that are read, so that they become neighbors.
             source = self._repack(source, grid, (sy, sx))
             sy = sx = 1
-        elif not _fits(source.grid, grid.scaled((sy, sx))):
+        elif not source.grid.fits(grid.scaled((sy, sx))):
             source = self._repack(source, grid.scaled((sy, sx)), (1, 1))
         target = Map(channels=layer.channels, height=height, width=width, grid=grid)
         source.require(
@@ -200,11 +178,11 @@ class Arrangement:
         residual = None
         if layer.residual is not None:
             residual = self._map_of(layer.residual)
-            if not _fits(residual.grid, grid):
+            if not residual.grid.fits(grid):
                 residual = self._repack(residual, grid, (1, 1))
         self._values[layer.name] = target
         kind = bindings.SPARSE_CONV if layer.kind == "conv" else bindings.MAX_POOL
-        step = Step(
+        operation = Operation(
             kind=kind,
             source=source,
             target=target,
@@ -212,10 +190,10 @@ class Arrangement:
             layer=layer,
             stride=(sy, sx),
         )
-        self.steps.append(step)
+        self.operations.append(operation)
 
     def _grid(self, layer: Layer, source: Map, height: int, width: int) -> Grid:
-        """Return the grid of a layer's output: of the bands of its input, if they are whole."""
+        """Return the grid of a layer's output, with the bands of its input if the stride allows."""
         vectors = self._out_vectors(layer, source.width)
         if source.vectors % layer.stride[1] == 0 and source.grid.bands == 1:
             vectors = max(vectors, source.vectors // layer.stride[1])
@@ -234,7 +212,7 @@ class Arrangement:
                 grid = plain
             if (height, width) == (source.height, source.width) and layer.stride == (1, 1):
                 grid = source.grid
-        # Rows beyond a band are copied from its neighbor only.
+        # Rows beyond a band can be copied from the next band only, and not from farther ones.
         rows = grid.rows * layer.stride[0]
         beyond = reach(
             rows, grid.rows, layer.kernel[0], layer.stride[0], layer.padding[0], layer.dilation[0]
@@ -254,37 +232,37 @@ class Arrangement:
         if key not in self._repacked:
             target = Map(channels=source.channels, height=height, width=width, grid=grid)
             self._repacked[key] = target
-            self.steps.append(
-                Step(kind=bindings.REPACK, source=source, target=target, stride=stride)
+            self.operations.append(
+                Operation(kind=bindings.REPACK, source=source, target=target, stride=stride)
             )
         return self._repacked[key]
 
     def _finish(self) -> None:
-        """Let the last value be written where the caller wants it."""
-        last = self.steps[-1].target
+        """Let the last value be written to the memory of the logits."""
+        last = self.operations[-1].target
         assert last is not None
         if isinstance(last, Map):
             self.out_shape: tuple[int, ...] = (last.channels, last.height, last.width)
-            self.steps.append(Step(kind=bindings.OUTPUT, source=last, target=None))
+            self.operations.append(Operation(kind=bindings.OUTPUT, source=last, target=None))
         else:
             self.out_shape = (last.channels,)
-            self.steps[-1].target = None
+            self.operations[-1].target = None
 
 
 def arrange(layers: Sequence[Layer], size: tuple[int, int, int], *, lanes: int) -> Arrangement:
-    """Return the arrangement of the least estimated cost: of several bands if they gain enough.
+    """Return the fastest arrangement by estimate: with several bands if they save enough time.
 
     Args and errors are those of `Arrangement`.
     """
     plain = Arrangement(layers, size, lanes=lanes)
     grids = banded_grids(size[1], size[2], lanes=lanes)
     banded = [Arrangement(layers, size, lanes=lanes, grid=grid) for grid in grids]
-    best = min(banded, key=Arrangement.cost, default=plain)
-    return best if best.cost() <= MAX_COST * plain.cost() else plain
+    best = min(banded, key=Arrangement.estimated_time, default=plain)
+    return best if best.estimated_time() <= MAX_TIME * plain.estimated_time() else plain
 
 
 def banded_grids(height: int, width: int, *, lanes: int) -> list[Grid]:
-    """Return the grids of several bands that an image fills, and after strides its maps."""
+    """Return the grids of several bands that an image fills, and its maps after strided layers."""
     found = []
     bands = 2
     while bands < lanes:
@@ -320,11 +298,6 @@ def _sizes(layer: Layer, size: tuple[int, int]) -> tuple[int, int]:
         for i in (0, 1)
     )
     return height, width
-
-
-def _fits(found: Grid, wanted: Grid) -> bool:
-    """Tell whether a value of a grid can be used as one of another; plain rows may be missing."""
-    return found == wanted or (found.bands == wanted.bands == 1 and found.vectors == wanted.vectors)
 
 
 def _size(value: Map) -> tuple[int, int]:

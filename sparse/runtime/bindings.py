@@ -14,7 +14,7 @@ Function = Callable[..., Any]
 
 
 class Op(ctypes.Structure):
-    """Mirror of `Op` in op.h, which explains the members."""
+    """Mirrors `Op` of op.h, which explains the members."""
 
     _fields_ = [
         *((name, _INT) for name in "kind in_ out res in_row in_plane out_row out_plane".split()),
@@ -37,12 +37,12 @@ OUTPUT = 8
 
 @functools.cache
 def load(level: str, cache: Path) -> "Kernels":
-    """Return the kernels of a level; `Library.find` says where from, and what it raises."""
+    """Return the kernels of a level; see `Library.find` for where they come from, and errors."""
     return Kernels(KERNELS.find(level, cache))
 
 
 class Kernels:
-    """The functions of a compiled library; network.cpp explains them."""
+    """The functions of a compiled library, which network.cpp explains."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

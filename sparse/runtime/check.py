@@ -1,7 +1,7 @@
-"""What a graph has to be so that the runtime can compute it: every rule, in one place.
+"""All rules that a graph must obey so that the runtime can compute it.
 
-A graph is checked when it is traced and when it is read, on its own, then against the shapes of its
-weights; and against the size of the images, when they come.
+A graph is checked when it is traced and when it is read from a file: first on its own, then against
+the shapes of its weights. It is checked against the size of images when the images come.
 """
 
 from collections import Counter
@@ -13,9 +13,9 @@ from sparse.runtime.layout import out_size
 
 MAX_NODES = 10_000
 MAX_EXTENT = 1024
-"""Pixels that a window spans, that it moves on by, and that its input is padded with."""
+"""Limit, in pixels, of the extent of a window, of its stride and of its padding."""
 MAX_WINDOWS = 2**24
-"""Weights that no file stores: windows of average-pools, scales of lone BatchNorms, sums, ReLUs."""
+"""Limit of the weights that lowering adds for average-pools, lone BatchNorms, sums and ReLUs."""
 
 Shape = tuple[int, ...]
 
@@ -33,7 +33,7 @@ def check(nodes: Sequence[Node]) -> None:
     if not 1 <= len(nodes) <= MAX_NODES:
         raise ValueError(f"the graph must have 1 to {MAX_NODES} operations, it has {len(nodes)}")
     readers = Counter(name for node in nodes for name in node.inputs)
-    vectors: dict[str, str] = {}  # name -> operation, of the values that are one vector per image
+    vectors: dict[str, str] = {}  # values that are one vector per image: name -> operation
     known = {INPUT}
     for node in nodes:
         where = f"operation {node.name!r} ({node.op})"
@@ -80,7 +80,7 @@ def _check_geometry(node: Node, where: str) -> None:
 
 
 def _check_kind(node: Node, where: str, vectors: dict[str, str], readers: Counter[str]) -> None:
-    """Check whether a node reads maps or a vector, and note it if its value is a vector."""
+    """Check whether a node reads maps or a vector, and note the node if its value is a vector."""
     read = [vectors[name] for name in node.inputs if name in vectors]
     if node.op == "linear" and not read:
         raise ValueError(f"the runtime has no linear layer of images ({where})")
@@ -100,8 +100,8 @@ def check_shapes(
 
     Args:
         nodes: A graph that `check` accepts.
-        shapes: Of the entries of the state dict.
-        in_channels: Of the images.
+        shapes: Shapes of the entries of the state dict.
+        in_channels: Channels of the images.
         folded: Whether BatchNorm is folded into the convolutions (format.py).
 
     Raises:
@@ -164,7 +164,7 @@ def check_images(
     """Check that a network can compute images of a size.
 
     Raises:
-        ValueError: Names the size, and the operation it is too small or too large for.
+        ValueError: Names the size, and the operation for which it is too small or too large.
     """
     images = f"images of {height}x{width}"
     sizes = {INPUT: (height, width)}
@@ -196,7 +196,7 @@ def check_images(
 
 
 def too_large(height: int, width: int, num_bytes: int) -> ValueError:
-    """Return the error of images whose activations do not fit the memory."""
+    """Return the error for images whose activations do not fit into memory."""
     return ValueError(
         f"images of {height}x{width} are too large for this network: it would take "
         f"{num_bytes / 2**30:.1f} GiB, and half of the memory is {memory.limit() / 2**30:.1f}"
@@ -204,7 +204,7 @@ def too_large(height: int, width: int, num_bytes: int) -> ValueError:
 
 
 def in_channels(nodes: Sequence[Node], shapes: Mapping[str, Shape]) -> int:
-    """Return the channels of the images that a graph reads; 1 if it reads any number of them."""
+    """Return the channels of the images that a graph reads; 1 if any number fits the graph."""
     same = {INPUT}  # values with the channels of the images
     for node in nodes:
         if node.inputs[0] not in same:

@@ -1,6 +1,6 @@
-"""Compact sparse files: a bit per weight for the mask, and the active values.
+"""Compact sparse files: one bit per weight for the mask, and the active values.
 
-A file is a safetensors container, so it loads without pickle and any safetensors reader lists it:
+A file is a safetensors container. It loads without pickle, and any reader of safetensors lists it:
 
 - `<name>.mask`: uint8, bit i % 8 of byte i // 8 is 1 if weight i (C order) is active;
 - `<name>.values`: the active weights in the same order;
@@ -9,8 +9,9 @@ A file is a safetensors container, so it loads without pickle and any safetensor
 - metadata: `format`, `header` (JSON: architecture, graph, normalization) and `sha256`, the digest
   of the header and all tensors.
 
-A file is written folded, with one bias per channel for a BatchNorm, or with BatchNorm as trained.
-The state dict comes back bit for bit in either case: that of the folded network or the trained one.
+A file holds BatchNorm either folded, as one bias per channel, or as trained. In either case the
+state dict comes back bit for bit: the folded network's in the first case, the trained one's in the
+second.
 """
 
 import hashlib
@@ -51,10 +52,10 @@ class Compact:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the dense state dict: as it was trained, bit for bit, if written as float32.
+        """Return the dense state dict: bit for bit as it was stored, if it was stored as float32.
 
-        Values of another type come back as float32. Of a folded file, BatchNorm becomes the
-        identity plus its bias, so that the model computes what the trained one did.
+        Values of other types come back as float32. For a folded file, each BatchNorm only adds its
+        bias, so that the model computes what the trained one did.
         """
         state = {name: self._dense(name) for name in self.header.names}
         return _with_identity(self.header.nodes, state) if self.header.folded else state
@@ -97,24 +98,24 @@ def save(
         path: Replaced if it exists.
         state: Dense state dict; inactive weights are 0.
         masks: Names of entries of `state` -> bool masks of their shapes, True = active. Entries
-            without one, or with all weights active, are stored whole.
+            without a mask, or with all weights active, are stored whole.
         nodes: Graph of the network (`graph.trace`).
         arch: Name of the architecture.
-        model: Further arguments it is created with: plain numbers and strings.
+        model: Further arguments with which the architecture is created: numbers and strings.
         image_size: Side of the images, in pixels.
-        mean: Normalization of the images, per channel.
-        std: The same.
+        mean: Mean that was subtracted from the images, per channel.
+        std: Standard deviation by which the images were divided, per channel.
         interpolation: How images were resized.
         in_channels: Channels of the images.
         dtype: One of `DTYPES`, for the weights of convolutions and linear layers. int8 has one
-            scale per output channel: its largest magnitude over 127.
-        fold: Fold BatchNorm into the convolution before it and store one bias per channel instead
-            of four vectors: smaller, but the trained state dict cannot be recovered. A BatchNorm
-            that follows no convolution of its own stays.
+            scale per output channel: the largest magnitude of the channel, divided by 127.
+        fold: Fold BatchNorm into the convolution before it, and store one bias per channel instead
+            of four vectors. The file becomes smaller, but the trained state dict cannot be
+            recovered. A BatchNorm that follows no convolution of its own stays.
 
     Raises:
-        ValueError: A weight that is not 0 where its mask is False, a mask or a weight that does not
-            fit, an unknown dtype, or anything else that `read` would refuse.
+        ValueError: A weight is not 0 where its mask is False, a mask or a weight does not fit, the
+            dtype is unknown, or `read` would refuse the file for another reason.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -150,11 +151,11 @@ def save(
 
 
 def read(path: str | Path) -> Compact:
-    """Return the content of a compact file, verified: it may come from anybody.
+    """Return the content of a compact file. All of it is verified: a file may come from anybody.
 
     Raises:
-        ValueError: No such file, a damaged one, one of another format, or one whose tensors do not
-            fit its graph; one line with its name.
+        ValueError: The file does not exist, is damaged, has another format, or its tensors do not
+            fit its graph; one line that names the file.
     """
     path = Path(path)
     try:
@@ -181,13 +182,13 @@ def read(path: str | Path) -> Compact:
 
 
 def _line(error: Exception) -> str:
-    """Return an error's first line, or the beginning of a long one: a file may hold any names."""
+    """Return an error's first line, shortened: the names in a file may be of any length."""
     return str(error).partition("\n")[0][:MAX_REASON]
 
 
 def _store(name: str, value: Tensor, mask: Tensor | None, dtype: str) -> dict[str, Tensor]:
     if not value.is_floating_point():
-        return {name: value.clone()}  # tensors of one memory cannot be stored
+        return {name: value.clone()}  # safetensors refuses tensors that share memory
     if mask is not None:
         if mask.shape != value.shape:
             raise ValueError(
@@ -212,7 +213,7 @@ def _rescale(value: Tensor, scale: Tensor) -> Tensor:
 
 
 def _fold(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state with scaled weights; of a folded BatchNorm only its bias stays."""
+    """Return the state with scaled weights. Only the bias of a folded BatchNorm stays."""
     folded = dict(state)
     for conv, norm in graph.folds(nodes):
         entries = {name: state[norm.parameters + name].double() for name in _BATCH_NORM[:4]}
@@ -233,7 +234,7 @@ def _fold(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[str, Tenso
 def _with_identity(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state of a folded file with BatchNorms that only add their bias.
 
-    Each follows its convolution, as in the state dict of the model.
+    The entries of each BatchNorm follow those of its convolution, as in the model's state dict.
     """
     norms = {conv.parameters + "weight": norm for conv, norm in graph.folds(nodes)}
     biases = {norm.parameters + "bias" for norm in norms.values()}
@@ -256,7 +257,7 @@ def _with_identity(nodes: Sequence[Node], state: Mapping[str, Tensor]) -> dict[s
 
 
 def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the JSON of a header and of the tensors, which a file carries."""
+    """Return the SHA-256 of a header's JSON and of the tensors; a file carries this digest."""
     found = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         value = tensors[name]
@@ -266,7 +267,7 @@ def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, or replace it: whole or not at all."""
+    """Write or replace a file, whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             file.write(data)

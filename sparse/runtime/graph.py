@@ -1,7 +1,7 @@
-"""The graph of a network as plain data: stored in a file, run by torch.
+"""The graph of a network as plain data, which a file stores and torch can run.
 
 A graph is a list of nodes in the order of execution. It names the entries of a state dict instead
-of holding tensors and does not depend on the resolution, so it can live in the header of a file.
+of holding tensors, and it does not depend on the resolution. The header of a file can thus hold it.
 """
 
 from collections import Counter
@@ -19,15 +19,15 @@ OPS = ("conv", "batch_norm", "relu", "add", "max_pool", "avg_pool", "mean_pool",
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One operation; its value is known by its name."""
+    """One operation of the graph. The node's value has the node's name."""
 
     name: str
     op: str
-    """One of `OPS`. `mean_pool` averages whole planes and gives a vector per image."""
+    """One of `OPS`. `mean_pool` averages whole planes, which gives one vector per image."""
     inputs: tuple[str, ...]
     """Names of earlier nodes, or `INPUT`."""
     parameters: str = ""
-    """Prefix of the entries in the state dict: conv, batch_norm and linear."""
+    """Prefix of the entries in the state dict, for conv, batch_norm and linear."""
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -35,20 +35,20 @@ class Node:
     groups: int = 1
     eps: float = 0.0
     ceil_mode: bool = False
-    """max_pool: the last window may reach beyond the image."""
+    """Whether the last window of a max_pool may reach beyond the image."""
 
 
 def to_json(nodes: Sequence[Node]) -> list[dict[str, Any]]:
-    """Return the nodes as mappings, without what has its default."""
+    """Return the nodes as mappings, without the fields that have their default."""
     defaults = {f.name: f.default for f in fields(Node)}
     return [{k: v for k, v in asdict(n).items() if defaults[k] != v} for n in nodes]
 
 
 def from_json(rows: Any) -> list[Node]:
-    """Return the nodes of `to_json`, every field of its type; `check` of check.py does the rest.
+    """Return the nodes that `to_json` described. Only types are checked; check.py does the rest.
 
     Raises:
-        ValueError: Not a list of nodes.
+        ValueError: The rows are not a list of nodes.
     """
     if not isinstance(rows, list):
         raise ValueError("the graph is no list of nodes")
@@ -68,7 +68,7 @@ def _node(row: Any) -> Node:
 
 
 def is_text(value: Any) -> bool:
-    """Tell whether a value is a string of one printable line."""
+    """Tell whether a value is a string that is printable as one line."""
     return isinstance(value, str) and value.isprintable()
 
 
@@ -103,7 +103,7 @@ _IS_TYPED: dict[str, Callable[[Any], bool]] = {
 def folds(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
     """Return the pairs of a convolution and the BatchNorm that can be folded into its weights.
 
-    The BatchNorm alone reads the convolution, and no other node has the parameters of either.
+    Only the BatchNorm reads the convolution, and no other node has the parameters of either node.
     """
     by_name = {node.name: node for node in nodes}
     readers = Counter(name for node in nodes for name in node.inputs)
@@ -121,7 +121,7 @@ def folds(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
 def run(nodes: Sequence[Node], state: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """Return the logits (N, K) of images (N, C, H, W), computed by torch.
 
-    Results of intermediate nodes are kept only as long as they are needed.
+    Values of nodes are kept only as long as later nodes read them.
     """
     last_use = {name: i for i, node in enumerate(nodes) for name in node.inputs}
     values = {INPUT: images}

@@ -1,7 +1,7 @@
-"""What a compact file says about its network, and whether its tensors are what it says.
+"""The header of a compact file, and the check of the file's tensors against it.
 
-A file may come from anybody. Nothing that it says is believed: types, names, shapes and numbers are
-checked here and in check.py before any tensor is used.
+A file may come from anybody, so nothing that it says is trusted. Types, names, shapes and numbers
+are checked here and in check.py before any tensor is used.
 """
 
 import json
@@ -24,10 +24,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
-"""How values may be stored; BatchNorm and biases are always float32."""
+"""Types of stored values. BatchNorm and biases are always float32."""
 
 _OTHER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
-"""Of entries that the graph does not compute with, such as counters."""
+"""Types of entries that the graph does not use, such as counters."""
 
 MAX_IMAGE_SIZE = 2**14
 MAX_CHANNELS = 2**16
@@ -46,24 +46,24 @@ class Header:
     """Side of the square images that the network was trained on."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    """Images are normalized by (x - mean) / std, x in [0, 1], per channel."""
+    """Images are normalized per channel by (x - mean) / std, with x in [0, 1]."""
     interpolation: str
-    """How they were resized."""
+    """How the images were resized."""
     dtype: str
     folded: bool
     """Whether BatchNorm is folded into the convolutions."""
     names: tuple[str, ...]
-    """Entries of the state dict, in order."""
+    """Names of the entries of the state dict, in order."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of the entries that are stored as mask and values."""
+    """Shapes of the entries that are stored as mask and values."""
     nodes: list[Node]
 
 
 def parse(text: str) -> Header:
-    """Return the header of its JSON, every field of its type and in its range.
+    """Return the header that JSON describes. Every field has its type and is in its range.
 
     Raises:
-        ValueError: What is missing, unknown or out of range; of one line.
+        ValueError: Names the field that is missing, unknown or out of range, in one line.
     """
     try:
         found = json.loads(text)
@@ -88,7 +88,7 @@ def parse(text: str) -> Header:
 
 
 def _is_number(value: Any) -> bool:
-    # Larger integers become no floats.
+    # Larger integers cannot be converted to floats.
     return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
 
 
@@ -128,7 +128,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Check that the tensors of a file are those of its header, and fit its graph.
+    """Check that the tensors of a file are those that its header names, and fit its graph.
 
     Raises:
         ValueError: Names the tensor that is missing, unknown or does not fit.
@@ -180,7 +180,7 @@ def _check_masked(name: str, shape: tuple[int, ...], tensors: Mapping[str, Tenso
 
 
 def _check_types(header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Check that what the graph computes with is stored in one of `DTYPES`, and no entry oddly."""
+    """Check that entries of the graph have one of `DTYPES`, and others one of `_OTHER_DTYPES`."""
     read = {
         node.parameters + name
         for node in header.nodes

@@ -1,4 +1,4 @@
-"""Where activations lie in memory (op.h describes the layout; sizes here are in floats)."""
+"""The layout of activations in memory. op.h describes it; sizes here are in floats."""
 
 from dataclasses import dataclass, field
 
@@ -7,17 +7,17 @@ import numpy as np
 from sparse.runtime.lower import Array
 
 ALIGNMENT = 16  # floats of a cache line
-BANDS_GAIN = 0.75  # share of vectors at or below which several bands are chosen
-WAY_LINES = 64  # lines of 4 KiB
+BANDS_GAIN = 0.75  # several bands must do with this share of the vectors of one band
+WAY_LINES = 64  # cache lines in 4 KiB
 SPREADING = (9, 19, 27, 37, 45, 55)  # their first 7 multiples are 7 lines apart, modulo 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How an image lies in vectors: `bands` of rows, each of groups of columns, share the lanes.
+    """How an image lies in vectors. The lanes hold `bands` bands of rows, each in column groups.
 
-    Lane l holds the column l % groups * vectors + i and the row l // groups * rows + y of the image
-    in vector i of row y, where groups = lanes / bands. One band suits all but small images.
+    In vector i of row y, lane l holds the column l % groups * vectors + i and the row
+    l // groups * rows + y of the image, where groups = lanes / bands. One band suits most images.
     """
 
     vectors: int
@@ -39,7 +39,7 @@ class Grid:
         )
 
     def divided(self, stride: tuple[int, int]) -> "Grid | None":
-        """Return the grid of every stride-th row and column, None if bands are not whole then."""
+        """Return the grid of every stride-th row and column; None if it cuts a band unevenly."""
         if self.rows % stride[0] or self.vectors % stride[1]:
             return None
         return Grid(
@@ -50,13 +50,19 @@ class Grid:
         )
 
     def holds(self, height: int, width: int) -> bool:
-        """Tell whether an image has room."""
+        """Tell whether an image of this size fits into the grid."""
         return self.bands * self.rows >= height and self.groups * self.vectors >= width
 
-    def moves(self) -> Array:
-        """Return from which lane each lane's neighbor comes, -1 for none: (4, lanes).
+    def fits(self, wanted: "Grid") -> bool:
+        """Tell whether this grid serves a reader of `wanted`. With one band, rows may differ."""
+        if self.bands == wanted.bands == 1:
+            return self.vectors == wanted.vectors
+        return self == wanted
 
-        The neighbors are those on the left, right, above and below.
+    def moves(self) -> Array:
+        """Return the lanes (4, lanes) of the neighbors of each lane, or -1 for none.
+
+        The neighbors are in the order left, right, above, below.
         """
         lane = np.arange(self.lanes)
         column, band = lane % self.groups, lane // self.groups
@@ -72,7 +78,7 @@ class Grid:
 
 @dataclass(kw_only=True, eq=False)
 class Map:
-    """The value of a layer: planes of rows of vectors; `halo` and pads grow with its readers."""
+    """The value of a layer: planes of rows of vectors. Its readers set `halo` and the pads."""
 
     channels: int
     height: int
@@ -82,10 +88,10 @@ class Map:
     pad_top: int = 0
     pad_bottom: int = 0
     position: int = field(default=-1, init=False)
-    """Of row 0, channel 0, vector 0 in the arena; set by `place`."""
+    """Place of row 0, channel 0, vector 0 in the arena; set by `place` of memory.py."""
 
     def __post_init__(self) -> None:
-        # `mask` has one row for all with one band: there must be none below the image.
+        # With one band, `mask` has one row for all rows, so no row may lie below the image.
         assert self.grid.holds(self.height, self.width)
         assert self.grid.bands > 1 or self.grid.rows == self.height
 
@@ -95,7 +101,7 @@ class Map:
 
     @property
     def rows(self) -> int:
-        """Rows of vectors; those of the image with one band."""
+        """Rows of vectors. With one band these are the rows of the image."""
         return self.grid.rows
 
     @property
@@ -108,9 +114,9 @@ class Map:
 
     @property
     def row(self) -> int:
-        """Distance between rows, such that rows of a tile do not compete for places of a cache.
+        """Distance between rows. It keeps the rows of a tile from evicting each other.
 
-        Caches of 4 KiB per way put addresses that are a multiple of 4 KiB apart in one place.
+        A cache with 4 KiB per way maps addresses whose distance is a multiple of 4 KiB to one set.
         """
         lines = -(-self.plane * self.channels // ALIGNMENT)
         if lines >= WAY_LINES:
@@ -120,7 +126,7 @@ class Map:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Maps of one key can take each other's place: what is zero in one is zero in all."""
+        """What maps must have in common to share a place: the same lanes are then zero in all."""
         return (
             self.channels,
             self.grid,
@@ -149,31 +155,31 @@ class Map:
         return np.where((column >= 0) & (column < self.width), column, -1)
 
     def row_numbers(self, first: int, count: int) -> Array:
-        """Return the image row of each lane of rows first .. first + count - 1.
+        """Return the image row (count, lanes) of each lane, or -1 outside the image.
 
-        Shape (count, lanes); -1 outside the image.
+        The rows are first .. first + count - 1.
         """
         row = np.arange(self.lanes) // self.grid.groups * self.rows
         row = row + np.arange(first, first + count)[:, None]
         return np.where((row >= 0) & (row < self.height), row, -1)
 
     def pixels(self) -> tuple[Array, Array]:
-        """Return the image row and column of each lane: (rows, vectors, lanes); -1 outside."""
+        """Return the image row and column (rows, vectors, lanes) of each lane, or -1 outside."""
         row, column = self.row_numbers(0, self.rows), self.columns(0, self.vectors)
         outside = (row[:, None, :] < 0) | (column < 0)
         return np.where(outside, -1, row[:, None, :]), np.where(outside, -1, column)
 
     def places(self, row: Array, column: Array) -> Array:
-        """Return where pixels of a channel lie, in floats from row 0, vector 0."""
+        """Return where pixels of a channel lie: the distance in floats from row 0, vector 0."""
         band, y = np.divmod(row, self.rows)
         group, vector = np.divmod(column, self.vectors)
         place: Array = y * self.row + vector * self.lanes + band * self.grid.groups + group
         return place
 
     def mask(self) -> Array | None:
-        """Return ~0 for the lanes inside the image, 0 for the others; None if all are inside.
+        """Return ~0 for lanes inside the image and 0 for others; None if all lanes are inside.
 
-        Shape (vectors, lanes), or (rows, vectors, lanes) where rows differ.
+        The shape is (vectors, lanes), or (rows, vectors, lanes) if there are several bands.
         """
         valid = self.pixels()[0] >= 0
         if valid.all():
@@ -181,7 +187,7 @@ class Map:
         return np.where(valid if self.grid.bands > 1 else valid[0], -1, 0).astype(np.int32)
 
     def require(self, *, halo: int, top: int, bottom: int) -> None:
-        """Grow the borders to what a reader needs."""
+        """Enlarge the borders to the size that a reader needs."""
         self.halo = max(self.halo, halo)
         self.pad_top = max(self.pad_top, top)
         self.pad_bottom = max(self.pad_bottom, bottom)
@@ -201,8 +207,8 @@ class Vector:
 
     @property
     def size(self) -> int:
-        step = max(self.lanes, ALIGNMENT)
-        return -(-self.channels // step) * step
+        unit = max(self.lanes, ALIGNMENT)
+        return -(-self.channels // unit) * unit
 
     @property
     def start(self) -> int:
@@ -224,8 +230,8 @@ def best_grid(height: int, width: int, *, lanes: int, vectors: int) -> Grid:
         height: Rows that it has to hold.
         width: Columns that it has to hold.
         lanes: Floats per vector.
-        vectors: Of a row of the grid of one band, which is taken unless another is much smaller:
-            bands cost their readers a copy of the rows at their borders.
+        vectors: Vectors per row of the grid with one band. This grid is returned unless another is
+            much smaller, because the rows at the borders of bands have to be copied.
     """
     grids = [Grid(vectors=vectors, rows=height, lanes=lanes)]
     bands = 2
@@ -243,7 +249,8 @@ def out_size(
 ) -> int:
     """Return the output size of a convolution or pool; below 1 if the window does not fit.
 
-    With `ceil_mode` the last window may reach beyond the padding, but must not begin there.
+    With `ceil_mode` the last window may reach beyond the padding, but it must begin before the
+    padding at the end.
     """
     room = size + 2 * padding - dilation * (kernel - 1) - 1
     if not ceil_mode:

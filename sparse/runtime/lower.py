@@ -1,7 +1,7 @@
-"""From graph to layers: BatchNorm folded into convolutions, ReLU and sums into what precedes them.
+"""Lower a graph to layers: fold BatchNorm, ReLU and sums into the layers before them.
 
-What cannot be folded becomes a convolution too: a lone BatchNorm is a 1x1 depthwise one, so is a
-lone sum or ReLU (with weight 1), and average-pooling is a depthwise one with equal weights.
+An operation that cannot be folded becomes a depthwise convolution. A lone BatchNorm is a 1x1
+convolution, as is a lone sum or ReLU, with weight 1. Average-pooling has equal weights.
 """
 
 from collections import Counter
@@ -21,13 +21,13 @@ Array = npt.NDArray[Any]
 
 @dataclass(kw_only=True)
 class Layer:
-    """One step of execution; the value it computes is known by its name."""
+    """A node of the graph and what was folded into it. The layer's value has the layer's name."""
 
     name: str
     kind: str
     """conv, linear, max_pool or mean_pool."""
     source: str
-    """Name of the layer whose value it reads, or `INPUT`."""
+    """Name of the layer whose value is read, or `INPUT`."""
     channels: int
     """Output channels."""
     weight: Array | None = None
@@ -46,7 +46,7 @@ class Layer:
 
     @cached_property
     def num_active(self) -> int:
-        """Weights that are not zero; counted once, when the layer is complete."""
+        """Number of weights that are not zero. Ask only when the layer is complete."""
         return 0 if self.weight is None else int(np.count_nonzero(self.weight))
 
 
@@ -57,9 +57,9 @@ def lower(nodes: Sequence[Node], state: dict[str, Tensor], *, in_channels: int) 
 
     Args:
         nodes: The graph.
-        state: Its parameters and statistics. Weights are taken out of it one by one, so that they
-            are not in memory twice.
-        in_channels: Of the images.
+        state: Parameters and statistics of the graph. Weights are removed from it one by one, so
+            that memory does not hold them twice.
+        in_channels: Channels of the images.
 
     Non-finite weights and statistics give non-finite results, as in torch, without a warning.
     """
@@ -74,7 +74,7 @@ class _Lowering:
         self._readers = Counter(node.parameters for node in nodes)
         self._uses = Counter(name for node in nodes for name in node.inputs)
         self._uses[nodes[-1].name] += 1
-        # node -> the value that stands for it
+        # name of a node -> name of the layer that computes its value
         self._values = {INPUT: INPUT}
         self._channels = {INPUT: in_channels}
         self._index = {INPUT: -1}
@@ -91,7 +91,7 @@ class _Lowering:
         return self._values[node.inputs[0]]
 
     def _open(self, name: str, *kinds: str) -> Layer | None:
-        """Return the layer behind a node if something may still be folded into it."""
+        """Return the layer that computes a node if another node may be folded into the layer."""
         value = self._values[name]
         if value == INPUT or self._uses[name] > 1:
             return None
@@ -105,7 +105,7 @@ class _Lowering:
         name = node.parameters + "weight"
         shared = self._readers[node.parameters] > 1
         weight = self._state[name] if shared else self._state.pop(name)
-        return np.array(weight.float().numpy())  # its own: folding changes it
+        return np.array(weight.float().numpy())  # a copy, because folding changes it
 
     def _conv(self, node: Node) -> None:
         weight = self._weight(node)
@@ -132,7 +132,7 @@ class _Lowering:
         )
 
     def _depthwise(self, node: Node, weight: Array, bias: Array | None = None) -> Layer:
-        """Append a depthwise convolution of a node's window; weight (channels,)."""
+        """Append a depthwise convolution with a node's window; weight has the shape (channels,)."""
         window = np.broadcast_to(weight[:, None, None, None], (len(weight), 1, *node.kernel))
         shift = np.zeros(len(weight)) if bias is None else bias
         layer = self._convolution(node, window.astype(np.float32), shift.astype(np.float32))
@@ -166,7 +166,7 @@ class _Lowering:
         self._values[node.name] = layer.name
 
     def _add(self, node: Node) -> None:
-        # Only the later operand can take the other one in: it finds it computed.
+        # The sum is folded into the later operand: the other one has been computed by then.
         early, late = sorted(node.inputs, key=lambda name: self._index[self._values[name]])
         layer = self._open(late, "conv")
         if layer is None or layer.residual is not None:

@@ -1,23 +1,24 @@
-"""Where the values of a network lie in memory, and how much of it they may take."""
+"""Give the values of a network a place in memory, and limit how much memory they take."""
 
 import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sparse.runtime.execution_order import Piece, may_overwrite
 from sparse.runtime.layout import Value
-from sparse.runtime.schedule import Piece, Stage, may_overwrite
+from sparse.runtime.operation import Operation
 
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @functools.cache
 def limit() -> int:
-    """Return the bytes that a network may take: half of the machine's or the container's memory."""
+    """Return the bytes that a network may take: half the memory of the machine or container."""
     try:
         sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     except (AttributeError, OSError, ValueError):
-        sizes = [8 * 2**30]  # where the system does not say
+        sizes = [8 * 2**30]  # if the system does not tell
     for path in CGROUPS:
         try:
             sizes.append(int(Path(path).read_text()))
@@ -27,7 +28,7 @@ def limit() -> int:
 
 
 class Arena:
-    """Gives values a place; a place is reused by values of the same key only."""
+    """Gives values a place. Only values of the same key reuse a place."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -43,53 +44,53 @@ class Arena:
             self.size += value.size
 
     def release(self, value: Value) -> None:
-        """Let others have the place of a value."""
+        """Free the place of a value for other values."""
         self._free.setdefault(value.key, []).append(value.position)
 
 
-def place(steps: Sequence[Stage], groups: Sequence[range], pieces: Sequence[Piece]) -> int:
-    """Give every value its place; inside a group nothing but a residual is overwritten.
+def place(operations: Sequence[Operation], groups: Sequence[range], pieces: Sequence[Piece]) -> int:
+    """Give every value its place; inside a group only residuals are overwritten.
 
     Returns:
-        Floats that all values take.
+        The number of floats that all values take.
     """
     last_use: dict[int, int] = {}
-    for i, step in enumerate(steps):
-        for value in (step.source, step.residual):
+    for i, operation in enumerate(operations):
+        for value in (operation.source, operation.residual):
             if value is not None:
                 last_use[id(value)] = i
     arena = Arena()
     for members in groups:
         dead: dict[int, Value] = {}
         for i in members:
-            step = steps[i]
-            for value in (step.source, step.residual):
+            operation = operations[i]
+            for value in (operation.source, operation.residual):
                 if value is not None and last_use[id(value)] == i:
                     dead[id(value)] = value
-            if step.target is None:
+            if operation.target is None:
                 continue
-            if _sums_in_place(steps, pieces, i, dead):
-                assert step.residual is not None
-                step.target.position = step.residual.position
-                del dead[id(step.residual)]
+            if _sums_in_place(operations, pieces, i, dead):
+                assert operation.residual is not None
+                operation.target.position = operation.residual.position
+                del dead[id(operation.residual)]
             else:
-                arena.place(step.target)
+                arena.place(operation.target)
         for value in dead.values():
             arena.release(value)
     return arena.size
 
 
 def _sums_in_place(
-    steps: Sequence[Stage], pieces: Sequence[Piece], i: int, dead: Mapping[int, Value]
+    operations: Sequence[Operation], pieces: Sequence[Piece], i: int, dead: Mapping[int, Value]
 ) -> bool:
-    """Tell whether a sum can take the place of what is added: a tile reads before it writes."""
-    step = steps[i]
-    residual, target = step.residual, step.target
+    """Tell whether a sum can overwrite its residual: each tile reads it before it writes."""
+    operation = operations[i]
+    residual, target = operation.residual, operation.target
     return (
         residual is not None
         and target is not None
-        and residual is not step.source
+        and residual is not operation.source
         and id(residual) in dead
         and residual.key == target.key
-        and may_overwrite(steps, pieces, i)
+        and may_overwrite(operations, pieces, i)
     )

@@ -16,10 +16,10 @@ from torch import Tensor
 from sparse.native.library import BuildError, check_level, cpu_level, default_cache
 from sparse.runtime import bindings, graph
 from sparse.runtime.check import check_images, check_shapes
+from sparse.runtime.execution_plan import ExecutionPlan
 from sparse.runtime.format import read
 from sparse.runtime.header import Header
 from sparse.runtime.lower import Layer, lower
-from sparse.runtime.plan import Plan
 from sparse.runtime.tune import Tuner
 
 Images = Tensor | npt.NDArray[np.float32]
@@ -28,8 +28,8 @@ Images = Tensor | npt.NDArray[np.float32]
 class Network:
     """A trained network, ready to classify images; made by `load`.
 
-    Several threads may call it at a time. Each call has activations of its own, so that they run
-    side by side; a size of images is planned and tuned once.
+    Several threads may call a network at a time. Each call has its own activations, so the calls
+    run side by side. An image size is planned and tuned once.
 
     Attributes:
         header: What the file says about the network.
@@ -70,12 +70,12 @@ class Network:
         """Return the logits (N, K) of images (N, C, H, W) or of one image (C, H, W).
 
         Args:
-            images: float32 on the CPU, normalized with the header's mean and std; a NumPy array or
-                a tensor, and the logits are the same.
+            images: float32 on the CPU, normalized with the header's mean and std. The logits are
+                a NumPy array or a tensor, as the images are.
 
         Raises:
-            ValueError: Not float32, another shape than the network's, or images that are too small
-                or too large for it.
+            ValueError: The images are not float32, have a shape that the network does not take, or
+                are too small or too large.
         """
         tensor = images if isinstance(images, Tensor) else torch.from_numpy(images)
         tensor = tensor.detach()
@@ -90,11 +90,11 @@ class Network:
         return read(self._path).state_dict()
 
     def program(self, height: int, width: int) -> "Program":
-        """Return what runs images of a size; planned and tuned now, unless it was before.
+        """Return the program for images of a size. The first call plans and tunes it.
 
         Raises:
-            ValueError: The images are too small or too large, or the backend is torch, which plans
-                nothing.
+            ValueError: The images are too small or too large, or the backend is torch, which has
+                no program of its own.
         """
         if self._kernels is None:
             raise ValueError("the torch backend has no program of its own")
@@ -109,7 +109,7 @@ class Network:
     def _plan(self, kernels: bindings.Kernels, height: int, width: int) -> "Program":
         check_images(self._nodes, self._channels, height, width)
         size = (self.header.in_channels, height, width)
-        plan = Plan(self._layers, size, lanes=kernels.num_lanes, num_parts=self._threads)
+        plan = ExecutionPlan(self._layers, size, lanes=kernels.num_lanes, num_parts=self._threads)
         if self._tuner is not None:
             self._tuner.tune(plan, kernels)
         return Program(plan, kernels, self._threads)
@@ -134,16 +134,17 @@ class Network:
 
 
 class Program:
-    """A plan in the hands of the kernels.
+    """An execution plan that the kernels run, with its memory and threads.
 
     Attributes:
-        threads: That the system has started for a call; fewer than asked for, with a warning, where
-            it starts no more.
+        threads: Number of threads that the system has started for a call. If it is smaller than
+            the number asked for, a warning says so.
     """
 
-    def __init__(self, plan: Plan, kernels: bindings.Kernels, threads: int) -> None:
+    def __init__(self, plan: ExecutionPlan, kernels: bindings.Kernels, threads: int) -> None:
         self.plan, self._kernels, self._wanted = plan, kernels, threads
-        # Arenas and threads that no call is using: as many as there were calls at a time.
+        # Handles, each with arenas and threads, that no call is using. There are as many handles
+        # as there have been calls at the same time.
         self._idle = [self._create()]
         self.threads = int(kernels.threads(self._idle[0]))
         if self.threads < threads:
@@ -165,7 +166,7 @@ class Program:
 
     @contextmanager
     def _handle(self) -> Iterator[int]:
-        """Lend arenas and threads to one call; another call at the same time gets its own."""
+        """Lend a handle to one call; another call at the same time gets its own."""
         try:
             handle = self._idle.pop()
         except IndexError:
@@ -192,8 +193,8 @@ class Program:
         return logits
 
     def profile(self, image: Tensor) -> list[float]:
-        """Return the processor seconds of each step of the plan, for one image."""
-        seconds = np.zeros(len(self.plan.steps))
+        """Return the processor seconds of each operation of the plan, for one image."""
+        seconds = np.zeros(len(self.plan.operations))
         logits = torch.empty(self.plan.out_shape, dtype=torch.float32, device="cpu")
         with self._handle() as handle:
             self._kernels.profile(handle, image.data_ptr(), logits.data_ptr(), seconds.ctypes.data)
@@ -213,19 +214,19 @@ def load(
 
     Args:
         path: Written by `save` (export.py).
-        threads: A single image is split between them, a batch is dealt out.
-        backend: "native" (compiled kernels), "torch", or "auto": native, and torch with a warning
-            on a machine that cannot compile the kernels.
+        threads: A single image is split between them. A batch is distributed image by image.
+        backend: "native" (compiled kernels), "torch", or "auto": native, or torch with a warning if
+            the machine cannot compile the kernels.
         level: Instruction set of the kernels, one of `sparse.native.library.LEVELS`; by default the
             processor's best.
-        tune: Measure, once per kind of processor and layer, how each layer is computed fastest.
-            Without it a fixed rule decides.
+        tune: Measure, once per model of processor and layer, how each layer is computed fastest.
+            Otherwise a fixed rule decides.
         cache: Directory of compiled kernels and measurements; by default beside torch's caches.
-            Where it cannot be written, measurements last as long as the process.
+            If it cannot be written, measurements last as long as the process.
 
     Raises:
-        ValueError: A damaged or foreign file, or an argument out of range; one line.
-        BuildError: backend "native" on a machine that cannot compile the kernels.
+        ValueError: The file is damaged or foreign, or an argument is out of range; one line.
+        BuildError: The backend is "native" and the machine cannot compile the kernels.
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")

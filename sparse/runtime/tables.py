@@ -1,4 +1,4 @@
-"""Weights in the order in which the kernels read them."""
+"""Tables of weights, in the order in which the kernels read them."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ DENSE_CHANNELS = 4  # kDenseChannels of conv.h
 
 @dataclass(frozen=True, kw_only=True)
 class SparseTable:
-    """Connections by part, block and group of output channels; see op.h."""
+    """Connections by part, block and group of output channels; op.h explains the members."""
 
     row_channel: Array
     counts: Array
@@ -25,7 +25,8 @@ class SparseTable:
 class DenseTable:
     """All weights in groups of 4 output channels, and the offset of every term.
 
-    Of pairs of rows: two offsets and the sign of the second, and the terms of each product.
+    For pairs of rows, a term has two offsets and the sign of the second one. `counts` then has the
+    number of terms of each product.
     """
 
     weights: Array
@@ -47,7 +48,7 @@ def offsets(layer: Layer, source: Map) -> Array:
 
 
 def split(channels: int, num_parts: int) -> Array:
-    """Return the first channel of each of `num_parts` parts, and the end: multiples of 4."""
+    """Return the first channel of each of `num_parts` parts, multiples of 4, and the end."""
     bounds = np.arange(num_parts + 1) * channels // num_parts
     bounds = bounds // DENSE_CHANNELS * DENSE_CHANNELS
     bounds[-1] = channels
@@ -59,16 +60,16 @@ def sparse_table(
 ) -> SparseTable:
     """Return the connections of a convolution: the weights that are not zero.
 
-    Inside a part, output channels are ordered by their number of connections, and every block has
-    the same share of each list of connections, in the order of memory: the lengths of successive
-    loops are then predictable, and a block reads about a range of the input.
+    Inside a part, output channels are ordered by their number of connections. Every block has the
+    same share of each list of connections. The lengths of successive loops are thus predictable.
+    Lists are in the order of memory, so a block reads roughly one range of the input.
 
     Args:
         layer: A convolution.
         source: Layout of its input.
-        group: Output channels that share the loads of their inputs: 1, 2 or 4.
-        num_blocks: Blocks of connections; partial sums are kept between them.
-        num_parts: Ranges of output channels.
+        group: Number of output channels that share the loads of their inputs: 1, 2 or 4.
+        num_blocks: Number of blocks of connections. Partial sums are kept between blocks.
+        num_parts: Number of ranges of output channels.
     """
     assert layer.weight is not None
     weight = layer.weight
@@ -78,7 +79,7 @@ def sparse_table(
     tap += out // (len(weight) // layer.groups) * weight[0].size
     taps = offsets(layer, source).ravel()
     by_place = np.argsort(taps, kind="stable")
-    nearness = np.empty(taps.size, np.int32)  # rank of a tap in the order of memory
+    nearness = np.empty(taps.size, np.int32)  # the rank of each tap in the order of memory
     nearness[by_place] = np.arange(taps.size)
 
     bounds = split(layer.channels, num_parts)
@@ -87,14 +88,16 @@ def sparse_table(
     place = np.empty(layer.channels, np.int32)
     place[order] = np.arange(layer.channels)
 
-    # Connections to the channels of a group from one tap become one entry of the stream.
+    # The connections from one tap to the channels of a group become one entry of the stream.
     num_groups = -(-layer.channels // group)
     row = place[out]
     entry = (row // group).astype(np.int64) * taps.size + nearness[tap]
     by_tap = np.argsort(entry * group + row % group)
     entry, member, values = entry[by_tap], row[by_tap] % group, values[by_tap]
-    del active, out, tap, row, by_tap  # each of them as large as the weights
-    begin = np.flatnonzero(np.diff(entry, prepend=-1))  # of each entry among the connections
+    del active, out, tap, row, by_tap  # each is as large as the weights
+    begin = np.flatnonzero(
+        np.diff(entry, prepend=-1)
+    )  # where each entry begins among the connections
     pattern = np.add.reduceat(1 << member, begin) if len(begin) else begin
     owner, tap = (part.astype(np.int32) for part in np.divmod(entry[begin], taps.size))
 
@@ -119,7 +122,7 @@ def sparse_table(
     connections[np.repeat(position + 1, sizes) + within] = values[
         np.repeat(begin[chosen], sizes) + within
     ]
-    first = bounds // group  # group of each part
+    first = bounds // group  # the first group of each part
     first[-1] = num_groups
     cell = block * np.diff(first)[part] + listed // patterns + first[part] * (num_blocks - 1)
     counts = np.bincount(
@@ -136,7 +139,7 @@ def sparse_table(
 
 
 def dense_table(layer: Layer, source: Map, *, num_parts: int) -> DenseTable:
-    """Return all weights of an ungrouped convolution, zeros included, in the order of memory."""
+    """Return all weights of an ungrouped convolution, with zeros, in the order of memory."""
     taps = offsets(layer, source).ravel()
     order = np.argsort(taps, kind="stable")
     assert layer.weight is not None
@@ -149,16 +152,17 @@ def dense_table(layer: Layer, source: Map, *, num_parts: int) -> DenseTable:
 
 
 def can_pair(layer: Layer, rows: int) -> bool:
-    """Tell whether pairs of rows of an output need fewer multiplications: see `paired_table`."""
+    """Tell whether pairs of output rows need fewer multiplications; see `paired_table`."""
     return rows >= 2 and layer.dilation[0] == 1 and layer.kernel[0] > 2 * layer.stride[0]
 
 
 def paired_table(layer: Layer, source: Map, *, num_parts: int) -> DenseTable:
     """Return the weights of a dense convolution that computes rows in pairs, by F(2, 3).
 
-    Three taps of a kernel's column, as far apart as two rows of the output, take 4 products for the
-    pair instead of 6 (Lavin and Gray, CVPR 2016); a tap that is left over takes 2. The kernel adds
-    the products in the order m1, m2, m0, m3; every term of theirs is of one or two rows of input.
+    Three taps in a column of the convolution kernel, whose distance is the vertical stride, take 4
+    products for a pair of rows instead of 6 (Lavin and Gray, CVPR 2016). A tap that is left over
+    takes 2. The kernel adds the products in the order m1, m2, m0, m3. Every term of a product
+    reads one or two rows of the input.
     """
     taps = offsets(layer, source)
     assert layer.weight is not None
@@ -192,16 +196,16 @@ def paired_table(layer: Layer, source: Map, *, num_parts: int) -> DenseTable:
 
 
 def _by_channels(flat: Array) -> Array:
-    """Return weights (out, terms) as (out / 4, terms, 4), with zeros for channels that lack."""
+    """Return weights (out, terms) as (out / 4, terms, 4); zeros fill the last group."""
     channels = -(-len(flat) // DENSE_CHANNELS) * DENSE_CHANNELS
     padded = np.zeros((channels, flat.shape[1]), np.float32)
     padded[: len(flat)] = flat
-    packed = padded.reshape(-1, DENSE_CHANNELS, flat.shape[1]).transpose(0, 2, 1)
-    return np.ascontiguousarray(packed)
+    grouped = padded.reshape(-1, DENSE_CHANNELS, flat.shape[1]).transpose(0, 2, 1)
+    return np.ascontiguousarray(grouped)
 
 
 def linear_table(weight: Array) -> tuple[Array, Array]:
-    """Return where the connections of each output begin, and pairs of input index and weight."""
+    """Return where the connections of each output begin, and the pairs (input index, weight)."""
     out, source = np.nonzero(weight)
     connections = np.empty((len(out), 2), np.float32)
     connections.view(np.int32)[:, 0], connections[:, 1] = source, weight[out, source]

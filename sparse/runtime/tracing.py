@@ -1,4 +1,4 @@
-"""From a model to its graph: torch.fx follows it, and what the runtime cannot compute is named."""
+"""Trace a model to its graph with torch.fx. Errors name what the runtime cannot compute."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,16 @@ from sparse.runtime.graph import INPUT, Node
 
 
 def trace(model: nn.Module) -> list[Node]:
-    """Return the graph of a convolutional classifier, as it is evaluated.
+    """Return the graph that a convolutional classifier computes in evaluation.
 
-    Known are convolutions, BatchNorm, ReLU, sums, max- and average-pooling, linear layers, and what
-    does nothing in evaluation (dropout, identity).
+    The runtime knows convolutions, BatchNorm, ReLU, sums, max- and average-pooling, linear layers,
+    and layers that do nothing in evaluation (dropout, identity).
 
     Args:
         model: Maps images (N, C, H, W) to logits (N, K); on any device, "meta" included.
 
     Raises:
-        ValueError: The model does something else, or something that depends on the data.
+        ValueError: The model has another operation, or one that depends on the data.
     """
     try:
         traced = fx.symbolic_trace(model)
@@ -38,12 +38,12 @@ def trace(model: nn.Module) -> list[Node]:
 
 
 class _Tracer:
-    """Turns the nodes of torch.fx into ours."""
+    """Turns the nodes of torch.fx into nodes of graph.py."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
         self._names: dict[fx.Node, str] = {}
-        self._pooled: set[fx.Node] = set()  # (N, C, 1, 1): averaged and not yet flattened
+        self._pooled: set[fx.Node] = set()  # values (N, C, 1, 1): averaged, but not yet flattened
         self._nodes: list[Node] = []
 
     def convert(self, graph: fx.Graph) -> list[Node]:
@@ -61,7 +61,7 @@ class _Tracer:
         raise ValueError("a model without output cannot be exported")
 
     def _computed(self, output: Any) -> list[Node]:
-        """Return the nodes that the output depends on; it is the value of the last."""
+        """Return the nodes on which the output depends; the last one computes the output."""
         if not isinstance(output, fx.Node):
             raise ValueError("a model with more than one output cannot be exported")
         needed = {self._names[self._flat(output)]}
@@ -73,13 +73,13 @@ class _Tracer:
     def _flat(self, node: fx.Node) -> fx.Node:
         if node in self._pooled:
             raise ValueError(
-                f"{node.name} keeps a height and a width of 1: flatten it, as nothing but "
-                "flattening is known of what has been averaged over the image"
+                f"{node.name} keeps a height and a width of 1: flatten it, because the runtime "
+                "computes nothing else with maps that were averaged over the image"
             )
         return node
 
     def _operands(self, node: fx.Node, count: int = 1) -> list[fx.Node]:
-        """Return the values that a node reads first; by name it may be told `inplace` only."""
+        """Return a node's first arguments, which are values; its only keyword may be `inplace`."""
         operands = node.args[:count]
         found = [operand for operand in operands if isinstance(operand, fx.Node)]
         if len(found) < count or not {"inplace"}.issuperset(node.kwargs):
@@ -92,7 +92,7 @@ class _Tracer:
         self._names[node] = node.name
 
     def _overwrite(self, node: fx.Node) -> None:
-        """Let all who know the first operand of a node by now find the node's value there."""
+        """Let later readers of a node's first operand find the node's value: it works in place."""
         old, new = self._names[self._operands(node)[0]], self._names[node]
         self._names = {key: new if name == old else name for key, name in self._names.items()}
 

@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Pack a bool tensor into bytes, eight entries each, the first in the lowest bit.
+    """Pack a bool tensor into bytes of eight entries, with the first entry in the lowest bit.
 
     Returns:
         1-dim uint8 tensor of ceil(numel / 8) bytes on the same device.
     """
     flat = mask.reshape(-1)
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.uint8).view(-1, 8)
-    # One bit at a time keeps the temporaries at an eighth of the mask.
+    # Working bit by bit keeps temporary tensors at an eighth of the mask's size.
     packed = padded[:, 0].clone()
     for bit in range(1, 8):
         packed |= padded[:, bit] << bit

@@ -1,4 +1,4 @@
-"""Share out a sparsity among layers: shapes in, exact numbers of active weights out."""
+"""Distribute a sparsity over layers: from shapes to exact numbers of active weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -65,19 +65,19 @@ def layer_sparsities(
             `sparsity_map`.
         distribution: "uniform" gives every layer the same sparsity; "erk" (Erdos-Renyi-Kernel,
             Evci et al. 2020, section 3) makes density proportional to sum(shape) / prod(shape);
-            "er" (Mocanu et al. 2018) to (n_in + n_out) / (n_in * n_out), blind to the kernel size.
+            "er" (Mocanu et al. 2018) to (n_in + n_out) / (n_in * n_out), whatever the kernel size.
         power_scale: Exponent of the ERK ratio; only ERK has one.
         dense_layers: Globs of layers that stay dense and take no part in the budget. None means the
             default of the distribution: the first layer for "uniform", none for "er" and "erk".
             A glob is compared with the name, with and without a trailing ".weight".
         sparsity_map: Glob -> fixed sparsity in [0, 1). These layers take no part in the budget
-            either; where globs overlap the later one counts.
+            either. If globs overlap, the later one counts.
         rounding: How the zeros are rounded in the ER and ERK budget equation: "floor" as in the
-            RigL repository today, "ceil" as before October 2020 (its published tables).
+            RigL repository today, or "ceil" as before October 2020 (for its published tables).
 
     Returns:
-        Layer name -> sparsity, in the order of `shapes`. Layers whose ER/ERK density would exceed
-        one are dense (0.0), and the others make up for it.
+        Layer name -> sparsity, in the order of `shapes`. Layers whose ER or ERK density would
+        exceed one are dense (0.0). The other layers then get a higher sparsity.
 
     Raises:
         ValueError: A value is out of range, or a glob matches no layer.
@@ -145,10 +145,10 @@ def fixed_sparsities(
 
 
 def match_layers(glob: str, names: Mapping[str, object], source: str) -> list[str]:
-    """List the names a glob matches, with or without their trailing ".weight".
+    """List the names that a glob matches, with or without their trailing ".weight".
 
     Raises:
-        ValueError: Nothing matches; the message names `source`, the argument it came from.
+        ValueError: Nothing matches. The message names `source`, the argument that had the glob.
     """
     found = [
         name
@@ -174,10 +174,10 @@ def _er_ratio(shape: tuple[int, ...]) -> float:
 def _solve_budget(
     raw: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, rounding: str
 ) -> dict[str, float]:
-    """Find the factor that turns raw ratios into densities which meet the sparsity together.
+    """Find the factor that turns raw ratios into densities which together meet the sparsity.
 
-    A layer whose density would exceed one is made dense and the rest is solved again, only the
-    layer(s) with the largest ratio at a time, as the original does.
+    If a density would exceed one, the layers with the largest ratio become dense, and the factor is
+    computed again for the other layers. The RigL repository does the same.
     """
     round_ = math.floor if rounding == "floor" else math.ceil
     zeros = {name: round_(sparsity * size) for name, size in sizes.items()}
@@ -198,4 +198,4 @@ def _solve_budget(
         if largest * factor <= 1.0:
             return {name: 0.0 if name in dense else 1.0 - factor * raw[name] for name in raw}
         dense |= {name for name in raw if raw[name] == largest}
-    return dict.fromkeys(raw, 0.0)  # so small a sparsity that no layer has a whole zero
+    return dict.fromkeys(raw, 0.0)  # the sparsity is so small that no layer has a whole zero

@@ -1,6 +1,6 @@
 """Pure functions on masks: bool tensors in which True marks an active weight.
 
-All of them rank by magnitude and hold their counts to the unit; `selection` states the rule for
+Functions that rank do so by magnitude, and their counts are exact. selection.py states the rule for
 ties and NaN.
 """
 
@@ -24,17 +24,19 @@ def random_mask(
     Args:
         shape: Shape of the mask.
         num_active: Number of True entries, from 0 to the number of elements.
-        key: Integers that select the random stream; the same key gives the same mask on any device.
-        device: Where to make it.
+        key: Integers that select the random stream. A key gives the same mask on any device.
+        device: Device of the mask.
     """
     every = torch.ones(tuple(shape), dtype=torch.bool, device=device)
     return largest(Draw(tuple(shape), tuple(key)), num_active, every)
 
 
 def topk_mask(scores: Scores, num_active: int | Tensor, among: Tensor | None = None) -> Tensor:
-    """Make a mask of the `num_active` entries of largest |score| among some (default: all).
+    """Make a mask of the `num_active` entries of largest |score|.
 
-    Where there are fewer, all of them are active."""
+    Only entries in `among` are candidates (by default all). If there are fewer candidates than
+    `num_active`, all of them are active.
+    """
     if among is None:
         device = scores.device if isinstance(scores, Tensor) else torch.device("cpu")
         among = torch.ones(scores.shape, dtype=torch.bool, device=device)
@@ -51,18 +53,18 @@ def drop_and_grow(
 ) -> Tensor:
     """Replace the weakest active entries: Evci et al. 2020, algorithm 1.
 
-    Drops the `num_dropped` active entries of smallest |drop score|, then activates as many of the
-    entries not kept, those of largest |grow score|. An entry dropped a moment ago is a candidate
-    too and may return. The number of active entries stays the same.
+    The `num_dropped` active entries of smallest |drop score| are dropped. Then the same number
+    is activated: entries of largest |grow score| among all that are inactive now. A dropped entry
+    is a candidate, too, and may return. The number of active entries stays the same.
 
     Args:
         mask: The mask before.
-        drop_scores: Usually the weights; only active entries are looked at.
+        drop_scores: Usually the weights. Only active entries count.
         grow_scores: Usually the dense gradient, or a `Draw` for random growth.
         num_dropped: At most the number of active entries.
         active_first: Rank every active entry above every inactive one when dropping. False ranks
-            inactive entries as score 0 among the active ones, as the RigL repository does with its
-            drop noise off: an inactive entry can then be kept in place of an active zero.
+            inactive entries as score 0 among the active ones, as the RigL repository does without
+            drop noise. An inactive entry may then be kept in place of an active zero.
 
     Returns:
         The mask after, a new bool tensor.

@@ -1,8 +1,8 @@
 """Random numbers that depend on a key and on nothing else.
 
-A counter-based generator: element i of a draw is a hash of (key, i). It keeps no state, so a
-resumed run and every rank draw the same numbers, and so does every device: the hash is integer
-arithmetic. Keys are made of (seed, step, layer index, purpose).
+The generator is counter-based: element i of a draw is a hash of (key, i). The generator has no
+state, so a resumed run and all ranks draw the same numbers. All devices draw the same numbers, too,
+because the hash is integer arithmetic. Keys consist of (seed, step, layer index, purpose).
 """
 
 import hashlib
@@ -19,18 +19,19 @@ from torch import Tensor
 INITIAL_MASK, GROW_SCORE, GROW_WEIGHT, DROP_NOISE = range(4)
 
 _LIMIT = 1 << 31
-CHUNK = 1 << 16  # elements that a CPU works on at a time: the passes over them stay in its cache
+CHUNK = 1 << 16  # elements that a CPU works on at a time: all passes over them stay in its cache
 
 _Array = TypeVar("_Array", bound=Any)  # an int32 tensor or NumPy array; both have the operators
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A tensor of random integers uniform on [0, 2^31), computed only where it is read.
+    """A tensor of random integers uniform on [0, 2^31). Only elements that are read are computed.
 
-    The hash is murmur3's 32-bit finalizer with key material mixed in before each multiplication
-    (and without its last round, which only improves low bits): a bijection of the element's index
-    up to the sign bit, which is cleared, so that no value occurs more than twice.
+    The hash is murmur3's 32-bit finalizer, with a part of the key mixed in before each
+    multiplication. Its last round is left out, because it only improves low bits. The hash is a
+    bijection of the element's index, except that the sign bit is cleared. No value thus occurs more
+    than twice.
 
     Attributes:
         shape: Shape of the tensor; elements are counted in row-major order.
@@ -66,14 +67,15 @@ class Draw:
     def reader(self) -> Callable[[int, int, int], Any]:
         """Give a function that draws elements start, start + step, ... < stop of the flat tensor.
 
-        It returns NumPy arrays. Ranges that start at a multiple of `CHUNK` are the fast ones.
+        The function returns NumPy arrays. It is fast for contiguous ranges of at most `CHUNK`
+        elements that start at a multiple of `CHUNK`.
         """
         first, second = _words(self.key)
         places = torch.arange(min(CHUNK, self.numel), dtype=torch.int32).numpy()
 
         def read(start: int, stop: int, step: int) -> Any:
             if step == 1 and start % CHUNK == 0 and stop - start <= len(places):
-                # The start has none of the bits of a place: combining them adds up.
+                # The start and the places have no bit in common, so XOR adds them.
                 return _mix(places[: stop - start] ^ (start ^ first), second)
             index = torch.arange(start, stop, step, dtype=torch.int32).numpy()
             return _mix(index ^ first, second)
@@ -82,7 +84,7 @@ class Draw:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Say whether a tensor is a fake one (tracing), without data that NumPy could read."""
+    """Say whether a tensor is fake (while tracing), without data that NumPy could read."""
     return type(tensor) is not Tensor
 
 
@@ -110,7 +112,7 @@ def _words(key: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _mix(x: _Array, second: int) -> _Array:
-    """Hash indices, already combined with the first word of the key, in place."""
+    """Hash indices in place. The first word of the key was combined with them before."""
     x ^= (x >> 16) & 0xFFFF  # int32 shifts are arithmetic; the mask makes them logical
     x *= 0x85EBCA6B - (1 << 32)
     x ^= second

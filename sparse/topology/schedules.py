@@ -15,9 +15,9 @@ def update_steps(delta_t: int, t_start: int, t_end: int, total_steps: int) -> ra
 
     Args:
         delta_t: Optimizer steps between two updates, at least 1.
-        t_start: First update.
+        t_start: Step of the first update.
         t_end: Last step at which an update may happen, inclusive.
-        total_steps: Length of the run; its steps are 0 ... total_steps - 1.
+        total_steps: Length of the run, whose steps are 0 ... total_steps - 1.
     """
     return range(t_start, min(t_end, total_steps - 1) + 1, delta_t)
 
@@ -77,16 +77,17 @@ class DropFraction:
     constant f; cosine m + (f - m) / 2 * (1 + cos(pi * min(t, N) / N)); linear f * (1 - p);
     exponential f * (1 - p)^power. Zero outside t_start ... t_end.
 
-    The cosine is Evci et al. 2020, section 3, exactly as their code computes it: t is not shifted
-    by t_start there, so with t_start > 0 it begins below f and reaches its minimum before t_end.
+    The cosine is that of Evci et al. 2020, section 3, exactly as their code computes it. Their code
+    does not shift t by t_start. With t_start > 0 the cosine thus begins below f, and it reaches its
+    minimum before t_end.
 
     Attributes:
         initial: f, in [0, 1].
         t_start: First update.
         t_end: Last update; the cosine and linear fractions are zero there.
         anneal: "cosine", "constant", "linear" or "exponential".
-        power: Exponent of the exponential (1 is linear, 3 drops fast); no other anneal has one.
-        minimum: m, the value the cosine ends at (Dettmers & Zettlemoyer 2019 end at 0.005).
+        power: Exponent of the exponential (1 is linear, 3 drops fast). No other anneal has one.
+        minimum: m, the last value of the cosine (0.005 in Dettmers & Zettlemoyer 2019).
 
     Raises:
         ValueError: A value is out of range or has no effect with this anneal.
@@ -141,7 +142,7 @@ class DropFraction:
 
 def num_dropped(num_active: int, fraction: float) -> int:
     """Compute trunc(float32(num_active) * float32(fraction)), the original's drop count."""
-    # The product of two float32 is exact in a double, so one rounding gives the float32 product.
+    # A double holds the product of two float32 exactly, so one rounding gives the float32 product.
     product = int(_float32(_float32(num_active) * _float32(fraction)))
     return min(product, num_active)  # a float32 holds no odd number above 2^24
 

@@ -1,10 +1,12 @@
 """Pick exactly k entries of a tensor by magnitude, without a full sort and without a device sync.
 
-The rule is the same everywhere: entries are ranked by |score|, NaN above every number, and of equal
-scores the lower flat index (row-major, whatever the memory layout) ranks higher. On a device the
-k-th magnitude comes from topk and ties are resolved by a running count, all on the device. On a CPU
-a bound is estimated from a sample, one pass collects the entries beyond it, and the selection ends
-among those few; if the bound let too few through, the pass is repeated without it.
+The rule is the same everywhere. Entries are ranked by |score|. NaN ranks above every number. Of
+equal scores the one with the lower flat index (row-major, whatever the memory layout) ranks higher.
+
+On a device the k-th magnitude comes from topk, and a running count resolves ties, all on the
+device. On a CPU a bound is estimated from a sample. One pass collects the entries beyond the bound,
+and the k entries are selected among these few. If fewer than k are beyond the bound, the pass is
+repeated without it.
 """
 
 import math
@@ -19,7 +21,7 @@ from sparse.topology.rng import CHUNK, Draw, is_fake
 Scores = Tensor | Draw
 
 _SAMPLE = 1 << 12  # entries sampled in a layer
-_SIGMAS = 4.0  # how far the bound estimated from them lies on the safe side
+_SIGMAS = 4.0  # safety margin of the bound, in standard deviations of the estimate
 
 
 def largest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
@@ -27,9 +29,9 @@ def largest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
 
     Args:
         scores: Tensor of any float type, of non-negative int32, or a `Draw`.
-        k: How many; all candidates if there are fewer. A 0-dim integer tensor keeps a count that
-            only the device knows on the device.
-        among: bool tensor of the same shape, the candidates.
+        k: Number of entries. If there are fewer candidates, all are marked. A 0-dim integer tensor
+            may hold a number that only the device knows.
+        among: The candidates, a bool tensor of the same shape.
 
     Returns:
         bool tensor of the shape of `among`, contiguous, with k entries (or all candidates) True.
@@ -45,14 +47,14 @@ def largest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
 def smallest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
     """Mark the k entries of smallest magnitude; among equals the higher flat index wins.
 
-    It is the complement of `largest` within the candidates; arguments and result are as there,
-    but k is at most the number of candidates.
+    The result is the complement of `largest` among the candidates. Arguments and result are those
+    of `largest`, but k is at most the number of candidates.
     """
     return among ^ remove_smallest(among, scores, k)
 
 
 def remove_smallest(mask: Tensor, scores: Scores, k: int | Tensor) -> Tensor:
-    """Take the k entries of smallest magnitude out of a mask, as `smallest` picks them."""
+    """Remove the k entries of smallest magnitude from a mask, as `smallest` picks them."""
     flat = mask.reshape(-1)
     if _on_cpu(flat):
         kept = flat.numpy().copy()
@@ -62,7 +64,7 @@ def remove_smallest(mask: Tensor, scores: Scores, k: int | Tensor) -> Tensor:
 
 
 def add_largest(mask: Tensor, scores: Scores, k: int | Tensor) -> Tensor:
-    """Put the k entries of largest magnitude outside of a mask into it, as `largest` picks them."""
+    """Add to a mask the k entries of largest magnitude outside of it, as `largest` picks them."""
     flat = mask.reshape(-1)
     if _on_cpu(flat):
         grown = flat.numpy().copy()
@@ -81,18 +83,18 @@ def _keys(scores: Scores, like: Tensor) -> Tensor:
 
 
 def _order_keys(scores: Tensor) -> Tensor:
-    """Map scores to non-negative integers ordered as their magnitudes, NaN on top."""
+    """Map scores to non-negative integers that are ordered as their magnitudes, with NaN on top."""
     if not scores.is_floating_point():
         return scores
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
-    # NaN comes in many bit patterns; all of them count as the same.
+    # NaN has many bit patterns, which all rank the same.
     return scores.abs().view(integer).masked_fill_(scores.isnan(), torch.iinfo(integer).max)
 
 
 def _select_device(keys: Tensor, k: int | Tensor, among: Tensor, want_largest: bool) -> Tensor:
     if isinstance(k, int) and k == 0:
         return torch.zeros_like(among)
-    if not want_largest:  # reverse the order of the keys, and that of the ties by flipping
+    if not want_largest:  # reverse the order of the keys; flipping reverses the order of ties
         keys = torch.iinfo(keys.dtype).max - keys.flip(0)
         return _select_device(keys, k, among.flip(0), want_largest=True).flip(0)
     keys = keys.masked_fill(~among, -1)
@@ -106,8 +108,8 @@ def _select_device(keys: Tensor, k: int | Tensor, among: Tensor, want_largest: b
 def _kth_largest(keys: Tensor, k: int | Tensor) -> Tensor:
     if isinstance(k, int):
         return torch.topk(keys, k, sorted=False).values.amin()
-    # With k unknown to the host: sort and index. k = 0 reads the largest key, above which is none,
-    # and the count of missing ties is then zero.
+    # The host does not know k, so sort and index. k = 0 reads the largest key: no key is above it,
+    # and the number of missing ties is then zero.
     return keys.sort(descending=True).values.gather(0, (k - 1).clamp(min=0).view(1))
 
 
@@ -132,7 +134,7 @@ def _select_cpu(
 
 
 def _stride(numel: int) -> int:
-    """Choose a step through a layer that does not fall in step with its rows, taps or channels."""
+    """Choose a stride without small factors, which does not keep step with rows or channels."""
     step = numel // _SAMPLE
     while math.gcd(step, 2 * 3 * 5 * 7) > 1:
         step += 1
@@ -144,14 +146,17 @@ def _reader(scores: Scores) -> Callable[[int, int, int], Any]:
     if isinstance(scores, Draw):
         return scores.reader()
     flat = scores.detach().reshape(-1)
-    if flat.dtype in (torch.float16, torch.bfloat16):  # NumPy is slow with one, blind to the other
+    if flat.dtype in (
+        torch.float16,
+        torch.bfloat16,
+    ):  # NumPy is slow with the first and lacks the second
         return lambda start, stop, step: flat[start:stop:step].float().numpy()
     array = flat.numpy()
     return lambda start, stop, step: array[start:stop:step]
 
 
 def _bound(sample: Any, wanted: float, want_largest: bool) -> Any:
-    """Estimate a magnitude beyond which at least the wanted entries lie, or None for no bound."""
+    """Estimate a magnitude beyond which the wanted number of entries lies; None for no bound."""
     size = len(sample)
     share = wanted / max(size, 1)
     if share >= 1.0:
@@ -167,7 +172,7 @@ def _bound(sample: Any, wanted: float, want_largest: bool) -> Any:
 def _collect(
     read: Callable[[int, int, int], Any], mask: Any, outside: bool, bound: Any, above: bool
 ) -> Any:
-    """List index and score of the candidates on the bound's far side, chunk by chunk."""
+    """List index and score of the candidates beyond the bound, chunk by chunk."""
     indices, values = [], []
     for start in range(0, len(mask), CHUNK):
         candidate = mask[start : start + CHUNK]
@@ -175,8 +180,8 @@ def _collect(
         if outside:
             candidate = ~candidate
         if bound is not None:
-            # Two comparisons are cheaper than |score|. The upper side is the complement of what is
-            # surely below the bound, because every comparison with NaN is false.
+            # Two comparisons are cheaper than |score|. The upper side is the complement of the
+            # entries that are surely below the bound, because every comparison with NaN is false.
             inside = score < bound if above else score <= bound
             inside &= score > -bound if above else score >= -bound
             candidate = candidate > inside if above else candidate & inside
@@ -188,7 +193,7 @@ def _collect(
 
 
 def _exact(values: Tensor, k: int, want_largest: bool) -> Any:
-    """Find the places of the k largest or smallest magnitudes, ties as documented."""
+    """Find the places of the k largest or smallest magnitudes, with ties as documented above."""
     keys = _order_keys(values).numpy()
     size = len(keys)
     place = size - k if want_largest else k - 1

@@ -28,7 +28,7 @@ def save(
 ) -> dict[str, Any]:
     """Collect the state of a run: numbers, strings and tensors on the CPU.
 
-    Masks take 1 bit per weight; each comes with its shape.
+    Masks take 1 bit per weight. Each mask is stored with its shape.
     """
     return {
         **masks_alone(masks),
@@ -60,7 +60,7 @@ def read_masks(state: Mapping[str, Any] | None) -> dict[str, Tensor]:
 
 
 def check(state: Mapping[str, Any], method: str) -> None:
-    """Refuse a state of another format, of another method, or with a key missing.
+    """Refuse a state that has another format, is of another method, or lacks a key.
 
     Raises:
         ValueError: Names what does not fit.
@@ -78,7 +78,7 @@ def check(state: Mapping[str, Any], method: str) -> None:
 
 
 def method_name(state: Mapping[str, Any]) -> str | None:
-    """Give the name of the method that wrote a state, None if it does not say."""
+    """Give the name of the method that wrote a state, None if the state does not have it."""
     name = state.get("method")
     return _FORMER_NAMES.get(name, name) if isinstance(name, str) else None
 
@@ -140,7 +140,7 @@ def load_averages(state: Mapping[str, Any], weights: Tensors, wanted: bool) -> d
     """Read gradient averages onto the devices and into the memory layouts of the weights.
 
     Raises:
-        ValueError: There are none though the run needs them, or one does not fit its weight.
+        ValueError: The run needs averages and the state has none, or one fits no weight.
     """
     saved = state["averages"]
     if not wanted:

@@ -1,7 +1,7 @@
 """Send between the ranks of DistributedDataParallel only the gradients that training uses.
 
 The masks are the same on all ranks, so no index has to be sent. The active entries of every bucket
-are packed into a buffer, all-reduced, and written back.
+are copied to a smaller buffer, all-reduced, and written back.
 """
 
 from collections.abc import Sequence
@@ -61,19 +61,19 @@ def compress_gradients(
     return compression
 
 
-def pack(buffer: Tensor, positions: Tensor, values: Tensor) -> None:
+def compress(buffer: Tensor, positions: Tensor, values: Tensor) -> None:
     """Copy the entries of a flat buffer at `positions` (int64) to `values`."""
     torch.index_select(buffer, 0, positions, out=values)
 
 
-def unpack(values: Tensor, positions: Tensor, buffer: Tensor) -> None:
-    """Put values back where `pack` found them; all other entries become 0."""
+def decompress(values: Tensor, positions: Tensor, buffer: Tensor) -> None:
+    """Put values back where `compress` found them; all other entries become 0."""
     buffer.zero_().index_copy_(0, positions, values)
 
 
 @dataclass(frozen=True)
-class _Packing:
-    """How a bucket is sent: as `wire`, which holds `values`, the entries at `positions`."""
+class _Message:
+    """How a bucket is sent: `wire` holds `values`, the bucket's entries at `positions`."""
 
     positions: Tensor | None  # None: all entries
     values: Tensor
@@ -82,7 +82,7 @@ class _Packing:
     @classmethod
     def make(
         cls, buffer: Tensor, positions: Tensor | None, dtype: torch.dtype | None
-    ) -> "_Packing":
+    ) -> "_Message":
         """Allocate what is needed; without positions the values are the bucket itself."""
         values = buffer if positions is None else buffer.new_empty(positions.numel())
         same = dtype in (None, values.dtype)
@@ -105,18 +105,18 @@ class GradientCompression:
         self.num_rebuilds = self.num_bytes = self.num_dense_bytes = 0
         self._sparsifier, self._group, self._dtype = sparsifier, group, dtype
         self._names = {id(weight): name for name, weight in sparsifier.maskable.items()}
-        # Number of a bucket -> what its packing depends on, and the packing.
-        self._packings: dict[int, tuple[list[int], _Packing | None]] = {}
+        # Number of a bucket -> what its message depends on, and the message.
+        self._messages: dict[int, tuple[list[int], _Message | None]] = {}
 
     def reduce(self, bucket: "GradBucket") -> Future[Tensor]:
         """Average a bucket over the ranks; the result is the bucket's own buffer."""
         buffer = bucket.buffer()
-        packing = None if self._sparsifier.needs_dense_gradients else self._packing(bucket)
-        if packing is None:
-            packing = _Packing.make(buffer, None, self._dtype)
-        positions, values, wire = packing.positions, packing.values, packing.wire
+        message = None if self._sparsifier.needs_dense_gradients else self._message(bucket)
+        if message is None:
+            message = _Message.make(buffer, None, self._dtype)
+        positions, values, wire = message.positions, message.values, message.wire
         if positions is not None:
-            pack(buffer, positions, values)
+            compress(buffer, positions, values)
         values.mul_(1.0 / self._group.size())  # before the sum, as DDP does
         if wire is not values:
             wire.copy_(values)
@@ -128,23 +128,23 @@ class GradientCompression:
             if wire is not values:
                 values.copy_(wire)
             if positions is not None:
-                unpack(values, positions, buffer)
+                decompress(values, positions, buffer)
             return buffer
 
         return work.get_future().then(finish)
 
-    def _packing(self, bucket: "GradBucket") -> _Packing | None:
-        """Give the packing of a bucket, None if all of it is active."""
+    def _message(self, bucket: "GradBucket") -> _Message | None:
+        """Give the message for a bucket, None if all of its entries are active."""
         parameters = bucket.parameters()
         key = [self._sparsifier.masks_version, *map(id, parameters)]
-        found = self._packings.get(bucket.index())
+        found = self._messages.get(bucket.index())
         if found is None or found[0] != key:
             self.num_rebuilds += 1
             positions = self._active_positions(parameters)
-            packing = None
+            message = None
             if positions is not None:
-                packing = _Packing.make(bucket.buffer(), positions, self._dtype)
-            found = self._packings[bucket.index()] = (key, packing)
+                message = _Message.make(bucket.buffer(), positions, self._dtype)
+            found = self._messages[bucket.index()] = (key, message)
         return found[1]
 
     def _active_positions(self, parameters: Sequence[Tensor]) -> Tensor | None:

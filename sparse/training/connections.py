@@ -26,9 +26,9 @@ class NewConnections:
     """How new connections begin.
 
     Attributes:
-        init: Their weight: "zeros"; "gradient", one plain gradient step from zero; "random", normal
-            with the standard deviation of the layer's active weights.
-        momentum_scale: Momentum that SGD gives to them, as a multiple of their gradient.
+        init: Weight of new connections: "zeros"; "gradient", one plain gradient step from zero; or
+            "random", normal with the standard deviation of the layer's active weights.
+        momentum_scale: Momentum that SGD gives to new connections, as a multiple of the gradient.
         seed: Seed of "random".
     """
 
@@ -84,10 +84,10 @@ def disconnect(optimizer: Optimizer, weight: nn.Parameter, gate: Gate, mask: Ten
 
 
 def mask_module(module: nn.Module, gates: Mapping[str, Gate]) -> None:
-    """Zero the weights of a module that gates mark as inactive, found by name.
+    """Zero the weights of a module that gates mark as inactive. Weights are found by name.
 
     Raises:
-        ValueError: The module lacks a gated weight, or it has another shape there.
+        ValueError: The module lacks a weight that has a gate, or the weight has another shape.
     """
     parameters = named_parameters(module)
     pairs = []

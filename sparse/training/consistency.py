@@ -50,7 +50,7 @@ def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
 
 
 def digest(mask: Tensor) -> Tensor:
-    """Condense a mask to one number: int64, 0-dim, the same on every device."""
+    """Condense a mask to one number: int64, 0-dim, and the same on every device."""
     flat = mask.reshape(-1)
     words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
     factors = Draw((words.numel(),), (0,)).tensor(mask.device).long() * 2 + 1

@@ -49,7 +49,7 @@ class Gate:
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes."""
+        """Bytes of memory that the gate takes."""
         return self.inactive.nbytes + (0 if self._bits is None else self._bits.nbytes)
 
     def fits(self, tensor: Tensor) -> bool:
@@ -106,7 +106,7 @@ def count_violations(pairs: Iterable[tuple[Tensor, Gate]]) -> Tensor:
 
 
 def masks_of(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, Tensor]:
-    """Give the masks of weights, all True (and of no size in memory) where there is no gate."""
+    """Give the masks of weights. Without a gate a mask is all True, and takes no memory."""
     return {
         name: gates[name].mask()
         if name in gates
@@ -116,7 +116,7 @@ def masks_of(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, Tensor]:
 
 
 def count_active(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, int]:
-    """Count the active weights, all of them where there is no gate. Waits for the device once."""
+    """Count active weights; all are active without a gate. Waits for the device once."""
     counts = {name: weight.numel() for name, weight in weights.items()}
     inactive = gather([torch.count_nonzero(gate.inactive) for gate in gates.values()]).tolist()
     return counts | {
@@ -147,7 +147,7 @@ def gather(counts: list[Tensor]) -> Tensor:
 
 
 class _Layer(ctypes.Structure):
-    """Mirror of `Layer` in gates.cpp, which explains the members."""
+    """Mirrors `Layer` of gates.cpp, which explains the members."""
 
     _fields_ = (
         ("values", ctypes.c_void_p),
@@ -180,7 +180,7 @@ def _compiled_loop() -> _Loops | None:
 
 
 def _is_compiled(tensor: Tensor, gate: Gate) -> bool:
-    """Say whether compiled code serves a tensor: it is plain memory, laid out as its gate."""
+    """Say whether compiled code can work on a tensor: plain memory, laid out as its gate."""
     plain = type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
     return plain and gate.fits(tensor) and _compiled_loop() is not None
 

@@ -55,7 +55,7 @@ def unscaled_gradients(
 
 
 def check_gradients(gradients: Mapping[str, Tensor], method: str) -> None:
-    """Refuse gradients that tell nothing to a method which decides by them once and for all.
+    """Refuse gradients of 0 for a method that ranks weights by gradients once and for all.
 
     Raises:
         SparsityError: All gradients of a layer are 0; names the layer.

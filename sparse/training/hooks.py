@@ -1,7 +1,7 @@
-"""Where a sparsifier meets a training loop it did not write: torch's hooks on steps and loads.
+"""Hooks of torch on steps and loads, by which a sparsifier follows any training loop.
 
-The rest of the library need not know that hooks are lost by copies, that closures compute gradients
-inside of a step, or that one step may run hooks several times.
+Copies lose hooks, closures compute gradients inside of a step, and one step may run hooks several
+times. Only this file has to know this.
 """
 
 import sys
@@ -40,7 +40,7 @@ def check_unhooked(optimizer: Optimizer) -> None:
     """Refuse an optimizer that has the hooks of a sparsifier.
 
     Raises:
-        ValueError: It has.
+        ValueError: The optimizer has hooks of another sparsifier.
     """
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         if isinstance(getattr(hook, "__self__", None), Hooks):
@@ -54,14 +54,14 @@ class Hooks:
     """The hooks of one sparsifier, whose methods they call.
 
     Args:
-        optimizer: Whose steps and loads they follow.
+        optimizer: The optimizer whose steps and loads the hooks follow.
         modules: Name of a weight -> the module that owns it.
         steps: Whether to follow steps, too.
-        before: Precedes an optimizer step, once the gradients are complete.
-        after: Follows an optimizer step.
-        weight_loaded: Follows `load_state_dict` of the module that owns the weight of a name; a
-            method, of an object that the module does not keep alive.
-        optimizer_loaded: Follows `load_state_dict` of the optimizer.
+        before: Called before an optimizer step, when the gradients are complete.
+        after: Called after an optimizer step.
+        weight_loaded: Called with the name of a weight after `load_state_dict` of the module that
+            owns it. This is a method, and the module does not keep the method's object alive.
+        optimizer_loaded: Called after `load_state_dict` of the optimizer.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Hooks:
     def _evaluate_closure(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Compute the gradients that a closure computes now, and hand on its loss in its place."""
+        """Call the closure now, so that gradients exist, and pass its loss on in its place."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             return args, kwargs
@@ -140,7 +140,7 @@ class Hooks:
 
 
 class _Evaluated:
-    """A closure that was called already, and gives its result once more."""
+    """Stands for a closure that was called already, and returns its result once."""
 
     def __init__(self, result: Any, optimizer: str) -> None:
         self._result, self._optimizer, self._calls = result, optimizer, 0
@@ -156,10 +156,10 @@ class _Evaluated:
 
 
 class _LoadHook:
-    """Follows `load_state_dict` of one module; in a copy of the module it does nothing.
+    """Follows `load_state_dict` of one module. In a copy of the module it does nothing.
 
-    Copies belong to another sparsifier, which brings hooks of its own, or to none, as an average of
-    the model does.
+    A copy belongs to another sparsifier, which adds its own hooks, or to none, as the average of a
+    model.
     """
 
     def __init__(self, loaded: Callable[[str], None] | None = None, name: str = "") -> None:
@@ -176,7 +176,7 @@ class _LoadHook:
 
     @staticmethod
     def remove_from(module: nn.Module) -> None:
-        """Take the hook of an earlier sparsifier away, or what a copy has left of one."""
+        """Remove the hook of an earlier sparsifier, or its remains in a copy."""
         hooks = module._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if isinstance(hook, _LoadHook)]:
             del hooks[key]

@@ -1,4 +1,4 @@
-"""Check what everything else rests on: inactive weights and their optimizer state are exactly 0."""
+"""Check the invariant: inactive weights and their optimizer state are exactly 0."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -15,13 +15,13 @@ States = Callable[[Optimizer, nn.Parameter], Mapping[str, Tensor]]
 def held(
     optimizer: Optimizer, weights: Mapping[str, nn.Parameter], gates: Mapping[str, Gate], of: States
 ) -> Iterator[tuple[str, Tensor, Gate]]:
-    """List what has to be 0 where a gate says so, with names for messages.
+    """List the tensors that must be 0 at inactive connections, with names for messages.
 
     Args:
         optimizer: The optimizer.
         weights: The weights, by name.
         gates: The gates of some of them.
-        of: Which state of the optimizer to list beside a weight.
+        of: Gives the state of the optimizer to list with a weight.
     """
     for name, gate in gates.items():
         yield name, weights[name], gate
@@ -30,7 +30,7 @@ def held(
 
 
 class Invariant:
-    """Counts violations on the device, and reads the numbers when the host waits for it anyway."""
+    """Counts violations on the device, and reads the numbers when the host waits anyway."""
 
     def __init__(self) -> None:
         self._unread: list[tuple[list[str], Tensor]] = []
@@ -50,10 +50,10 @@ class Invariant:
         return all(counts.is_cpu and not is_fake(counts) for _, counts in self._unread)
 
     def read(self, optimizer: Optimizer) -> None:
-        """Read all that was counted since the last time.
+        """Read all counts since the last call.
 
         Raises:
-            SparsityError: There was a violation; names the first one and likely causes.
+            SparsityError: There was a violation. Names the first one and likely causes.
         """
         for names, counts in self._unread:
             for name, count in zip(names, counts.tolist(), strict=True):
@@ -67,5 +67,5 @@ class Invariant:
         self.forget()
 
     def forget(self) -> None:
-        """Forget what was counted: it was mended."""
+        """Forget the counts, because the violations were repaired."""
         self._unread.clear()

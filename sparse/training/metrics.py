@@ -1,4 +1,4 @@
-"""Tell what masks do over time: sparsity, turnover, and which weights were ever active."""
+"""Figures of masks over time: their sparsity, and which weights were ever active."""
 
 from collections.abc import Mapping
 
@@ -43,7 +43,7 @@ def _total(masks: Tensors) -> Tensor:
 
 
 def summarize(num_active: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, float]:
-    """Compute the sparsity of all layers together and of each."""
+    """Compute the sparsity of all layers together and of each layer."""
     summary = {"sparsity": 1.0 - sum(num_active.values()) / sum(sizes.values())}
     for name, size in sizes.items():
         summary[f"sparsity.{name.removesuffix('.weight')}"] = 1.0 - num_active[name] / size

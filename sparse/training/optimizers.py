@@ -1,4 +1,4 @@
-"""Optimizers: all classes are treated alike, except for those that are refused.
+"""Access to optimizers. All classes are treated alike, except for the refused ones.
 
 A state tensor of a weight's own shape (momentum buffers, Adam's moments, averages) has one entry
 per connection and is masked like the weight.
@@ -32,8 +32,8 @@ def check_optimizer(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -
     """Refuse an optimizer that would move inactive weights, or that lacks a weight.
 
     Raises:
-        ValueError: The optimizer is a known offender, divides by zero (eps = 0), or does not hold
-            one of the weights.
+        ValueError: The optimizer is one of the refused classes, divides by zero (eps = 0), or does
+            not hold one of the weights.
     """
     kind = type(optimizer).__name__
     if kind in _REFUSED:
@@ -68,7 +68,7 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def state_holder(optimizer: Optimizer) -> Optimizer:
-    """Give the optimizer that holds the state: another one inside of ZeroRedundancyOptimizer."""
+    """Give the optimizer that holds the state: the inner one of a ZeroRedundancyOptimizer."""
     inner = getattr(optimizer, "optim", None)
     return inner if isinstance(inner, Optimizer) else optimizer
 
@@ -89,13 +89,13 @@ def state_of(optimizer: Optimizer, weight: Tensor) -> dict[str, Tensor]:
 
 
 def moments_of(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
-    """Give those state tensors that are 0 where a weight and its gradient always were."""
+    """Give the state tensors that stay 0 where a weight and its gradient were always 0."""
     state = state_of(optimizer, weight).items()
     return {key: value for key, value in state if key in _MOMENTS}
 
 
 def lay_out_state(optimizer: Optimizer) -> None:
-    """Lay out state tensors in memory as their parameters are.
+    """Give state tensors the memory layout of their parameters.
 
     Loaded state keeps the memory layout in which it was saved. Fused optimizers read weight and
     state in the order of memory and would combine entries of different connections.
@@ -133,7 +133,7 @@ def learning_rate(optimizer: Optimizer, weight: nn.Parameter) -> float | Tensor:
 
 
 def momentum_buffer(optimizer: Optimizer, weight: Tensor) -> Tensor:
-    """Give SGD's momentum buffer of a weight, made of zeros if the first step is yet to come."""
+    """Give SGD's momentum buffer of a weight. Before the first step it is created with zeros."""
     state = state_holder(optimizer).state[weight]
     if state.get("momentum_buffer") is None:
         state["momentum_buffer"] = torch.zeros_like(weight)
@@ -142,11 +142,11 @@ def momentum_buffer(optimizer: Optimizer, weight: Tensor) -> Tensor:
 
 
 def create_momentum_buffers(optimizer: Optimizer) -> None:
-    """Give SGD the momentum buffers it lacks, made of zeros.
+    """Create the momentum buffers that SGD lacks, with zeros.
 
     SGD's fused kernel allocates the buffers without initializing them. If a GradScaler makes the
-    kernel skip the first step, they stay uninitialized, and training would continue from whatever
-    the memory held.
+    kernel skip the first step, the buffers stay uninitialized, and training would continue from
+    arbitrary values.
     """
     for parameter in parameters_of(state_holder(optimizer)):
         if parameter.grad is not None:
@@ -154,7 +154,7 @@ def create_momentum_buffers(optimizer: Optimizer) -> None:
 
 
 def has_momentum(optimizer: Optimizer) -> bool:
-    """Say whether this is SGD with momentum, whose buffers `momentum_buffer` gives."""
+    """Say whether this is SGD with momentum, and `momentum_buffer` can be used."""
     holder = state_holder(optimizer)
     return all(group.get("momentum", 0.0) > 0.0 for group in holder.param_groups) and (
         "SGD" in type(holder).__name__
@@ -162,7 +162,7 @@ def has_momentum(optimizer: Optimizer) -> bool:
 
 
 def withhold_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
-    """Take all gradients away, so that the optimizer's step moves nothing.
+    """Remove all gradients, so that the optimizer's step moves nothing.
 
     Returns:
         What `restore_gradients` needs to bring them back.

@@ -1,6 +1,5 @@
 """Start processes that are joined by gloo."""
 
-import multiprocessing
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +9,14 @@ import torch
 import torch.multiprocessing as mp
 from torch import distributed
 
+from tests import forks  # noqa: F401  (it lists what the server of all forks imports)
+
 
 def run(world_size: int, work: Callable[..., Any], folder: Path) -> list[Any]:
     """Run `work(rank, world_size)` in processes joined by gloo and give their results by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # One server imports the library once and forks every rank from there.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        [__name__, "tests.sparse.nets"]
-    )
     arguments = (world_size, port, work, str(folder))
     mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]

@@ -109,7 +109,7 @@ def test_a_library_that_does_not_load_is_named(
 def test_a_damaged_library_is_compiled_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = library.GATES.build("portable", tmp_path)
+    broken = library.GATES.compile("portable", tmp_path)
     broken.write_bytes(b"no library")
     monkeypatch.setattr(gates, "default_cache", lambda: tmp_path)
     monkeypatch.setattr(gates, "cpu_level", lambda: "portable")

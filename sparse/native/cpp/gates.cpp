@@ -1,8 +1,9 @@
-// Zero, or count, what masks leave inactive, in one pass over many tensors.
+// Zero or count the inactive entries of many tensors in one pass.
 //
-// The pass reads and writes every gradient once and does nothing else, so memory sets its time. Bits
-// add 1/32 to the traffic, and four places of a tensor are worked on in turn, because a processor
-// fetches ahead in each place separately: together a quarter faster than one place after the other.
+// The pass reads and writes every gradient once and does nothing else, so its time is that of
+// memory. The bits of the masks add 1/32 to the traffic. The pass works on four places of a tensor
+// in turn, because the processor prefetches for each place separately. This is a quarter faster
+// than one place after the other.
 
 #include <algorithm>
 #include <cstdint>
@@ -26,7 +27,7 @@ struct Layer {
   int64_t entry_size;  // bytes: 2, 4 or 8
 };
 
-// A vector of entries, and all bits set in those of its lanes that are active.
+// A vector of entries. All bits of `active` are set in the lanes of active entries.
 template <class Word>
 struct Vector {
   typedef Word Lanes __attribute__((vector_size(kLanes * sizeof(Word))));
@@ -78,7 +79,7 @@ int64_t count_entries(const Word* values, const uint8_t* bits, int64_t begin, in
   return count;
 }
 
-// Almost always no block has anything to count, which is found out at the speed of memory.
+// A block almost never has anything to count. Finding this out takes no longer than reading it.
 template <class Word>
 int64_t count_blocks(const void* memory, const uint8_t* bits, int64_t begin, int64_t end) {
   const Word* const values = static_cast<const Word*>(memory);
@@ -102,12 +103,12 @@ int64_t count(const Layer& layer, int64_t begin, int64_t end) {
   return count_blocks<uint64_t>(layer.values, layer.bits, begin, end);
 }
 
-// Call work(layer, begin, end) for the entries begin .. end of all layers, counted through them.
+// Call work(layer, begin, end) for entries begin .. end - 1, numbered through all layers.
 template <class Work>
 void visit(const Layer* layers, int64_t num_layers, int64_t begin, int64_t end, const Work& work) {
   for (int64_t l = 0; l < num_layers; ++l) {
     const int64_t size = layers[l].size;
-    // Cuts fall on whole blocks of a layer, so that no two threads share a byte of bits.
+    // Cuts are between whole blocks of a layer, so that no two threads share a byte of bits.
     const auto cut = [size](int64_t at) {
       return at >= size ? size : std::max<int64_t>(at, 0) / kBlock * kBlock;
     };
@@ -117,7 +118,7 @@ void visit(const Layer* layers, int64_t num_layers, int64_t begin, int64_t end, 
   }
 }
 
-// The same, the entries shared out among threads.
+// The same for all entries, which threads share.
 template <class Work>
 void visit_all(const Layer* layers, int64_t num_layers, int64_t num_threads, const Work& work) {
   int64_t total = 0;

@@ -31,7 +31,7 @@ TileFunction pick(int64_t vectors, int64_t rows) {
   }
 }
 
-// Part `index` of `count` nearly equal parts of [begin, end): its first element.
+// Return the first element of part `index` of `count` nearly equal parts of [begin, end).
 int64_t cut(int64_t begin, int64_t end, int64_t index, int64_t count) {
   return begin + (end - begin) * index / count;
 }
@@ -52,7 +52,7 @@ TileFunction find_tile(int64_t group, int64_t vectors, int64_t rows, int64_t str
 
 namespace {
 
-// The borders of bands; rows that other bands continue are copied whole.
+// Fill the borders of bands. A row that is a border of another band is copied as a whole.
 void fill_band_borders(const Op& op, float* out, int64_t y, int64_t c) {
   const int64_t n = op.vectors;
   const int32_t *left = op.moves, *right = left + kLanes, *above = right + kLanes,
@@ -84,7 +84,7 @@ void fill_halo(const Op& op, float* out, int64_t y0, int64_t y1, int64_t c0, int
       }
       float* plane = out + y * op.out_row + c * op.out_plane;
       for (int64_t k = 0; k < op.halo; ++k) {
-        // What lies n vectors away is the same column in the neighboring lane.
+        // The vector n vectors away holds the same columns, one lane away.
         store(plane - (k + 1) * kLanes, move_up(load(plane + (n - 1 - k) * kLanes)));
         store(plane + (n + k) * kLanes, move_down(load(plane + k * kLanes)));
       }
@@ -116,7 +116,7 @@ void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0,
 
 namespace {
 
-// Vectors of one row, or of two successive rows, of which only rows begin <= r < end are stored.
+// Vectors of one row, or of two successive rows. Only rows begin <= r < end are stored.
 struct DenseTile {
   int64_t in[kDenseVectors], out[kDenseVectors], res[kDenseVectors], mask[kDenseVectors];
   int64_t begin, end;
@@ -125,9 +125,9 @@ struct DenseTile {
 template <int NV>
 using DenseSums = Vec[kDenseChannels][NV];
 
-// Terms k0 <= k < k1 of the vectors of a tile.
+// Copy terms k0 <= k < k1 of the vectors of a tile to contiguous memory.
 template <int NV>
-void pack(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int64_t k1,
+void pack_inputs(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int64_t k1,
           float* packed) {
   for (int64_t k = k0; k < k1; ++k, packed += NV * kLanes) {
     const float* source = in + op.offsets[k];
@@ -135,9 +135,9 @@ void pack(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int6
   }
 }
 
-// The same where rows are computed in pairs: a term is of two vectors.
+// The same for rows that are computed in pairs: a term is the sum of two vectors, with a sign.
 template <int NV>
-void pack_pairs(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int64_t k1,
+void pack_input_pairs(const Op& op, const float* in, const DenseTile& tile, int64_t k0, int64_t k1,
                 float* packed) {
   for (int64_t k = k0; k < k1; ++k, packed += NV * kLanes) {
     const float *source = in + op.offsets[3 * k], *other = in + op.offsets[3 * k + 1];
@@ -176,7 +176,7 @@ inline SPARSE_INLINE void multiply(const Op& op, int64_t c, int64_t k0, int64_t 
                                    const float* packed, DenseSums<NV>& sum) {
   const float* w = op.weights + (c / kDenseChannels * op.depth + k0) * kDenseChannels;
   for (int64_t k = k0; k < k1; ++k, w += kDenseChannels, packed += NV * kLanes) {
-    // All inputs are loaded before the weights: sums, inputs and one weight fill the registers.
+    // Load all inputs before the weights: sums, inputs and one weight fill the registers.
     Vec x[NV];
     for_each<NV>([&](auto i) SPARSE_INLINE { x[i] = load(packed + i * kLanes); });
     for_each<kDenseChannels>([&](auto j) SPARSE_INLINE {
@@ -218,7 +218,7 @@ inline SPARSE_INLINE void add_and_subtract(const DenseSums<NV>& sum, float* uppe
   });
 }
 
-// Call f(k0, k1, is_first, is_last) for equal blocks of terms begin <= k < end that fit `packed`.
+// Call f(k0, k1, is_first, is_last) for nearly equal blocks of terms that fit `packed`.
 template <typename F>
 void for_blocks(int64_t begin, int64_t end, F f) {
   const int64_t blocks = (end - begin + kDenseDepth - 1) / kDenseDepth;
@@ -232,7 +232,7 @@ void single_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const Dense
                  float* scratch) {
   float *packed = scratch, *partials = packed + kDenseDepth * kDenseVectors * kLanes;
   for_blocks(0, op.depth, [&](int64_t k0, int64_t k1, bool is_first, bool is_last) {
-    pack<NV>(op, arena + op.in, tile, k0, k1, packed);
+    pack_inputs<NV>(op, arena + op.in, tile, k0, k1, packed);
     float* partial = partials;
     for (int64_t c = op.part_begin[p0]; c < op.part_begin[p1]; c += kDenseChannels) {
       DenseSums<NV> sum;
@@ -252,7 +252,7 @@ void single_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const Dense
 template <int NV>
 void paired_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const DenseTile& tile,
                  float* scratch) {
-  constexpr int64_t step = kDenseChannels * NV * kLanes;
+  constexpr int64_t tile_floats = kDenseChannels * NV * kLanes;
   const int64_t first = op.part_begin[p0], end = op.part_begin[p1];
   float *packed = scratch, *upper = packed + kDenseDepth * kDenseVectors * kLanes;
   float* lower = upper + (end - first + kDenseChannels) * kDenseVectors * kLanes;
@@ -263,8 +263,8 @@ void paired_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const Dense
     float* const partials = product % 2 == 0 ? upper : lower;
     for_blocks(begin, begin + op.counts[product],
                [&](int64_t k0, int64_t k1, bool is_first, bool is_last) {
-      pack_pairs<NV>(op, arena + op.in, tile, k0, k1, packed);
-      for (int64_t c = first, at = 0; c < end; c += kDenseChannels, at += step) {
+      pack_input_pairs<NV>(op, arena + op.in, tile, k0, k1, packed);
+      for (int64_t c = first, at = 0; c < end; c += kDenseChannels, at += tile_floats) {
         DenseSums<NV> sum{};
         if (is_first && product == 0) start<NV>(op, c, sum);
         if (!is_first || product >= 2) load_sums<NV>(partials + at, sum);
@@ -281,7 +281,7 @@ void paired_tile(const Op& op, float* arena, int64_t p0, int64_t p1, const Dense
   }
 }
 
-// Tiles of `count` rows or pairs of rows from y on, of which rows begin <= r < end are stored.
+// Compute tiles of `count` rows or pairs of rows from y on; rows begin <= r < end are stored.
 void dense_rows(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y, int64_t count,
                 int64_t begin, int64_t end, float* scratch) {
   const int64_t total = count * op.vectors;
@@ -311,8 +311,8 @@ void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, 
                 float* scratch) {
   const int64_t count = (y1 - y0) / op.tile_rows;
   dense_rows(op, arena, p0, p1, y0, count, 0, op.tile_rows, scratch);
-  if (count * op.tile_rows < y1 - y0) {  // one row of the last pair is not to be written
-    const int64_t above = y1 < op.rows ? 0 : 1;  // rows of that pair above the last
+  if (count * op.tile_rows < y1 - y0) {  // only one row of the last pair is stored
+    const int64_t above = y1 < op.rows ? 0 : 1;  // rows of the pair above row y1 - 1
     dense_rows(op, arena, p0, p1, y1 - 1 - above, 1, above, above + 1, scratch);
   }
   fill_halo(op, arena + op.out, y0, y1, op.part_begin[p0], op.part_begin[p1]);
@@ -320,7 +320,7 @@ void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, 
 
 int64_t scratch_floats(const Op& op) {
   if (op.kind != kSparseConv && op.kind != kDenseConv) return 0;
-  // For either kind: tuning tries both in the memory that was made for one of them.
+  // The size serves both kinds, because tuning tries both in the same memory.
   const int64_t channels = op.channels + kDenseChannels;  // whole groups
   return std::max(channels * kMaxTile, (kDenseDepth + 2 * channels) * kDenseVectors) * kLanes;
 }

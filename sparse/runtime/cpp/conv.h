@@ -17,26 +17,26 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 constexpr int kMaxTile = 14;      // vectors of a sparse tile of one channel
-constexpr int kAhead = 2;         // channels or groups of them between a fetch and its use
-constexpr int kStreamAhead = 256;  // words between the fetch of a connection and its use
-constexpr int kLineFloats = 16;   // of a cache line
+constexpr int kAhead = 2;         // channels or groups between a prefetch and its use
+constexpr int kStreamAhead = 256;  // words between the prefetch of a connection and its use
+constexpr int kLineFloats = 16;   // floats of a cache line
 constexpr int kDenseChannels = 4;
-// A dense tile is some vectors by 4 channels: accumulators, inputs and a weight fill the registers.
+// Vectors of a dense tile of 4 channels: sums, inputs and one weight fill the registers.
 constexpr int kDenseVectors = kRegisters == 32 ? 6 : 3;
-// Most terms summed at a time: up to 36 KiB of packed input, less where vectors are shorter.
+// Terms that are summed at a time at most: up to 36 KiB of packed input, less with short vectors.
 constexpr int kDenseDepth = 9216 / (kDenseVectors * kLanes);
 
-// Vectors of a tile of `group` channels: with its inputs and weights it fits the registers.
+// Most vectors of a tile of `group` channels: sums, inputs and weights fit the registers.
 constexpr int max_tile(int group) {
   if (group == 1) return kMaxTile;
   if (group == 2) return kRegisters == 32 ? 8 : 6;
   return kRegisters == 32 ? 7 : 3;
 }
 
-// What sums pass through has to be inlined: they are in memory otherwise.
+// Functions that take sums must be inlined; otherwise the sums are in memory.
 #define SPARSE_INLINE __attribute__((always_inline))
 
-// Call f(0), .., f(N - 1) with constants of the compiler: arrays indexed by them are registers.
+// Call f(0), .., f(N - 1) with compile-time constants, so that arrays of sums become registers.
 template <typename F, int... I>
 inline SPARSE_INLINE void for_each(F f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>()), ...);
@@ -56,30 +56,30 @@ inline int32_t offset_at(const float* p) {
   return offset;
 }
 
-// P output channels, their group, by VX x VY vectors. Connections of a group are sorted by which of
-// its channels they lead to, their pattern: an input is loaded once for all of them. SX is the
-// stride between vectors, 0 if the operation tells it.
+// A tile of a group of P output channels by VX x VY vectors. The connections of a group are sorted
+// by their pattern: the set of channels to which they lead. An input is thus loaded once for all of
+// these channels. SX is the stride between vectors, or 0 if the operation has it.
 template <int P, int VX, int VY, int SX>
 struct SparseTile {
   static constexpr int kSize = VX * VY;
   static constexpr int kPatterns = (1 << P) - 1;
-  // An FMA takes 4 cycles and two start in each: 8 independent sums keep the units busy.
+  // An FMA takes 4 cycles, and two start in each cycle: 8 independent sums keep the units busy.
   static constexpr int kSums = P > 1 ? 1 : kSize <= 2 ? 4 : kSize <= 6 ? 2 : 1;
   using Sums = Vec[P][kSize];
 
   // Distances between the rows and between the vectors of the input.
-  struct Steps {
+  struct Strides {
     int64_t row, vector;
   };
 
-  static inline SPARSE_INLINE Vec input(const float* in, Steps steps, int i) {
-    return load(in + (i / VX) * steps.row + (i % VX) * steps.vector);
+  static inline SPARSE_INLINE Vec input(const float* in, Strides strides, int i) {
+    return load(in + (i / VX) * strides.row + (i % VX) * strides.vector);
   }
 
-  // The connection at `p`: an offset, and a weight for every channel of the pattern.
+  // Add the connection at `p`: an offset, and one weight for every channel of the pattern.
   template <int kPattern>
   static inline SPARSE_INLINE void add(Sums& sum, const float* p, const float* in,
-                                                        Steps steps) {
+                                                        Strides strides) {
     in += offset_at(p);
     Vec weight[P];
     int next = 1;
@@ -87,7 +87,7 @@ struct SparseTile {
       if constexpr (kPattern >> c & 1) weight[c] = broadcast(p[next++]);
     });
     for_each<kSize>([&](auto i) SPARSE_INLINE {
-      Vec x = input(in, steps, i);
+      Vec x = input(in, strides, i);
       if constexpr (P > 1) hold(x);
       for_each<P>([&](auto c) SPARSE_INLINE {
         if constexpr (kPattern >> c & 1) sum[c][i] += weight[c] * x;
@@ -95,34 +95,34 @@ struct SparseTile {
     });
   }
 
-  // The next n connections, of one pattern; returns what follows them.
+  // Add the next n connections, all of one pattern. Return where the following ones begin.
   template <int kPattern>
   static inline SPARSE_INLINE const float* dot(Sums& sum, const float* p,
                                                                 int64_t n, const float* in,
-                                                                Steps steps) {
-    constexpr int step = 1 + num_bits(kPattern);
+                                                                Strides strides) {
+    constexpr int words = 1 + num_bits(kPattern);
     if constexpr (kSums > 1) {
       Vec more[kSums - 1][1][kSize];
       for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { other[0][i] = Vec{}; });
-      for (; n >= 4; n -= 4, p += 4 * step) {
+      for (; n >= 4; n -= 4, p += 4 * words) {
         __builtin_prefetch(p + kStreamAhead);
-        add<kPattern>(sum, p, in, steps);
-        add<kPattern>(more[0], p + step, in, steps);
-        add<kPattern>(kSums == 4 ? more[kSums / 4] : sum, p + 2 * step, in, steps);
-        add<kPattern>(more[kSums - 2], p + 3 * step, in, steps);
+        add<kPattern>(sum, p, in, strides);
+        add<kPattern>(more[0], p + words, in, strides);
+        add<kPattern>(kSums == 4 ? more[kSums / 4] : sum, p + 2 * words, in, strides);
+        add<kPattern>(more[kSums - 2], p + 3 * words, in, strides);
       }
       for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { sum[0][i] += other[0][i]; });
     }
     if constexpr (P == 1) {
-      for (; n >= 2; n -= 2, p += 2 * step) {
+      for (; n >= 2; n -= 2, p += 2 * words) {
         __builtin_prefetch(p + kStreamAhead);
-        add<kPattern>(sum, p, in, steps);
-        add<kPattern>(sum, p + step, in, steps);
+        add<kPattern>(sum, p, in, strides);
+        add<kPattern>(sum, p + words, in, strides);
       }
     }
-    for (; n > 0; --n, p += step) {
+    for (; n > 0; --n, p += words) {
       if (P > 1) __builtin_prefetch(p + kStreamAhead);
-      add<kPattern>(sum, p, in, steps);
+      add<kPattern>(sum, p, in, strides);
     }
     return p;
   }
@@ -137,7 +137,7 @@ struct SparseTile {
     });
   }
 
-  // Bring what a tile will be added to, or written to, into the cache.
+  // Prefetch the memory to which a tile will be added or written.
   static inline SPARSE_INLINE void fetch(const float* p, int64_t row) {
     for (int y = 0; y < VY; ++y) {
       for (int x = 0; x < VX * kLanes; x += kLineFloats) {
@@ -146,7 +146,7 @@ struct SparseTile {
     }
   }
 
-  // All output channels of one part. `scratch` holds the partial sums between blocks of
+  // Compute all output channels of one part. `scratch` holds the partial sums between blocks of
   // connections.
   static void run(const Op& op, int64_t part, const float* in, float* out, const float* res,
                   const int32_t* mask, float* scratch) {
@@ -155,7 +155,7 @@ struct SparseTile {
     const int32_t* channel = op.row_channel + first;
     const float* p = op.connections + op.part_stream[part];
     const int32_t* count = op.counts + op.num_blocks * kPatterns * (first / P);
-    const Steps steps{op.in_row * op.stride_y, (SX > 0 ? SX : op.stride_x) * kLanes};
+    const Strides strides{op.in_row * op.stride_y, (SX > 0 ? SX : op.stride_x) * kLanes};
     for (int64_t block = 0; block < op.num_blocks; ++block) {
       const bool is_first = block == 0, is_last = block + 1 == op.num_blocks;
       float* partial = scratch;
@@ -170,14 +170,14 @@ struct SparseTile {
             for_each<kSize>([&](auto i) SPARSE_INLINE { sum[c][i] = load(partial + (c * kSize + i) * kLanes); });
           }
           if (is_last && c + kAhead * P < left) {
-            // Channels come in no order that the processor could foresee.
+            // The processor cannot predict the order of the channels.
             const int64_t next = channel[(g + kAhead) * P + c];
             fetch(res ? res + next * op.res_plane : out + next * op.out_plane,
                   res ? op.res_row : op.out_row);
           }
         });
         for_each<kPatterns>([&](auto k) SPARSE_INLINE {
-          p = dot<k + 1>(sum, p, count[k], in, steps);
+          p = dot<k + 1>(sum, p, count[k], in, strides);
         });
         for_each<P>([&](auto c) SPARSE_INLINE {
           if (!is_last) {
@@ -196,7 +196,7 @@ struct SparseTile {
 using TileFunction = void (*)(const Op&, int64_t, const float*, float*, const float*,
                               const int32_t*, float*);
 
-// Return the kernel of a tile, null if there is none of this size.
+// Return the kernel of a tile, or null if there is none of this size.
 TileFunction find_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x);
 
 // Compute output rows y0 <= y < y1 of the channels of parts p0 <= p < p1, halos included. `scratch`

@@ -1,4 +1,4 @@
-// Everything that is not a convolution: input, pooling, linear layers, change of layout.
+// All operations but convolutions: input, output, pooling, linear layers, change of layout.
 #pragma once
 
 #include "op.h"
@@ -12,7 +12,7 @@ void repack(const Op& op, float* arena, int64_t y0, int64_t y1);
 void write_output(const Op& op, const float* arena, float* image, int64_t y0, int64_t y1);
 void max_pool(const Op& op, float* arena, int64_t y0, int64_t y1);
 
-// Channels c0 <= c < c1 of a vector: its elements lie at `out`, one after the other.
+// Channels c0 <= c < c1 of a vector, whose elements are contiguous at `out`.
 void mean_pool(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1);
 void linear(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1);
 

@@ -1,4 +1,4 @@
-// The C interface: a network is a list of operations, one arena per thread and a pool.
+// The C interface. A network is a list of operations, one arena per thread and a thread pool.
 #include <time.h>
 
 #include <algorithm>
@@ -19,10 +19,10 @@ namespace sparse_runtime {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kDisplacing = size_t(1) << 20;  // floats: larger than a core's own caches
+constexpr size_t kDisplacing = size_t(1) << 20;  // floats: more than a core's own caches hold
 constexpr size_t kHugePage = size_t(2) << 20;
 
-// Zeroed floats, aligned to a cache line; large ones on huge pages, where the system has them.
+// Zeroed floats, aligned to a cache line. Large arrays use huge pages if the system has them.
 class Floats {
  public:
   explicit Floats(int64_t count) {
@@ -52,11 +52,11 @@ struct Image {
 };
 
 // Some rows of some channels of an operation.
-struct Step {
+struct Slice {
   int64_t begin_part, end_part, begin, end;
 };
 
-// Rows (or channels) of an operation, as the plan orders them.
+// Rows (or channels) of an operation, in the order of the execution plan.
 struct Piece {
   int64_t op, begin, end;
 };
@@ -69,7 +69,7 @@ bool is_vector(const Op& op) {
 
 int64_t extent(const Op& op) { return is_vector(op) ? op.channels : op.rows; }
 
-void run_step(const Op& op, const Image& image, const Step& s, float* scratch) {
+void run_slice(const Op& op, const Image& image, const Slice& s, float* scratch) {
   float* out = op.out < 0 ? image.logits : image.arena + op.out;
   switch (op.kind) {
     case kInput: return read_input(op, image.pixels, image.arena, s.begin, s.end);
@@ -86,7 +86,7 @@ void run_step(const Op& op, const Image& image, const Step& s, float* scratch) {
 }
 
 void run_rows(const Op& op, const Image& image, int64_t begin, int64_t end, float* scratch) {
-  run_step(op, image, {0, op.num_parts, begin, end}, scratch);
+  run_slice(op, image, {0, op.num_parts, begin, end}, scratch);
 }
 
 class Network {
@@ -128,15 +128,15 @@ class Network {
 
   int threads() const { return pool_.size(); }
 
-  // Least processor time, in seconds, of one operation on what the arena holds. As in a network at
-  // work, the input has just been in the cache and the weights have not.
+  // Return the least processor time, in seconds, of one operation on the content of the arena. As
+  // in a running network, the input has just been in the cache, and the weights have not.
   double time(const Op& op, int repetitions) {
     double best = 1e30;
     others_.resize(kDisplacing);
     std::vector<float> logits(size_t(op.channels));
     const Image image{logits.data(), arenas_[0]->get(), logits.data()};
     const float* in = arenas_[0]->get() + op.in;
-    // Up to the first vector of the last channel: what follows may be the end of the arena.
+    // Up to the first vector of the last channel: the arena may end after it.
     const int64_t in_floats = (op.height - 1) * op.in_row + (op.in_channels - 1) * op.in_plane + 1;
     for (int i = 0; i < repetitions; ++i) {
       touch(others_.data(), int64_t(others_.size()));
@@ -175,22 +175,22 @@ class Network {
     for (const Piece& p : pieces_) run_rows(ops_[p.op], image, p.begin, p.end, scratch);
   }
 
-  // One image on all threads: rows are dealt out, and ranges of channels where a layer has them.
+  // Run an operation for one image on all threads. They share its rows, or its channels.
   void run_shared(const Op& op, const Image& image) {
     const int64_t size = extent(op);
     const int64_t threads = pool_.size();
-    // Large images are split by rows, one step a thread: what a thread writes it reads again in the
-    // coming layer, out of its own cache. In small ones the weights are most of the traffic, so
-    // channels are split.
+    // Large images are split by rows, one slice per thread: in the next layer a thread mostly reads
+    // from its own cache what it wrote. In small images most of the traffic is weights, so channels
+    // are split.
     const bool by_rows = size >= 2 * threads || !is_conv(op);
     const int64_t parts = by_rows ? 1 : std::min<int64_t>(op.num_parts, threads);
-    const int64_t steps = by_rows ? std::min(size, threads) : 1;
-    pool_.run(steps * parts, [&](int64_t i, int thread) {
-      const int64_t step = i / parts;
+    const int64_t slices = by_rows ? std::min(size, threads) : 1;
+    pool_.run(slices * parts, [&](int64_t i, int thread) {
+      const int64_t slice = i / parts;
       const int64_t p = i % parts, all = op.num_parts;
-      run_step(op, image,
-               {all * p / parts, all * (p + 1) / parts, size * step / steps,
-                size * (step + 1) / steps},
+      run_slice(op, image,
+               {all * p / parts, all * (p + 1) / parts, size * slice / slices,
+                size * (slice + 1) / slices},
                scratch_[thread]->get());
     });
   }
@@ -199,7 +199,7 @@ class Network {
   std::vector<Piece> pieces_;
   int64_t arena_floats_;
   std::vector<std::unique_ptr<Floats>> arenas_, scratch_;
-  std::vector<float> others_;  // displaces weights from the cache; sized by the first `time`
+  std::vector<float> others_;  // displaces weights from the cache; the first `time` allocates it
   Pool pool_;
 };
 
@@ -216,7 +216,7 @@ int64_t sparse_runtime_lanes() { return sparse_runtime::kLanes; }
 int64_t sparse_runtime_max_tile(int64_t group) { return sparse_runtime::max_tile(int(group)); }
 int64_t sparse_runtime_op_size() { return int64_t(sizeof(Op)); }
 
-// The tables that the operations point to stay the caller's. Null: no memory.
+// The caller keeps the tables to which the operations point. Null: no memory.
 void* sparse_runtime_create(const Op* ops, int64_t num_ops, const Piece* pieces,
                             int64_t num_pieces, int64_t arena_floats, int64_t threads) {
   try {
@@ -226,14 +226,14 @@ void* sparse_runtime_create(const Op* ops, int64_t num_ops, const Piece* pieces,
   }
 }
 
-// Threads that the system has started, the caller's included.
+// The number of threads that the system has started, with the caller's.
 int64_t sparse_runtime_threads(const void* network) {
   return static_cast<const Network*>(network)->threads();
 }
 
 void sparse_runtime_destroy(void* network) { delete static_cast<Network*>(network); }
 
-// 0, or 1 when memory ran out.
+// Return 0, or 1 if memory ran out.
 int64_t sparse_runtime_run(void* network, const float* images, int64_t image_size, float* logits,
                            int64_t logits_size, int64_t num_images) {
   try {

@@ -1,13 +1,13 @@
-// The plan of a network: a list of operations on activations in an arena of floats.
+// The operations of an execution plan. They work on activations in an arena of floats.
 //
-// Layout of an activation: rows of channels of vectors. A row of width w is n vectors, and lane l of
-// vector i holds column l * n + i, so that the neighbor of a column is the same lane of the next
-// vector: every load of a convolution is aligned. Vectors -halo .. -1 and n .. n + halo - 1 repeat
-// the columns that lie in a neighboring lane. Lanes at columns outside the image are zero, and so
-// are the rows above and below the image.
+// Layout of an activation: rows of channels of vectors. A row of the image takes n vectors, and
+// lane l of vector i holds column l * n + i. The neighbor of a column is thus in the same lane of
+// the next vector, and every load of a convolution is aligned. Vectors -halo .. -1 and n .. n +
+// halo - 1 repeat the columns that lie in a neighboring lane. Lanes at columns outside the image
+// are zero, and so are the rows above and below the image.
 //
-// Of small images the lanes also hold several bands of rows: see Grid in layout.py. The rows above
-// and below then repeat those of the neighboring bands.
+// The lanes of an image can also hold several bands of rows: see Grid in layout.py. The rows above
+// and below then repeat rows of the neighboring bands.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ enum Kind : int64_t {
 // Positions are in floats from the start of the arena. Every member is 8 bytes wide.
 struct Op {
   int64_t kind;
-  int64_t in, out, res;             // res: activation to add, -1 for none; out: -1 for the logits
+  int64_t in, out, res;             // res: activation to add, or -1; out: -1 for the logits
   int64_t in_row, in_plane;         // distance between rows, between channels of a row
   int64_t out_row, out_plane;
   int64_t res_row, res_plane;
@@ -41,12 +41,12 @@ struct Op {
   int64_t group;                    // output channels computed together: 1, 2 or 4
   int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections
   int64_t depth;                    // terms per output: dense convolution, linear, mean; repack: 1
-                                    // if vectors move whole
+                                    // if whole vectors are copied
   int64_t width, height, in_channels;  // of the input; max-pool: columns from -pad_x to the last read
   int64_t window_y, window_x, pad_y, pad_x;  // of a max-pool
   int64_t pad_top, pad_bottom;      // rows of the output that repeat others: with bands only
-  int64_t mask_row;                 // distance between rows of the mask, 0 if one serves all
-  const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are
+  int64_t mask_row;                 // distance between rows of the mask, 0 if one row serves all
+  const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are valid
   const int32_t* moves;             // [4][lanes] Grid.moves of the output, null with one band
   const int32_t* row_begin;         // sparse linear: [channels + 1] into connections
   const int32_t* row_channel;       // [channels] in the order of computation, part by part
@@ -55,13 +55,13 @@ struct Op {
   const int64_t* part_begin;        // [parts + 1] first channel of each part, a multiple of 4
   const int64_t* part_stream;       // [parts] where the connections of a part begin
   const float* connections;         // in the order of use: offset from the tile's first input
-                                    // vector, in floats, and one weight per channel of the pattern
+                                    // vector, in floats; one weight per channel of the pattern
   const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth]
-  const int32_t* offsets;           // dense: [depth], of 2 rows: [depth][3] two and the sign of
-                                    // the second; input: [vectors][lanes] pixel of row 0, or
-                                    // -1; output, repack: [rows][vectors][lanes] where in the
-                                    // channel, or -1; max-pool: [width][lanes] valid input
-                                    // columns, then valid rows, from -pad_x and -pad_y on
+  const int32_t* offsets;           // dense: [depth]; of 2 rows: [depth][3] two offsets and the
+                                    // sign of the second; input: [vectors][lanes] pixel of row 0,
+                                    // or -1; output, repack: [rows][vectors][lanes] where in the
+                                    // channel, or -1; max-pool: [width][lanes] valid input columns,
+                                    // then valid rows, from -pad_x and -pad_y on
   const float* bias;                // [channels]
 };
 

@@ -1,5 +1,6 @@
-// A pool of threads that share the layers of a network. Between two layers a thread looks for work
-// for a moment, since waking it up takes as long, more and more politely; then it sleeps.
+// A thread pool. The threads share the layers of a network. Between two layers an idle thread first
+// polls for work, because waking it up would take as long. Then it yields to others. Then it
+// sleeps.
 #pragma once
 
 #include <atomic>
@@ -18,7 +19,7 @@ namespace sparse_runtime {
 
 class Pool {
  public:
-  // `threads` counts the caller, who works too. The pool is smaller if the system starts fewer.
+  // `threads` includes the caller, which works too. The pool is smaller if the system starts fewer.
   explicit Pool(int threads) {
     try {
       for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
@@ -40,9 +41,9 @@ class Pool {
 
   int size() const { return int(workers_.size()) + 1; }
 
-  // Call task(index, thread) once for each index below `count` and return when all are done. The
-  // first indices are those of the threads: in the coming layer a thread finds in its cache what it
-  // writes now. One caller at a time.
+  // Call task(index, thread) once for each index below `count`, and return when all are done.
+  // Thread t begins with index t, so that it finds in its cache what it wrote in the layer before.
+  // Only one caller at a time is allowed.
   void run(int64_t count, const std::function<void(int64_t, int)>& task) {
     if (workers_.empty() || count < 2) {
       for (int64_t i = 0; i < count; ++i) task(i, 0);
@@ -55,24 +56,24 @@ class Pool {
     caller_processor_.store(processor(), std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      round_.fetch_add(1);  // hands over all of the above
+      round_.fetch_add(1);  // publishes everything above
     }
     wake_.notify_all();
     work(task, count, 0);
     const auto done = [this] { return busy_.load() == 0; };
-    if (look_for(done)) return;
+    if (poll(done)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, done);
   }
 
  private:
-  static constexpr int kLooks = 2000;   // 20 to 80 microseconds, and then
-  static constexpr int kYields = 1000;  // about a millisecond in which others come first
+  static constexpr int kPolls = 2000;   // take 20 to 80 microseconds
+  static constexpr int kYields = 1000;  // take about a millisecond
 
-  // Return soon whether a condition has come true.
+  // Poll a condition for a short time; return whether it has come true.
   template <typename Condition>
-  static bool look_for(Condition condition) {
-    for (int i = 0; i < kLooks; ++i) {
+  static bool poll(Condition condition) {
+    for (int i = 0; i < kPolls; ++i) {
       if (condition()) return true;
 #if defined(__x86_64__)
       __builtin_ia32_pause();
@@ -90,8 +91,9 @@ class Pool {
 #ifdef __linux__
   static int processor() { return sched_getcpu(); }
 
-  // Go to another processor. Systems like to wake a thread up where its waker runs; there the two
-  // would take turns until the load is balanced, which takes as long as a whole network.
+  // Move the thread to another processor. Systems tend to wake a thread up where its waker runs.
+  // The two would then take turns until the system balances the load, which takes as long as a
+  // network.
   static void leave(int processor) {
     cpu_set_t allowed;
     if (processor < 0 || sched_getcpu() != processor) return;
@@ -115,7 +117,7 @@ class Pool {
     int64_t seen = 0;
     const auto called = [&] { return stopping_.load() || round_.load() != seen; };
     for (;;) {
-      if (!look_for(called)) {
+      if (!poll(called)) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, called);
       }
@@ -124,7 +126,7 @@ class Pool {
       seen = round_.load();
       work(*task_, count_, thread);
       if (busy_.fetch_sub(1) == 1) {
-        std::lock_guard<std::mutex> lock(mutex_);  // the caller is either before its look or asleep
+        std::lock_guard<std::mutex> lock(mutex_);  // the caller has not checked yet, or it sleeps
         done_.notify_one();
       }
     }
@@ -133,7 +135,7 @@ class Pool {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  // Written by the caller while no thread is at work.
+  // The caller writes these while no thread works.
   const std::function<void(int64_t, int)>* task_ = nullptr;
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0}, round_{0};

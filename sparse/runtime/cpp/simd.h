@@ -1,5 +1,5 @@
-// Vectors of kLanes floats, written with the vector extensions of GCC and Clang: one source serves
-// AVX2, AVX-512, NEON and machines without any of them. The builder sets SPARSE_LANES.
+// Vectors of kLanes floats, written with the vector extensions of GCC and Clang. One source serves
+// AVX2, AVX-512, NEON and machines without any of them. library.py sets SPARSE_LANES.
 #pragma once
 
 #include <cstdint>
@@ -23,27 +23,29 @@ inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Mask load_mask(const int32_t* p) { return *reinterpret_cast<const Mask*>(p); }
 inline Vec broadcast(float x) { return x - Vec{}; }
-// A NaN in `a` stays, as torch has it.
+// The larger one. A NaN in `a` stays a NaN, as in torch.
 inline Vec maximum(Vec a, Vec b) { return b > a ? b : a; }
 
 // The larger one, or a NaN if either is one.
 inline Vec larger(Vec a, Vec b) { return ((a > b) | (a != a)) ? a : b; }
 
-// Keep a value in a register: GCC loads it once per use otherwise, where it can.
+// Keep a value in a register. GCC may otherwise load it again for every use. A vector that is larger
+// than a register stays where it is.
 inline void hold(Vec& v) {
-#if defined(__x86_64__)
+#if defined(__AVX512F__) || (defined(__AVX__) && SPARSE_LANES == 8) || \
+    (defined(__x86_64__) && SPARSE_LANES == 4)
   asm("" : "+v"(v));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && SPARSE_LANES == 4
   asm("" : "+w"(v));
 #else
   (void)v;
 #endif
 }
 
-// Zero the lanes where the mask is 0; the others of the mask are all ones.
+// Zero the lanes where the mask is 0. All bits of the other lanes of the mask are set.
 inline Vec keep(Vec v, Mask m) { return reinterpret_cast<Vec>(reinterpret_cast<Mask>(v) & m); }
 
-// Lane l of the result is base[index[l]], or zero if that is negative.
+// Lane l of the result is base[index[l]], or zero if the index is negative.
 inline Vec gather(const float* base, Mask index) {
 #if defined(__AVX512F__) && SPARSE_LANES == 16
   const __m512i lanes = reinterpret_cast<__m512i>(index);
@@ -62,7 +64,7 @@ inline Vec gather(const float* base, Mask index) {
 #endif
 }
 
-// Lane l of the result is lane from[l] of `v`, or zero if that is negative.
+// Lane l of the result is lane from[l] of `v`, or zero if from[l] is negative.
 inline Vec permute(Vec v, const int32_t* from) {
   const Mask index = load_mask(from);
 #ifdef __clang__
@@ -84,7 +86,7 @@ inline Vec window(Vec low, Vec high, std::integer_sequence<int, L...>) {
 #endif
 }
 
-// Move every lane up (down) by one place; a zero comes in.
+// Move every lane up (down) by one place; a zero fills the free lane.
 inline Vec move_up(Vec v) {
   return window<kLanes - 1>(Vec{}, v, std::make_integer_sequence<int, kLanes>());
 }

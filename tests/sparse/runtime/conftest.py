@@ -1,6 +1,8 @@
 """Compiled kernels and networks that the tests of the runtime share."""
 
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,14 +13,23 @@ from sparse import runtime
 from sparse.native import library
 from sparse.runtime import bindings
 
-# Vectors of 16 on any processor: the layouts of AVX-512 without its instructions.
-SIXTEEN_LANES = ("-USPARSE_LANES", "-DSPARSE_LANES=16", "-O1")
+# Number of lanes -> the level with vectors of this size.
+LEVELS = {lanes: level for level, (lanes, _) in library.LEVELS.items()}
 
 
 @pytest.fixture(scope="session")
-def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory for compiled kernels and measurements, shared by all tests."""
-    return tmp_path_factory.mktemp("kernels")
+def libraries() -> dict[int, Path]:
+    """Return libraries by number of lanes: from the user's cache, or compiled side by side."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(LEVELS, pool.map(library_of, LEVELS), strict=True))
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory, libraries: dict[int, Path]) -> Path:
+    """Return a directory for measurements, shared by all tests, with this processor's kernels."""
+    cache = tmp_path_factory.mktemp("kernels")
+    shutil.copy(libraries[library.LEVELS[library.cpu_level()][0]], cache)
+    return cache
 
 
 @pytest.fixture(scope="session")
@@ -27,23 +38,23 @@ def kernels(kernel_cache: Path) -> bindings.Kernels:
     return bindings.load(library.cpu_level(), kernel_cache)
 
 
-@pytest.fixture(scope="session", params=["best", "portable", "sixteen"])
-def each_kernels(
-    request: pytest.FixtureRequest, kernel_cache: Path, kernels: bindings.Kernels
-) -> bindings.Kernels:
-    """Return the kernels of this processor, the portable ones, and ones with 16 lanes."""
-    if request.param == "best":
-        return kernels
-    if request.param == "portable":
-        return bindings.load("portable", kernel_cache)
-    return sixteen_lanes(kernel_cache)
+@pytest.fixture(scope="session", params=LEVELS, ids="{} lanes".format)
+def each_kernels(request: pytest.FixtureRequest, libraries: dict[int, Path]) -> bindings.Kernels:
+    """Return kernels with vectors of each size."""
+    return bindings.Kernels(libraries[request.param])
 
 
-def sixteen_lanes(cache: Path) -> bindings.Kernels:
-    """Return kernels with 16 lanes, with the instructions of this processor."""
-    machine = library.LEVELS[library.cpu_level()][1]
-    flags = (*machine, *SIXTEEN_LANES)
-    return bindings.Kernels(library.KERNELS.build("portable", cache, flags=flags))
+def library_of(num_lanes: int) -> Path:
+    """Return a library with vectors of a size and instructions of this processor.
+
+    A level that the processor does not have lends its layout, but not its instructions.
+    """
+    cache, best = library.default_cache(), library.cpu_level()
+    lanes, machine = library.LEVELS[best]
+    if num_lanes <= lanes:
+        return library.KERNELS.compile(LEVELS[num_lanes], cache)
+    flags = (*machine, "-USPARSE_LANES", f"-DSPARSE_LANES={num_lanes}", "-O1")
+    return library.KERNELS.compile("portable", cache, flags=flags)
 
 
 def prune_(model: nn.Module, density: float, seed: int = 0) -> dict[str, Tensor]:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse import runtime
-from sparse.runtime import arrange, bindings, plan, schedule
+from sparse.runtime import arrange, bindings, execution_order, execution_plan
 from sparse.runtime.arrange import Arrangement, banded_grids
+from sparse.runtime.execution_plan import Choice, ExecutionPlan, can_share, dense_choices, tiles
 from sparse.runtime.layout import out_size
 from sparse.runtime.network import Network
-from sparse.runtime.plan import Choice, Plan, can_share, dense_choices, tiles
 
 TOLERANCE = 1e-4
 
@@ -185,17 +185,17 @@ class RandomChoices:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
 
-    def tune(self, plan: Plan, kernels: bindings.Kernels) -> None:
-        for step in plan.convolutions():
-            dense = dense_choices(step)
+    def tune(self, plan: ExecutionPlan, kernels: bindings.Kernels) -> None:
+        for operation in plan.convolutions():
+            dense = dense_choices(operation)
             if dense and self._rng.random() < 0.3:
-                plan.choose(step, self._rng.choice(dense))
+                plan.choose(operation, self._rng.choice(dense))
                 continue
-            groups = list(kernels.max_tiles) if can_share(step) else [1]
+            groups = list(kernels.max_tiles) if can_share(operation) else [1]
             group = self._rng.choice(groups)
-            tile = self._rng.choice(tiles(step, kernels.max_tiles[group]))
+            tile = self._rng.choice(tiles(operation, kernels.max_tiles[group]))
             plan.choose(
-                step,
+                operation,
                 Choice(
                     group=group,
                     tile_vectors=tile.tile_vectors,
@@ -282,9 +282,11 @@ def _another_plan(rng: random.Random, height: int, width: int, lanes: int) -> It
         grids = banded_grids(height, width, lanes=lanes)
     if grids and rng.random() < 0.4:
         arranged = functools.partial(Arrangement, grid=rng.choice(grids))
-    cache = rng.choice([schedule.core_cache(), 512, 4096])
+    cache = rng.choice([execution_order.core_cache(), 512, 4096])
     waiting = mock.patch.multiple(
-        schedule, core_cache=lambda: cache, MAX_WORK=rng.choice([schedule.MAX_WORK, 1e9])
+        execution_order,
+        core_cache=lambda: cache,
+        MAX_WORK=rng.choice([execution_order.MAX_WORK, 1e9]),
     )
-    with mock.patch.object(plan, "arrange", arranged), waiting:
+    with mock.patch.object(execution_plan, "arrange", arranged), waiting:
         yield

@@ -14,12 +14,11 @@ from unittest import mock
 
 import numpy as np
 
-from sparse.runtime import bindings
-from sparse.runtime import plan as plans
+from sparse.runtime import bindings, execution_plan
 from sparse.runtime.arrange import Arrangement, banded_grids
+from sparse.runtime.execution_plan import Choice, ExecutionPlan, can_share, dense_choices
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Layer
-from sparse.runtime.plan import Choice, Plan, can_share, dense_choices
 from sparse.runtime.tune import Tuner
 
 
@@ -83,16 +82,18 @@ def main(library: str) -> None:
         layers = layers_of(generator, stride, groups)
         images = generator.standard_normal((5, 3, height, width)).astype(np.float32)
         for dense, threads in itertools.product((False, True), (1, 3)):
-            with mock.patch.object(plans, "arrange", partial(Arrangement, grid=grid)):
-                plan = Plan(layers, (3, height, width), lanes=kernels.num_lanes, num_parts=threads)
-            for step in plan.convolutions():
-                assert isinstance(step.target, Map)
-                if dense and dense_choices(step):
-                    plan.choose(step, dense_choices(step)[-1])
+            with mock.patch.object(execution_plan, "arrange", partial(Arrangement, grid=grid)):
+                plan = ExecutionPlan(
+                    layers, (3, height, width), lanes=kernels.num_lanes, num_parts=threads
+                )
+            for operation in plan.convolutions():
+                assert isinstance(operation.target, Map)
+                if dense and dense_choices(operation):
+                    plan.choose(operation, dense_choices(operation)[-1])
                 elif not dense:
-                    group = max(kernels.max_tiles) if can_share(step) else 1
-                    rows = min(3, kernels.max_tiles[group]) if step.stride[1] <= 2 else 1
-                    plan.choose(step, Choice(group=group, tile_rows=rows, num_blocks=2))
+                    group = max(kernels.max_tiles) if can_share(operation) else 1
+                    rows = min(3, kernels.max_tiles[group]) if operation.stride[1] <= 2 else 1
+                    plan.choose(operation, Choice(group=group, tile_rows=rows, num_blocks=2))
             handle = plan.create(kernels, threads=threads)
             assert handle is not None
             logits = np.full((5, 5), np.nan, np.float32)
@@ -116,7 +117,7 @@ def main(library: str) -> None:
 
 def tune(kernels: bindings.Kernels, generator: np.random.Generator) -> None:
     """Measure layers whose default kernel is another than some that are tried."""
-    plan = Plan(layers_of(generator, 1, 1), (3, 17, 26), lanes=kernels.num_lanes)
+    plan = ExecutionPlan(layers_of(generator, 1, 1), (3, 17, 26), lanes=kernels.num_lanes)
     with tempfile.TemporaryDirectory() as directory:
         Tuner(Path(directory)).tune(plan, kernels)
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparse.runtime import bindings, trace
+from sparse.runtime.execution_plan import Choice, ExecutionPlan, dense_choices
 from sparse.runtime.lower import lower
 from sparse.runtime.network import Program
-from sparse.runtime.plan import Choice, Plan, dense_choices
 from sparse.runtime.tables import DENSE_CHANNELS
 
 TOLERANCE = 1e-4
@@ -39,13 +39,13 @@ def run(
     nodes = trace(model.eval())
     layers = lower(nodes, model.state_dict(), in_channels=images.shape[1])
     size = tuple(images.shape[1:])
-    plan = Plan(layers, size, lanes=kernels.num_lanes, num_parts=threads)
-    for step in plan.convolutions():
+    plan = ExecutionPlan(layers, size, lanes=kernels.num_lanes, num_parts=threads)
+    for operation in plan.convolutions():
         if choice is not None and choice.dense:
-            dense = dense_choices(step)
-            plan.choose(step, choice if choice in dense else (dense or [Choice()])[0])
+            dense = dense_choices(operation)
+            plan.choose(operation, choice if choice in dense else (dense or [Choice()])[0])
         elif choice is not None:
-            plan.choose(step, choice)
+            plan.choose(operation, choice)
     return Program(plan, kernels, threads).run(images)
 
 

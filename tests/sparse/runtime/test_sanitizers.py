@@ -30,7 +30,7 @@ def sanitized(name: str, directory: Path) -> tuple[Path, dict[str, str]]:
     if not os.path.isabs(found):
         pytest.skip(f"{compiler} comes without {found}")
     flags = (f"-fsanitize={name}", "-O1", "-g", "-fno-omit-frame-pointer")
-    return library.KERNELS.build(library.cpu_level(), directory, flags=flags), {
+    return library.KERNELS.compile(library.cpu_level(), directory, flags=flags), {
         **os.environ,
         # Sanitizers look for what throws exceptions when they start.
         "LD_PRELOAD": f"{found} {library('libstdc++.so.6')}",

@@ -1,5 +1,6 @@
 """The order of execution: everything once, and nothing read that is not there or is lost."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -8,10 +9,11 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from image_classification.models import create_model
-from sparse.runtime import bindings, schedule, trace
-from sparse.runtime.arrange import Arrangement, Step, arrange, banded_grids
+from sparse.runtime import bindings, execution_order, trace
+from sparse.runtime.arrange import Arrangement, arrange, banded_grids
 from sparse.runtime.layout import Grid, Map
 from sparse.runtime.lower import Layer, lower
+from sparse.runtime.operation import Operation
 from tests.sparse.runtime.conftest import prune_
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -22,6 +24,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@functools.cache
 def layers_of(name: str, density: float = 0.05) -> list[Layer]:
     model = NETWORKS[name]().eval()
     prune_(model, density)
@@ -41,27 +44,27 @@ def row_at(value: Map, y: int) -> slice:
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the order be the same on all machines."""
-    monkeypatch.setattr(schedule, "core_cache", lambda: 512 * 1024)
+    monkeypatch.setattr(execution_order, "core_cache", lambda: 512 * 1024)
 
 
-def rows_of(step: Step, value: Map, begin: int, end: int) -> range:
-    """Return the rows of `value` that a step reads for its rows begin .. end - 1.
+def rows_of(operation: Operation, value: Map, begin: int, end: int) -> range:
+    """Return the rows of `value` that a operation reads for its rows begin .. end - 1.
 
     With bands, the rows above the first and below the last are copies of those of other bands.
     """
-    if value is step.residual and value is not step.source:
+    if value is operation.residual and value is not operation.source:
         return range(begin, end)
     kernel, padding, dilation = 1, 0, 1
-    if step.layer is not None:
-        kernel, padding = step.layer.kernel[0], step.layer.padding[0]
-        dilation = step.layer.dilation[0]
-    if isinstance(step.target, Map):
-        if step.target.grid.bands != value.grid.bands:
+    if operation.layer is not None:
+        kernel, padding = operation.layer.kernel[0], operation.layer.padding[0]
+        dilation = operation.layer.dilation[0]
+    if isinstance(operation.target, Map):
+        if operation.target.grid.bands != value.grid.bands:
             return range(value.rows)
-        if value.grid.bands > 1 and step.target.rows * step.stride[0] != value.rows:
+        if value.grid.bands > 1 and operation.target.rows * operation.stride[0] != value.rows:
             return range(value.rows)  # the bands begin with other rows of the image
-    first = begin * step.stride[0] - padding
-    last = (end - 1) * step.stride[0] + (kernel - 1) * dilation - padding
+    first = begin * operation.stride[0] - padding
+    last = (end - 1) * operation.stride[0] + (kernel - 1) * dilation - padding
     if value.grid.bands > 1:
         return range(first, last + 1)
     return range(max(0, first), min(value.rows, last + 1))
@@ -85,28 +88,29 @@ def follow(plan: Arrangement, layerwise: bool, grouped: bool) -> None:
     pieces = plan.pieces
     if layerwise:  # as several threads execute the same plan
         pieces = [
-            schedule.Piece(i, 0, schedule.num_rows(step)) for i, step in enumerate(plan.steps)
+            execution_order.Piece(i, 0, operation.num_rows())
+            for i, operation in enumerate(plan.operations)
         ]
     elif grouped:
-        assert len(pieces) > len(plan.steps)
+        assert len(pieces) > len(plan.operations)
     memory = np.full(plan.arena_size, -1)
-    done: list[list[int]] = [[] for _ in plan.steps]
+    done: list[list[int]] = [[] for _ in plan.operations]
     for piece in pieces:
-        step = plan.steps[piece.step]
-        done[piece.step] += range(piece.begin, piece.end)
-        for value in (step.source, step.residual):
+        operation = plan.operations[piece.operation]
+        done[piece.operation] += range(piece.begin, piece.end)
+        for value in (operation.source, operation.residual):
             if isinstance(value, Map):
                 begin, end = piece.begin, piece.end
-                if not isinstance(step.target, Map) and step.kind != bindings.OUTPUT:
+                if not isinstance(operation.target, Map) and operation.kind != bindings.OUTPUT:
                     begin, end = 0, value.rows  # pooling reads all rows for some channels
-                for y in rows_of(step, value, begin, end):
+                for y in rows_of(operation, value, begin, end):
                     assert (memory[row_at(value, y)] == id(value) % 1_000_003).all(), (piece, y)
-        if isinstance(step.target, Map):
+        if isinstance(operation.target, Map):
             for y in range(piece.begin, piece.end):
-                for copy in rows_and_copies(step.target, y):
-                    memory[row_at(step.target, copy)] = id(step.target) % 1_000_003
-    for step, rows in zip(plan.steps, done, strict=True):
-        assert sorted(rows) == list(range(schedule.num_rows(step)))
+                for copy in rows_and_copies(operation.target, y):
+                    memory[row_at(operation.target, copy)] = id(operation.target) % 1_000_003
+    for operation, rows in zip(plan.operations, done, strict=True):
+        assert sorted(rows) == list(range(operation.num_rows()))
 
 
 def rows_and_copies(value: Map, y: int) -> list[int]:
@@ -119,13 +123,13 @@ def rows_and_copies(value: Map, y: int) -> list[int]:
 
 
 def test_bands_of_other_rows_wait_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "core_cache", lambda: 4096)
-    monkeypatch.setattr(schedule, "MAX_WORK", 1e9)
+    monkeypatch.setattr(execution_order, "core_cache", lambda: 4096)
+    monkeypatch.setattr(execution_order, "MAX_WORK", 1e9)
     model = nn.Sequential(nn.Conv2d(1, 8, (2, 3), stride=3, padding=1)).eval()
     layers = lower(trace(model), model.state_dict(), in_channels=1)
     grid = Grid(vectors=12, rows=16, lanes=8, bands=2)
     plan = Arrangement(layers, (1, 28, 33), lanes=8, grid=grid)
-    repacked = plan.steps[1].target
+    repacked = plan.operations[1].target
     assert isinstance(repacked, Map)
     assert (repacked.grid.bands, repacked.rows) == (2, 15)
     follow(plan, layerwise=False, grouped=False)
@@ -133,33 +137,41 @@ def test_bands_of_other_rows_wait_for_all_rows(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_sum_takes_the_place_of_what_it_adds_only_when_nobody_else_reads_it() -> None:
     places = {
-        step.layer.name: step.target.position == step.residual.position
-        for step in plan_of("bottleneck", 224).steps
-        if step.layer is not None and step.residual is not None and step.target is not None
+        operation.layer.name: operation.target.position == operation.residual.position
+        for operation in plan_of("bottleneck", 224).operations
+        if operation.layer is not None
+        and operation.residual is not None
+        and operation.target is not None
     }
     assert places["layer1_0_downsample_0"]
     assert places["layer1_1_conv3"]
-    for step in plan_of("basic", 224).steps:
-        assert step.target is None or step.source is None or step.target is not step.source
+    for operation in plan_of("basic", 224).operations:
+        assert (
+            operation.target is None
+            or operation.source is None
+            or operation.target is not operation.source
+        )
 
 
 def test_groups_hold_small_weights_and_end_in_a_single_value() -> None:
     plan = plan_of("bottleneck", 224)
-    groups = schedule.group(plan.steps)
-    assert [i for members in groups for i in members] == list(range(len(plan.steps)))
+    groups = execution_order.fuse(plan.operations)
+    assert [i for members in groups for i in members] == list(range(len(plan.operations)))
     assert any(len(members) > 3 for members in groups)
     for members in groups:
-        inside = {id(plan.steps[i].target) for i in members[:-1]}
-        later = plan.steps[members.stop :]
-        assert not inside & {id(v) for step in later for v in (step.source, step.residual)}
+        inside = {id(plan.operations[i].target) for i in members[:-1]}
+        later = plan.operations[members.stop :]
+        assert not inside & {
+            id(v) for operation in later for v in (operation.source, operation.residual)
+        }
 
 
 def test_bands_are_taken_where_they_fill_vectors_that_rows_do_not() -> None:
     layers = layers_of("bottleneck", density=0.3)
     found = arrange(layers, (3, 224, 224), lanes=16)
-    assert isinstance(found.steps[0].target, Map)
-    assert found.steps[0].target.grid.bands > 1  # rows of 56 fill 7 of 8 lanes
-    assert found.cost() < Arrangement(layers, (3, 224, 224), lanes=16).cost()
-    whole = arrange(layers, (3, 512, 512), lanes=16).steps[0].target  # rows of 128, 64, 32, 16
+    assert isinstance(found.operations[0].target, Map)
+    assert found.operations[0].target.grid.bands > 1  # rows of 56 fill 7 of 8 lanes
+    assert found.estimated_time() < Arrangement(layers, (3, 224, 224), lanes=16).estimated_time()
+    whole = arrange(layers, (3, 512, 512), lanes=16).operations[0].target  # rows of 128, 64, 32, 16
     assert isinstance(whole, Map)
     assert whole.grid.bands == 1

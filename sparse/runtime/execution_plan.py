@@ -1,0 +1,325 @@
+"""The execution plan of a network: the operations of its layers, for images of one size."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparse.runtime import bindings, memory
+from sparse.runtime.arrange import arrange
+from sparse.runtime.check import too_large
+from sparse.runtime.layout import Map
+from sparse.runtime.lower import Array, Layer
+from sparse.runtime.operation import Operation
+from sparse.runtime.tables import can_pair, dense_table, linear_table, paired_table, sparse_table
+
+MAX_TILE = 14  # kMaxTile of conv.h
+MAX_FLOATS = 2**31 - 1  # size of a value: tables hold places in 4 bytes
+MIN_TILE = 4  # vectors; with fewer sums the latency of an addition shows
+DENSE_DENSITY = 0.5  # without tuning, the dense kernel computes layers of this density or more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a convolution is computed. Tuning decides this."""
+
+    dense: bool = False
+    tile_vectors: int = 1
+    tile_rows: int = 1
+    """With `dense`: 1, or 2 if `can_pair` of tables.py allows it."""
+    group: int = 1
+    """Output channels that share the loads of their inputs: 1, 2 or 4."""
+    num_blocks: int = 1
+    """Blocks of connections. Partial sums are kept between blocks."""
+    panel: int = 0
+    """Output channels whose partial sums are kept at the same time; 0 for all."""
+
+
+class ExecutionPlan:
+    """The operations of a network for images of one size.
+
+    Args:
+        layers: Result of `lower`.
+        size: Channels, height and width of the images.
+        lanes: Floats per vector of the kernels.
+        num_parts: Ranges of output channels that can be computed at the same time.
+
+    Raises:
+        ValueError: The images are too small for the network, or too large for the memory.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], size: tuple[int, int, int], *, lanes: int, num_parts: int = 1
+    ) -> None:
+        arrangement = arrange(layers, size, lanes=lanes)
+        self.operations, self.pieces = arrangement.operations, arrangement.pieces
+        self.arena_size, self.out_shape = arrangement.arena_size, arrangement.out_shape
+        self._size, self._lanes, self._num_parts = size, lanes, num_parts
+        self._check_memory()
+        for operation in self.operations:
+            self._fill(operation)
+
+    def _check_memory(self) -> None:
+        largest = max(value.size for operation in self.operations for value in operation.maps())
+        if 4 * self.arena_size > memory.limit() or largest > MAX_FLOATS:
+            raise too_large(*self._size[1:], 4 * self.arena_size)
+
+    def convolutions(self) -> list[Operation]:
+        """Return the operations that can be tuned."""
+        return [
+            operation for operation in self.operations if operation.kind == bindings.SPARSE_CONV
+        ]
+
+    def create(self, kernels: bindings.Kernels, *, threads: int) -> int | None:
+        """Return a handle of the kernels for this plan; None if memory or threads are lacking.
+
+        The tables stay in this object, which must live as long as the handle.
+        """
+        ops = (bindings.Op * len(self.operations))(*(o.op for o in self.operations))
+        pieces = np.array([(p.operation, p.begin, p.end) for p in self.pieces], np.int64)
+        handle: int | None = kernels.create(
+            ctypes.addressof(ops),
+            len(ops),
+            pieces.ctypes.data,
+            len(pieces),
+            self.arena_size,
+            threads,
+        )
+        return handle
+
+    def _fill(self, operation: Operation) -> None:
+        op, layer, source, target = (
+            operation.op,
+            operation.layer,
+            operation.source,
+            operation.target,
+        )
+        op.kind = operation.kind
+        op.stride_y, op.stride_x = operation.stride
+        op.res = -1
+        op.num_parts = op.num_blocks = 1
+        op.out = -1 if target is None else target.position
+        if source is not None:
+            op.in_ = source.position
+        if isinstance(source, Map):
+            op.in_row, op.in_plane = source.row, source.plane
+            op.width, op.height, op.in_channels = source.width, source.rows, source.channels
+        if isinstance(target, Map):
+            op.out_row, op.out_plane, op.halo = target.row, target.plane, target.halo
+            op.rows, op.vectors, op.channels = target.rows, target.vectors, target.channels
+            mask = target.mask()
+            if mask is not None:
+                op.mask = self._keep(operation, mask)
+            if target.grid.bands > 1:
+                op.mask_row = target.vectors * target.lanes
+                op.pad_top, op.pad_bottom = target.pad_top, target.pad_bottom
+                op.moves = self._keep(operation, target.grid.moves())
+        if layer is not None:
+            op.relu, op.channels = layer.relu, layer.channels
+            if layer.bias is not None:
+                op.bias = self._keep(operation, layer.bias)
+        _FILL[operation.kind](self, operation)
+
+    def _keep(self, operation: Operation, table: Array) -> int:
+        table = aligned(table)
+        operation.tables.append(table)
+        return table.ctypes.data
+
+    def _fill_input(self, operation: Operation) -> None:
+        assert isinstance(operation.target, Map)
+        _, operation.op.height, operation.op.width = self._size
+        operation.op.offsets = self._keep(operation, _image_places(operation.target)[0])
+
+    def _fill_output(self, operation: Operation) -> None:
+        source = operation.source
+        assert isinstance(source, Map)
+        operation.op.rows, operation.op.vectors = source.rows, source.vectors
+        operation.op.channels = source.channels
+        operation.op.width, operation.op.height = source.width, source.height
+        operation.op.offsets = self._keep(operation, _image_places(source))
+
+    def _fill_repack(self, operation: Operation) -> None:
+        source, target = operation.source, operation.target
+        assert isinstance(source, Map)
+        assert isinstance(target, Map)
+        row, column = target.pixels()
+        place = source.places(row * operation.stride[0], column * operation.stride[1])
+        place = np.where(row < 0, -1, place)
+        whole = operation.moves_whole()
+        if whole:  # lanes outside the image are copied too: in the source they are zero
+            y = np.arange(target.rows)[:, None, None] * operation.stride[0] * source.row
+            vector = np.arange(target.vectors)[:, None] * operation.stride[1]
+            place = y + vector * source.lanes + np.arange(source.lanes)
+        operation.op.offsets = self._keep(operation, place.astype(np.int32))
+        operation.op.depth = whole
+
+    def _fill_max_pool(self, operation: Operation) -> None:
+        assert isinstance(operation.source, Map)
+        assert isinstance(operation.target, Map)
+        assert operation.layer is not None
+        (window_y, window_x), (pad_y, pad_x) = operation.layer.kernel, operation.layer.padding
+        operation.op.window_y, operation.op.window_x = window_y, window_x
+        operation.op.pad_y, operation.op.pad_x = pad_y, pad_x
+        num_columns = (operation.target.vectors - 1) * operation.stride[1] + window_x
+        num_rows = (operation.target.rows - 1) * operation.stride[0] + window_y
+        columns = operation.source.columns(-pad_x, num_columns)
+        rows = operation.source.row_numbers(-pad_y, num_rows)
+        valid = np.concatenate([columns, rows]) >= 0
+        operation.op.offsets = self._keep(operation, np.where(valid, -1, 0).astype(np.int32))
+        operation.op.width = num_columns
+
+    def _fill_mean_pool(self, operation: Operation) -> None:
+        assert isinstance(operation.source, Map)
+        operation.op.vectors = operation.source.vectors
+        operation.op.depth = operation.source.height * operation.source.width
+
+    def _fill_linear(self, operation: Operation) -> None:
+        assert operation.layer is not None
+        assert operation.layer.weight is not None
+        weight = operation.layer.weight
+        if operation.kind == bindings.SPARSE_LINEAR:
+            begin, connections = linear_table(weight)
+            operation.op.row_begin = self._keep(operation, begin)
+            operation.op.connections = self._keep(operation, connections)
+        else:
+            depth = -(-weight.shape[1] // self._lanes) * self._lanes
+            padded = np.zeros((len(weight), depth), np.float32)
+            padded[:, : weight.shape[1]] = weight
+            operation.op.depth = depth
+            operation.op.weights = self._keep(operation, padded)
+
+    def _fill_conv(self, operation: Operation) -> None:
+        if operation.residual is not None:
+            operation.op.res = operation.residual.position
+            operation.op.res_row, operation.op.res_plane = (
+                operation.residual.row,
+                operation.residual.plane,
+            )
+        self.choose(operation, default_choice(operation))
+
+    def choose(self, operation: Operation, choice: Choice) -> None:
+        """Set how a convolution is computed."""
+        assert isinstance(operation.source, Map)
+        assert operation.layer is not None
+        op, layer = operation.op, operation.layer
+        del operation.tables[_num_fixed(op) :]
+        op.row_channel = op.counts = op.part_begin = op.part_stream = None
+        op.connections = op.weights = op.offsets = None
+        parts = min(self._num_parts, -(-layer.channels // 16))
+        if choice.panel:
+            parts = max(parts, -(-layer.channels // choice.panel))
+        op.num_parts = parts
+        if choice.dense:
+            table_of = paired_table if choice.tile_rows == 2 else dense_table
+            dense = table_of(layer, operation.source, num_parts=parts)
+            op.kind = bindings.DENSE_CONV
+            op.tile_rows = choice.tile_rows
+            op.depth = len(dense.offsets)
+            if dense.counts is not None:
+                op.counts = self._keep(operation, dense.counts)
+            op.weights = self._keep(operation, dense.weights)
+            op.offsets = self._keep(operation, dense.offsets)
+            op.part_begin = self._keep(operation, dense.part_begin)
+            return
+        table = sparse_table(
+            layer,
+            operation.source,
+            group=choice.group,
+            num_blocks=choice.num_blocks,
+            num_parts=parts,
+        )
+        op.kind = bindings.SPARSE_CONV
+        op.group, op.num_blocks = choice.group, choice.num_blocks
+        op.tile_vectors, op.tile_rows = choice.tile_vectors, choice.tile_rows
+        op.row_channel = self._keep(operation, table.row_channel)
+        op.counts = self._keep(operation, table.counts)
+        op.part_begin = self._keep(operation, table.part_begin)
+        op.part_stream = self._keep(operation, table.part_stream)
+        op.connections = self._keep(operation, table.connections)
+
+
+_FILL: dict[int, Callable[[ExecutionPlan, Operation], None]] = {
+    bindings.INPUT: ExecutionPlan._fill_input,
+    bindings.SPARSE_CONV: ExecutionPlan._fill_conv,
+    bindings.MAX_POOL: ExecutionPlan._fill_max_pool,
+    bindings.MEAN_POOL: ExecutionPlan._fill_mean_pool,
+    bindings.SPARSE_LINEAR: ExecutionPlan._fill_linear,
+    bindings.DENSE_LINEAR: ExecutionPlan._fill_linear,
+    bindings.REPACK: ExecutionPlan._fill_repack,
+    bindings.OUTPUT: ExecutionPlan._fill_output,
+}
+
+
+def _image_places(value: Map) -> Array:
+    """Return the index of each lane's pixel in a plane of the image, or -1 outside it; int32."""
+    row, column = value.pixels()
+    return np.where(row < 0, -1, row * value.width + column).astype(np.int32)
+
+
+def _num_fixed(op: bindings.Op) -> int:
+    """Return the number of tables of a convolution that do not depend on the choice."""
+    return (1 if op.mask else 0) + (1 if op.moves else 0) + (1 if op.bias else 0)
+
+
+def aligned(array: Array) -> Array:
+    """Return a contiguous copy that starts at a cache line, as the vectors require."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def density(layer: Layer) -> float:
+    """Return the share of weights that are not zero."""
+    assert layer.weight is not None
+    return layer.num_active / layer.weight.size
+
+
+def can_share(operation: Operation) -> bool:
+    """Tell whether sparse kernels of this stride can compute several output channels together."""
+    return operation.stride[1] == 1
+
+
+def default_choice(operation: Operation) -> Choice:
+    """Return the choice that is used without tuning."""
+    assert operation.layer is not None
+    if operation.layer.groups == 1 and density(operation.layer) >= DENSE_DENSITY:
+        return dense_choices(operation)[-1]
+    return tiles(operation, MAX_TILE)[-1]
+
+
+def dense_choices(operation: Operation) -> list[Choice]:
+    """Return the choices that use all weights of a convolution: by rows, or by pairs of rows.
+
+    The list is empty for a grouped convolution, which the dense kernels cannot compute.
+    """
+    assert isinstance(operation.target, Map)
+    assert operation.layer is not None
+    if operation.layer.groups > 1:
+        return []
+    rows = (1, 2) if can_pair(operation.layer, operation.target.rows) else (1,)
+    return [Choice(dense=True, tile_rows=count) for count in rows]
+
+
+def tiles(operation: Operation, most: int) -> list[Choice]:
+    """Return sensible tiles of at most `most` vectors of an output, smallest first.
+
+    A tile spans a row or a part of a row, and any number of rows that fits. With a stride above 2
+    it has one row.
+    """
+    target = operation.target
+    assert isinstance(target, Map)
+    most_rows = min(target.rows, 7 if operation.stride[1] <= 2 else 1)
+    found = set()
+    least = -(-target.vectors // min(most, 8))
+    for count in (least, least + 1):
+        vectors = -(-target.vectors // count)
+        for rows in range(1, min(most // vectors, most_rows) + 1):
+            rows = -(-target.rows // -(-target.rows // rows))  # even cuts
+            found.add((vectors, rows))
+    largest = max(v * r for v, r in found)
+    chosen = [t for t in found if t[0] * t[1] >= min(largest, MIN_TILE)]
+    chosen.sort(key=lambda t: (t[0] * t[1], t))
+    return [Choice(tile_vectors=v, tile_rows=r) for v, r in chosen]

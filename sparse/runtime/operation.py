@@ -1,0 +1,59 @@
+"""The unit of execution: one operation of the kernels, with its layer and its values."""
+
+from dataclasses import dataclass, field
+
+from sparse.runtime import bindings
+from sparse.runtime.layout import Map, Value
+from sparse.runtime.lower import Array, Layer
+
+
+@dataclass(kw_only=True, eq=False)
+class Operation:
+    """One operation of the kernels, the values that it reads and the value that it writes."""
+
+    kind: int
+    """One of the constants of bindings.py, such as `SPARSE_CONV`."""
+    source: Value | None
+    """The value that is read; None for the image that the caller passes."""
+    target: Value | None
+    """The value that is written; None for the memory of the logits."""
+    residual: Map | None = None
+    """The value that is added before the ReLU."""
+    layer: Layer | None = None
+    stride: tuple[int, int] = (1, 1)
+    op: bindings.Op = field(default_factory=bindings.Op)
+    """What the kernels receive."""
+    tables: list[Array] = field(default_factory=list)
+    """The arrays to which the pointers of `op` point."""
+
+    def num_connections(self) -> int:
+        """Return the multiply-accumulates of one image whose weight is not zero."""
+        pixels = self.target.height * self.target.width if isinstance(self.target, Map) else 1
+        return self.layer.num_active * pixels if self.layer is not None else 0
+
+    def vector_work(self) -> int:
+        """Return the multiply-adds of vectors of one image."""
+        target = self.target
+        vectors = target.rows * target.vectors if isinstance(target, Map) else 1
+        return self.layer.num_active * vectors if self.layer is not None else 0
+
+    def maps(self) -> list[Map]:
+        """Return the maps that the operation reads and writes."""
+        values = (self.source, self.residual, self.target)
+        return [value for value in values if isinstance(value, Map)]
+
+    def num_rows(self) -> int:
+        """Return the rows of the output, or its channels if the output has no rows."""
+        if isinstance(self.target, Map):
+            return self.target.rows
+        if self.layer is not None:
+            return self.layer.channels
+        assert isinstance(self.source, Map)
+        return self.source.rows
+
+    def moves_whole(self) -> bool:
+        """Tell whether a repacking copies whole vectors, instead of single pixels."""
+        source, target = self.source, self.target
+        if not (isinstance(source, Map) and isinstance(target, Map)):
+            return False
+        return source.grid.fits(target.grid.scaled(self.stride))
