@@ -51,8 +51,9 @@ def test_every_figure_comes_on_any_device(device: torch.device) -> None:
     assert f"| rigl | {report['operations']['rigl']['update']} |" in table
 
 
-def test_photos_are_like_photos(tmp_path: Path) -> None:
-    gpu.write_photos(tmp_path, 4)
+def test_loaders_are_measured_on_photos(device: torch.device, tmp_path: Path) -> None:
+    gpu.write_photos(tmp_path, SMALL.batches * SMALL.batch_size)
+    assert gpu.loader_speed(device, SMALL, tmp_path, "pytorch") > 0
     sizes = [path.stat().st_size for path in tmp_path.rglob("*.jpg")]
-    assert len(sizes) == 4
+    assert len(sizes) == SMALL.batches * SMALL.batch_size
     assert all(50_000 < size < 200_000 for size in sizes)
