@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from cli import weights
-from cli.flags import cost_plan, of_command_line, resolve, sparse_plan
+from cli.flags import of_command_line, resolve
 from cli.join import attach, report_costs, try_out
 from cli.metrics import FORMATS
+from cli.plan import cost_plan, sparse_plan
 from cli.program import fail
 from cli.resume import check_sparsity, saved_masks
 from image_classification import build, config, distributed

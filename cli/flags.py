@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from torch import nn
 
-import sparse
 from image_classification.config import Config
 from image_classification.flags import flag, ineffective, spelling
-from sparse import METHODS, Allocated, costs
+from sparse import METHODS, Allocated
 from sparse.methods.settings import Setting, settings_of
 
 
@@ -271,67 +269,3 @@ def read_map(name: str, path: Path) -> dict[str, float]:
     ):
         raise ValueError(f"{name} {path}: must map layer globs to numbers")
     return {str(glob): float(value) for glob, value in content.items()}
-
-
-def sparse_plan(model: nn.Module, flags: Any, *, total_steps: int) -> dict[str, Any]:
-    """Return the sparse part of the plan: the method and the exact counts of every layer.
-
-    With the global scope the counts of single layers are not known before training: null.
-    """
-    shapes = {name: tuple(p.shape) for name, p in sparse.prunable(model).items()}
-    sizes = {name: p.numel() for name, p in sparse.prunable(model).items()}
-    method = create_method(flags, total_steps)
-    counts: Mapping[str, int] = sizes
-    if method is not None:
-        method = method.fitted_to(model)
-        counts = method.allocation.num_active
-    window = None if method is None else method.window
-    known = _knows_layers(method)
-    return {
-        "method": flags.sparse_method,
-        "sparsity": getattr(method, "sparsity", None),
-        "distribution": (method.distribution or "erk") if method is not None and known else None,
-        "delta_t": window and window.delta_t,
-        "drop_fraction": getattr(method, "drop_fraction", None),
-        "t_end": window and window.t_end,
-        "num_updates": 0 if window is None else window.num_updates(total_steps),
-        "overall_sparsity": 1 - sum(counts.values()) / sum(sizes.values()),
-        "layers": [
-            {
-                "name": name,
-                "shape": list(shapes[name]),
-                "num_active": count if known else None,
-                "density": count / sizes[name] if known else None,
-            }
-            for name, count in counts.items()
-        ],
-    }
-
-
-def _knows_layers(method: Allocated | None) -> bool:
-    """Say whether the counts of single layers are known before training."""
-    return getattr(method, "scope", "layer") == "layer"
-
-
-def cost_plan(
-    model: nn.Module, flags: Any, *, image_size: int, total_steps: int
-) -> dict[str, Any] | None:
-    """Return FLOPs and bytes (see `sparse.costs.report`), in the published convention.
-
-    The training ratio is relative to dense training of the same length. With the global scope
-    nothing is known before training: None.
-    """
-    layers = costs.trace_layers(model, image_size)
-    method = create_method(flags, total_steps)
-    if method is None:
-        return costs.report(layers)
-    if not _knows_layers(method):
-        return None
-    allocation = method.fitted_to(model).allocation
-    return costs.report(
-        layers,
-        {name: 1 - zeros for name, zeros in allocation.sparsities.items()},
-        method=method,
-        total_steps=total_steps,
-        num_active=allocation.num_active,
-    )
