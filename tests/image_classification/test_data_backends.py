@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from image_classification import data
 from image_classification.data import DataConfig, create_train_loader, create_val_loader
-from tests.image_classification.test_convert import noise
+from tests.cli.test_convert import noise
 
 pytestmark = pytest.mark.filterwarnings(  # workers are forked, from Python 3.12 on with a warning
     "ignore:This process .* is multi-threaded:DeprecationWarning"
