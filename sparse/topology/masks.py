@@ -4,13 +4,13 @@ All of them rank by magnitude and hold their counts to the unit; `selection` sta
 ties and NaN.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sparse.topology.rng import Draw
-from sparse.topology.selection import Scores, add_largest, largest, remove_smallest
+from sparse.topology.selection import Counts, Scores, largest, largest_in_layers, replace
 
 
 def random_mask(
@@ -27,8 +27,21 @@ def random_mask(
         key: Integers that select the random stream; the same key gives the same mask on any device.
         device: Where to make it.
     """
-    every = torch.ones(tuple(shape), dtype=torch.bool, device=device)
-    return largest(Draw(tuple(shape), tuple(key)), num_active, every)
+    weight = torch.empty((), device=device).expand(tuple(shape))
+    return random_masks({"": weight}, {"": num_active}, {"": tuple(key)})[""]
+
+
+def random_masks(
+    weights: Mapping[str, Tensor], num_active: Mapping[str, int], keys: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """Make random masks of layers, see `random_mask`: name -> mask in the shape of the weight."""
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    draws = {name: Draw(shape, tuple(keys[name])) for name, shape in shapes.items()}
+    every = {
+        name: torch.ones((), dtype=torch.bool, device=weight.device).expand(shapes[name])
+        for name, weight in weights.items()
+    }
+    return largest_in_layers(draws, num_active, every)
 
 
 def topk_mask(scores: Scores, num_active: int | Tensor, among: Tensor | None = None) -> Tensor:
@@ -67,12 +80,21 @@ def drop_and_grow(
     Returns:
         The mask after, a new bool tensor.
     """
+    given = {"": mask}, {"": drop_scores}, {"": grow_scores}, {"": num_dropped}
     if active_first:
-        kept = remove_smallest(mask, drop_scores, num_dropped)
-    else:
-        if isinstance(drop_scores, Draw):
-            raise ValueError(
-                "active_first=False needs drop scores that can be 0, not a random draw"
-            )
-        kept = largest(drop_scores * mask, mask.sum() - num_dropped, torch.ones_like(mask))
-    return add_largest(kept, grow_scores, num_dropped)
+        return drop_and_grow_layers(*given)[""]
+    if isinstance(drop_scores, Draw):
+        raise ValueError("active_first=False needs drop scores that can be 0, not a random draw")
+    kept = largest(drop_scores * mask, mask.sum() - num_dropped, torch.ones_like(mask))
+    return replace({"": kept}, grow=given[2], num_grown=given[3])[""]
+
+
+def drop_and_grow_layers(
+    masks: Mapping[str, Tensor],
+    drop_scores: Mapping[str, Scores],
+    grow_scores: Mapping[str, Scores],
+    num_dropped: Counts,
+) -> dict[str, Tensor]:
+    """Do what `drop_and_grow` does in all layers of some masks: mappings by layer name."""
+    counts = num_dropped
+    return replace(masks, drop=drop_scores, num_dropped=counts, grow=grow_scores, num_grown=counts)
