@@ -150,7 +150,7 @@ def _magnitudes(masks: Tensors, sources: Tensors) -> Tensor:
     for names in by_device(found):
         if batched(found[names[0]]):
             layout = layout_of(tuple(masks[name].numel() for name in names))
-            dtypes = [found[name].dtype for name in names]
+            dtypes = {found[name].dtype for name in names}
             dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
             values = layout.pack([found[name] for name in names], dtype)
             values *= layout.pack([masks[name] for name in names], torch.bool)

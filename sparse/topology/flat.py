@@ -20,7 +20,7 @@ from sparse.topology.rng import is_fake
 
 _ONE_BY_ONE = frozenset({"cpu"})  # types of device on which layers are treated one by one
 LANES = 1 << 12  # a flat tensor can be looked at as rows of so many entries
-_ALIGNED = 8  # layers begin at multiples of it: 8 bools are a byte of bits, or an int64
+WORD = 8  # layers begin at multiples of it: 8 bools are an int64, and become a byte of bits
 
 
 def batched(tensor: Tensor) -> bool:
@@ -41,7 +41,7 @@ class Layout:
     @functools.cached_property
     def spans(self) -> list[int]:
         """Entries from the beginning of a layer to that of the next, at least one more than 0."""
-        return [max(-(-size // _ALIGNED), 1) * _ALIGNED for size in self.sizes]
+        return [max(-(-size // WORD), 1) * WORD for size in self.sizes]
 
     @functools.cached_property
     def starts(self) -> list[int]:
@@ -66,11 +66,11 @@ class Layout:
         sized = zip(self.split(flat), self.sizes, strict=True)
         return [part if len(part) == size else part[:size] for part, size in sized]
 
-    def pack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Put tensors into a flat one, in row-major order; 0 where there is no layer."""
-        flat = torch.zeros(self.numel, dtype=dtype, device=tensors[0].device)
-        places = zip(self.entries(flat), tensors, strict=True)
-        copy([place.view(tensor.shape) for place, tensor in places], tensors)
+    def pack(self, tensors: Sequence[Tensor], dtype: torch.dtype, *, clear: bool = True) -> Tensor:
+        """Put tensors into a flat one, in row-major order; 0 where there is no layer if `clear`."""
+        make = torch.zeros if clear else torch.empty
+        flat = make(self.numel, dtype=dtype, device=tensors[0].device)
+        copy(self.entries(flat), tensors)
         return flat
 
     def unpack(
@@ -106,8 +106,7 @@ class Layout:
             int64 tensor, an entry per layer.
         """
         ends = [start + span - 1 for start, span in zip(self.starts, self.spans, strict=True)]
-        until = flat.cumsum(0, dtype=dtype).index_select(0, vector(ends, flat.device))
-        return until.diff(prepend=until.new_zeros(1)).long()
+        return sums_until(flat, ends, dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,9 +124,35 @@ def vector(
     return made
 
 
+def sums_until(flat: Tensor, ends: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Add up stretches of a flat tensor of integers or bools that follow one another: int64.
+
+    Args:
+        flat: The tensor.
+        ends: The last entry of every stretch.
+        dtype: Type of the running sum.
+    """
+    until = flat.cumsum(0, dtype=dtype).index_select(0, vector(ends, flat.device))
+    return until.diff(prepend=until.new_zeros(1)).long()
+
+
 def each(numbers: Tensor) -> list[Tensor]:
     """Give the entries of a 1-dim tensor as views of one entry."""
     return list(torch.split(numbers, 1))
+
+
+def all_true(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make masks, all True, by the names and in the shapes of others; on a CPU of no size."""
+    made: dict[str, Tensor] = {}
+    for names in by_device(like):
+        if batched(like[names[0]]):
+            layout = layout_of(tuple(like[name].numel() for name in names))
+            flat = torch.ones(layout.numel, dtype=torch.bool, device=like[names[0]].device)
+            made |= layout.unpack(flat, names, like)
+        else:
+            one = torch.ones((), dtype=torch.bool)
+            made |= {name: one.expand(like[name].shape) for name in names}
+    return {name: made[name] for name in like}
 
 
 def by_device(tensors: Mapping[str, Tensor]) -> list[list[str]]:
@@ -142,7 +167,8 @@ def gather(numbers: Sequence[Tensor]) -> Tensor:
     """Bring 0-dim tensors of several layers, perhaps on several devices, into one tensor."""
     if not numbers:
         return torch.zeros(0, dtype=torch.int64)
-    return torch.stack([number.to(numbers[0].device) for number in numbers])
+    device = numbers[0].device
+    return torch.stack([n if n.device == device else n.to(device) for n in numbers])
 
 
 def count_nonzero(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -169,19 +195,31 @@ def joined(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors of one device and of equal shapes, whatever their dtypes.
+    """Copy tensors of one device, in row-major order, whatever their dtypes.
 
     Contiguous ones take one operation per dtype. Torch copies others one after the other.
+
+    Args:
+        targets: Tensors of the shapes of the sources, or 1-dim and contiguous.
+        sources: Tensors, or 1-dim contiguous ones for targets of another shape.
     """
     groups: dict[tuple[torch.dtype, torch.dtype] | None, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        plain = target.is_contiguous() and source.is_contiguous()
-        key = (target.dtype, source.dtype) if plain else None
+        if target.is_contiguous() and source.is_contiguous():
+            key, pair = (target.dtype, source.dtype), (_line(target), _line(source))
+        elif target.dim() == 1:
+            key, pair = None, (target.view(source.shape), source)
+        else:
+            key, pair = None, (target, source.view(target.shape))
         into, out_of = groups.setdefault(key, ([], []))
-        into.append(target.view(-1) if plain else target)
-        out_of.append(source.view(-1) if plain else source)
+        into.append(pair[0])
+        out_of.append(pair[1])
     for into, out_of in groups.values():
         torch._foreach_copy_(into, out_of)
+
+
+def _line(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 1 else tensor.view(-1)
 
 
 def memory(tensor: Tensor) -> Tensor:

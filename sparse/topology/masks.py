@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sparse.topology.flat import all_true
 from sparse.topology.rng import Draw
 from sparse.topology.selection import Counts, Scores, largest, largest_in_layers, replace
 
@@ -37,11 +38,7 @@ def random_masks(
     """Make random masks of layers, see `random_mask`: name -> mask in the shape of the weight."""
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     draws = {name: Draw(shape, tuple(keys[name])) for name, shape in shapes.items()}
-    every = {
-        name: torch.ones((), dtype=torch.bool, device=weight.device).expand(shapes[name])
-        for name, weight in weights.items()
-    }
-    return largest_in_layers(draws, num_active, every)
+    return largest_in_layers(draws, num_active, all_true(weights))
 
 
 def topk_mask(scores: Scores, num_active: int | Tensor, among: Tensor | None = None) -> Tensor:

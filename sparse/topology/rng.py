@@ -54,8 +54,7 @@ class Draw:
         device = torch.device(device)
         flat = torch.arange(self.numel, dtype=torch.int32, device=device)
         if device.type != "cpu" or is_fake(flat):
-            first, second = words(self.key)
-            return _mix(flat.bitwise_xor_(first), second).view(self.shape)
+            return drawn_at(flat, self.key).view(self.shape)
         read = self.reader()
         array = flat.numpy()
         for start in range(0, self.numel, CHUNK):
@@ -79,6 +78,12 @@ class Draw:
             return _mix(index ^ first, second)
 
         return read
+
+
+def drawn_at(index: Tensor, key: tuple[int, ...]) -> Tensor:
+    """Draw the elements at some places: int32 tensor, in place."""
+    first, second = words(key)
+    return _mix(index.bitwise_xor_(first), second)
 
 
 def is_fake(tensor: Tensor) -> bool:
