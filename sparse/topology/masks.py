@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparse.topology.flat import all_true
 from sparse.topology.rng import Draw
-from sparse.topology.selection import Counts, Scores, largest, largest_in_layers, replace
+from sparse.topology.selection import Counts, Scores, largest, replace
 
 
 def random_mask(
@@ -28,17 +27,8 @@ def random_mask(
         key: Integers that select the random stream; the same key gives the same mask on any device.
         device: Where to make it.
     """
-    weight = torch.empty((), device=device).expand(tuple(shape))
-    return random_masks({"": weight}, {"": num_active}, {"": tuple(key)})[""]
-
-
-def random_masks(
-    weights: Mapping[str, Tensor], num_active: Mapping[str, int], keys: Mapping[str, Sequence[int]]
-) -> dict[str, Tensor]:
-    """Make random masks of layers, see `random_mask`: name -> mask in the shape of the weight."""
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    draws = {name: Draw(shape, tuple(keys[name])) for name, shape in shapes.items()}
-    return largest_in_layers(draws, num_active, all_true(weights))
+    every = torch.ones(tuple(shape), dtype=torch.bool, device=device)
+    return largest(Draw(tuple(shape), tuple(key)), num_active, every)
 
 
 def topk_mask(scores: Scores, num_active: int | Tensor, among: Tensor | None = None) -> Tensor:

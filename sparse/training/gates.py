@@ -127,6 +127,10 @@ class Gate:
         strides = zip(tensor.shape, tensor.stride(), self._strides, strict=True)
         return all(size == 1 or mine == other for size, mine, other in strides)
 
+    def serves(self, weight: Tensor) -> bool:
+        """Say whether a weight still is where it was, on its device and in its memory layout."""
+        return self.fits(weight) and self.inactive.device == weight.device
+
     def layer(self, tensor: Tensor) -> "_Layer":
         """Describe, for the compiled loop, a tensor on the CPU that `fits`."""
         if self._bits is None:

@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 
 from sparse.methods.layers import check_owned, parameters_only, prunable_modules, weight_of
 from sparse.topology import rng
-from sparse.topology.masks import random_masks
+from sparse.topology.flat import all_true
+from sparse.topology.selection import largest_in_layers
 from sparse.training.checkpoints import check_counts, check_masks
 from sparse.training.connections import disconnect, mask_module
 from sparse.training.gates import Gate, active_positions, count_active, masks_of, zero_inactive
@@ -112,8 +113,11 @@ class MaskedModel:
     def _random_masks(self, num_active: Mapping[str, int], seed: int) -> dict[str, Tensor]:
         masked = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
         indices = {name: index for index, name in enumerate(self._weights)}
-        keys = {name: (seed, 0, indices[name], rng.INITIAL_MASK) for name in masked}
-        return random_masks(masked, num_active, keys)
+        draws = {
+            name: rng.Draw(tuple(weight.shape), (seed, 0, indices[name], rng.INITIAL_MASK))
+            for name, weight in masked.items()
+        }
+        return largest_in_layers(draws, num_active, all_true(masked))
 
     def _check_given(self, masks: Tensors, num_active: Mapping[str, int]) -> None:
         """Refuse masks of the caller that do not fit the weights and their counts."""
@@ -131,8 +135,11 @@ class MaskedModel:
             tensor.copy_(torch.where(gate.inactive & (tensor == 0), values, tensor))
         self._loaded.clear()
         self._invariant.forget()
-        if list(self._gates) != list(masks):
-            self._gates = Gate.together({name: self._maskable[name] for name in masks})
+        weights = {name: self._maskable[name] for name in masks}
+        if list(self._gates) != list(masks) or not all(
+            gate.serves(weights[name]) for name, gate in self._gates.items()
+        ):
+            self._gates = Gate.together(weights)
         disconnect(self._optimizer, self._maskable, self._gates, masks)
         self._counts = None
         self.masks_version += 1
