@@ -132,7 +132,8 @@ def sums_until(flat: Tensor, ends: Sequence[int], dtype: torch.dtype = torch.int
         ends: The last entry of every stretch.
         dtype: Type of the running sum.
     """
-    until = flat.cumsum(0, dtype=dtype).index_select(0, vector(ends, flat.device))
+    running = flat.cumsum(0) if flat.dtype == dtype else flat.to(dtype).cumsum_(0)
+    until = running.index_select(0, vector(ends, flat.device))
     return until.diff(prepend=until.new_zeros(1)).long()
 
 

