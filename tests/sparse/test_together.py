@@ -376,3 +376,9 @@ def test_few_operations_whatever_the_number_of_layers(method: str, arch: str) ->
     assert found["step"] <= (8 if method == "snfs" else 3)
     if arch != "resnet18":  # a histogram takes as much for a small layer
         assert found["bytes"] < BYTES_PER_WEIGHT
+
+
+def test_channels_last_adds_copies_of_large_kernels_only() -> None:
+    found = counts("resnet50", "rigl", last=True)
+    assert found["update"] <= 300
+    assert found["step"] <= 3
