@@ -9,7 +9,7 @@ from sparse.methods.layers import prunable
 from sparse.methods.settings import setting
 from sparse.topology.bits import pack, unpack
 from sparse.topology.distributions import allocate, layer_sparsities
-from sparse.topology.masks import drop_and_grow, random_mask, topk_mask
+from sparse.topology.masks import drop_and_grow, drop_and_grow_layers, random_mask, topk_mask
 from sparse.topology.schedules import (
     DropFraction,
     Window,
@@ -34,6 +34,7 @@ __all__ = [
     "compress_gradients",
     "cubic_sparsity",
     "drop_and_grow",
+    "drop_and_grow_layers",
     "layer_sparsities",
     "num_updates",
     "pack",

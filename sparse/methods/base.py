@@ -19,7 +19,7 @@ from sparse.methods.allocation import Allocation, allocate_layers
 from sparse.methods.settings import check_types, setting
 from sparse.topology import rng
 from sparse.topology.distributions import Distribution
-from sparse.topology.masks import drop_and_grow
+from sparse.topology.masks import drop_and_grow_layers
 from sparse.topology.schedules import Anneal, DropFraction, Window, num_dropped
 from sparse.topology.selection import Scores
 
@@ -260,10 +260,9 @@ class DropAndGrow(Dropping):
     def update(
         self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
     ) -> Tensors:
-        new = dict(masks)
-        for name, mask in masks.items():
-            grow = self.grow_scores(name, mask, grads, step)
-            if grow is not None:
-                drop = self.drop_scores(name, weights[name], grads, step)
-                new[name] = drop_and_grow(mask, drop, grow, self.num_dropped(name, step))
-        return new
+        grow = {name: self.grow_scores(name, mask, grads, step) for name, mask in masks.items()}
+        grow_scores = {name: scores for name, scores in grow.items() if scores is not None}
+        changed = {name: masks[name] for name in grow_scores}
+        drop = {name: self.drop_scores(name, weights[name], grads, step) for name in changed}
+        counts = {name: self.num_dropped(name, step) for name in changed}
+        return {**masks, **drop_and_grow_layers(changed, drop, grow_scores, counts)}

@@ -10,7 +10,7 @@ import torch
 from sparse.methods.base import Allocated, Tensors
 from sparse.methods.settings import setting
 from sparse.topology.distributions import Distribution
-from sparse.topology.masks import topk_mask
+from sparse.topology.selection import largest, largest_in_layers
 
 Scope = Literal["layer", "global"]
 
@@ -44,10 +44,10 @@ class Pruning(Allocated):
                 name: num_kept(mask.numel(), self.allocation.sparsities[name])
                 for name, mask in masks.items()
             }
-            return {n: topk_mask(scores[n], counts[n], mask) for n, mask in masks.items()}
+            return largest_in_layers(scores, counts, masks)
         flat = torch.cat([scores[name].reshape(-1).float() for name in masks])
         among = torch.cat([mask.reshape(-1) for mask in masks.values()])
-        chosen = topk_mask(flat, num_kept(flat.numel(), self.sparsity), among)
+        chosen = largest(flat, num_kept(flat.numel(), self.sparsity), among)
         parts = torch.split(chosen, [mask.numel() for mask in masks.values()])
         return {name: part.view(masks[name].shape) for name, part in zip(masks, parts, strict=True)}
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparse.methods.base import DropNoise, Tensors
-from sparse.topology.selection import remove_smallest
+from sparse.topology.selection import replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,6 @@ class RiglReset(DropNoise):
         return masks
 
     def survivors(self, masks: Tensors, weights: Tensors, step: int) -> Tensors:
-        return {
-            name: remove_smallest(
-                mask, self.drop_scores(name, weights[name], {}, step), self.num_dropped(name, step)
-            )
-            for name, mask in masks.items()
-        }
+        scores = {name: self.drop_scores(name, weights[name], {}, step) for name in masks}
+        counts = {name: self.num_dropped(name, step) for name in masks}
+        return replace(masks, drop=scores, num_dropped=counts)

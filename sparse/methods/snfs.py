@@ -5,6 +5,7 @@ All counts are 0-dim or per-layer tensors on the weights' device, because they f
 there; nothing is read back.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,13 +16,14 @@ from torch import Tensor
 from sparse.methods.base import DropAndGrow, Tensors
 from sparse.methods.settings import setting
 from sparse.topology import rng
-from sparse.topology.rng import is_fake
-from sparse.topology.selection import Scores, add_largest, remove_smallest
+from sparse.topology.flat import batched, by_device, count_nonzero, gather, layout_of, vector
+from sparse.topology.selection import Scores, replace
 
 Redistribution = Literal["momentum", "magnitude", "nonzero", "numel", "none"]
 Growth = Literal["momentum", "random"]
 
 _ROUNDS = 1000  # of spreading the excess; the original gives up after as many
+_LITTLE = 1e-6  # of a weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,28 +77,40 @@ class Snfs(DropAndGrow):
         if self.keeps_counts:
             return super().update(masks, weights, grads, step, state)
         numel = [mask.numel() for mask in masks.values()]
-        active = torch.stack([mask.sum() for mask in masks.values()])
+        active = count_nonzero(masks)
         shares = layer_shares(masks, weights, grads, self.redistribution)
         removed = num_removed(active, numel, shares, self.schedule(step))
         adjustment = state.get("adjustment", shares.new_zeros(()))
         regrown = num_regrown(active, numel, shares, removed, adjustment)
-        new = {}
-        for index, (name, mask) in enumerate(masks.items()):
-            kept = remove_smallest(mask, weights[name], removed[index])
-            new[name] = self._grow(name, kept, regrown[index], grads, step)
-        total = torch.stack([mask.sum() for mask in new.values()]).sum()
+        new = self._change(masks, weights, grads, step, removed, regrown)
+        total = count_nonzero(new).sum()
         # What an update does not see, because it is frozen, has no part in the number to hold.
         baseline = sum(self.num_active[name] for name in masks)
         _adjust(state, baseline - total.double())
         return new
 
-    def _grow(self, name: str, kept: Tensor, count: Tensor, grads: Tensors, step: int) -> Tensor:
+    def _change(
+        self,
+        masks: Tensors,
+        weights: Tensors,
+        grads: Tensors,
+        step: int,
+        removed: Tensor,
+        regrown: Tensor,
+    ) -> dict[str, Tensor]:
+        num_dropped = dict(zip(masks, removed.unbind(), strict=True))
+        num_grown = dict(zip(masks, regrown.unbind(), strict=True))
         if self.growth == "momentum":
-            momentum = grads.get(name)
-            scores = torch.zeros(kept.shape, device=kept.device) if momentum is None else momentum
-            return add_largest(kept, scores, count)
-        key = self.key(name, step, rng.GROW_SCORE)
-        return bernoulli_growth(kept, count, self.draw(tuple(kept.shape), key, kept.device))
+            grow = {n: grads[n] if n in grads else torch.zeros_like(weights[n]) for n in masks}
+            return replace(
+                masks, drop=weights, num_dropped=num_dropped, grow=grow, num_grown=num_grown
+            )
+        kept = replace(masks, drop=weights, num_dropped=num_dropped)
+        for name, mask in kept.items():
+            key = self.key(name, step, rng.GROW_SCORE)
+            uniform = self.draw(tuple(mask.shape), key, mask.device)
+            kept[name] = bernoulli_growth(mask, num_grown[name], uniform)
+        return kept
 
 
 def bernoulli_growth(kept: Tensor, expected: Tensor, uniform: Tensor) -> Tensor:
@@ -116,23 +130,36 @@ def layer_shares(masks: Tensors, weights: Tensors, momenta: Tensors, redistribut
     Returns:
         float64 tensor, one entry per layer in the order of `masks`, with sum 1.
     """
-    values = []
-    for name, mask in masks.items():
-        if redistribution == "numel":
-            value = torch.tensor(float(mask.numel()), dtype=torch.float64, device=mask.device)
-        elif redistribution == "nonzero":
-            value = (weights[name] != 0).sum().double()
-        else:
-            source = (momenta if redistribution == "momentum" else weights).get(name)
-            total = mask.new_zeros((), dtype=torch.float64)
-            if source is not None:
-                total = (source.abs() * mask).sum(dtype=torch.float64)
-            value = total / mask.sum().clamp(min=1)
-        values.append(value)
-    stacked = torch.stack(values)
+    first = next(iter(masks.values()))
+    if redistribution == "numel":
+        stacked = _vector([mask.numel() for mask in masks.values()], first)
+    elif redistribution == "nonzero":
+        stacked = count_nonzero({name: weights[name] for name in masks}).double()
+    else:
+        totals = _magnitudes(masks, momenta if redistribution == "momentum" else weights)
+        stacked = totals / count_nonzero(masks).clamp(min=1)
     total = _ordered_sum(stacked)
     # With no momentum at all (an update before any gradient) every layer is worth the same.
-    return torch.where(total > 0, stacked / total, 1.0 / len(values))
+    return torch.where(total > 0, stacked / total, 1.0 / len(masks))
+
+
+def _magnitudes(masks: Tensors, sources: Tensors) -> Tensor:
+    """Add up the magnitudes of every layer where its mask is True: float64, 0 without a source."""
+    found = {name: sources[name] for name in masks if name in sources}
+    totals = dict.fromkeys(masks, next(iter(masks.values())).new_zeros((), dtype=torch.float64))
+    for names in by_device(found):
+        if batched(found[names[0]]):
+            layout = layout_of(tuple(masks[name].numel() for name in names))
+            dtypes = {found[name].dtype for name in names}
+            dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+            values = layout.flatten([found[name] for name in names], dtype)
+            values *= layout.flatten([masks[name] for name in names], torch.bool)
+            norms = torch._foreach_norm(layout.entries(values), 1, dtype=torch.float64)
+            totals |= dict(zip(names, norms, strict=True))
+        else:
+            for name in names:
+                totals[name] = (found[name].abs() * masks[name]).sum(dtype=torch.float64)
+    return gather(list(totals.values()))
 
 
 def num_removed(active: Tensor, numel: list[int], shares: Tensor, rate: float) -> Tensor:
@@ -176,16 +203,38 @@ def num_regrown(
     """
     room = 0.99 * (_vector(numel, active) - active + removed)
     regrown = (shares * (removed.sum() + adjustment)).ceil()
+    regrown = _level(regrown, room) if batched(regrown) else _spread_excess(regrown, room)
+    return regrown.floor().clamp(min=0.0).long()
+
+
+def _spread_excess(regrown: Tensor, room: Tensor) -> Tensor:
+    """Spread what exceeds the room in rounds, as the original does."""
     extra = torch.zeros_like(room[0])
     for _ in range(_ROUNDS):
         regrown = regrown + extra
         excess = _ordered_sum((regrown - room).clamp(min=0.0))
         regrown = torch.minimum(regrown, room)
-        extra = excess / len(numel)
-        # Reading the sum is free on a CPU. On a device the rounds run to the end, adding zeros.
-        if excess.device.type == "cpu" and not is_fake(excess) and excess.item() <= 0.0:
+        extra = excess / len(room)
+        if excess.item() <= 0.0:
             break
-    return regrown.floor().clamp(min=0.0).long()
+    return regrown
+
+
+def _level(regrown: Tensor, room: Tensor) -> Tensor:
+    """Compute what the rounds tend to, without rounds, whose end a host would have to read.
+
+    In every round all layers get the same, and none keeps more than its room. In the end a layer
+    has min(regrown + level, room), and the level is where the excess is used up. The rounds stay
+    below this limit. Its distance from an integer that it does not meet is at least 0.01 divided by
+    the number of layers, so a little less of it is rounded down as the result of the rounds is.
+    """
+    excess = (regrown - room).clamp(min=0.0).sum()
+    free = (room - regrown).clamp(min=0.0)
+    # What all layers take together, were the level the free room of one of them.
+    taken = torch.minimum(free[:, None], free[None, :]).sum(1)
+    full = taken <= excess
+    level = (excess - (free * full).sum()) / (~full).sum()
+    return torch.minimum(regrown + (level - _LITTLE).clamp(min=0.0), room)
 
 
 def _adjust(state: dict[str, Tensor], deviation: Tensor) -> None:
@@ -202,9 +251,11 @@ def _adjust(state: dict[str, Tensor], deviation: Tensor) -> None:
 
 
 def _vector(numbers: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64, device=like.device)
+    if batched(like):
+        return vector(numbers, like.device, torch.float64)
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _ordered_sum(values: Tensor) -> Tensor:
     """Sum in order, as a loop over layers does: the rounding of the original."""
-    return values.cumsum(0)[-1]
+    return values.sum() if batched(values) else values.cumsum(0)[-1]

@@ -4,13 +4,13 @@ Functions that rank do so by magnitude, and their counts are exact. selection.py
 ties and NaN.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sparse.topology.rng import Draw
-from sparse.topology.selection import Scores, add_largest, largest, remove_smallest
+from sparse.topology.selection import Counts, Scores, largest, replace
 
 
 def random_mask(
@@ -69,12 +69,21 @@ def drop_and_grow(
     Returns:
         The mask after, a new bool tensor.
     """
+    given = {"": mask}, {"": drop_scores}, {"": grow_scores}, {"": num_dropped}
     if active_first:
-        kept = remove_smallest(mask, drop_scores, num_dropped)
-    else:
-        if isinstance(drop_scores, Draw):
-            raise ValueError(
-                "active_first=False needs drop scores that can be 0, not a random draw"
-            )
-        kept = largest(drop_scores * mask, mask.sum() - num_dropped, torch.ones_like(mask))
-    return add_largest(kept, grow_scores, num_dropped)
+        return drop_and_grow_layers(*given)[""]
+    if isinstance(drop_scores, Draw):
+        raise ValueError("active_first=False needs drop scores that can be 0, not a random draw")
+    kept = largest(drop_scores * mask, mask.sum() - num_dropped, torch.ones_like(mask))
+    return replace({"": kept}, grow=given[2], num_grown=given[3])[""]
+
+
+def drop_and_grow_layers(
+    masks: Mapping[str, Tensor],
+    drop_scores: Mapping[str, Scores],
+    grow_scores: Mapping[str, Scores],
+    num_dropped: Counts,
+) -> dict[str, Tensor]:
+    """Do what `drop_and_grow` does in all layers of some masks: mappings by layer name."""
+    counts = num_dropped
+    return replace(masks, drop=drop_scores, num_dropped=counts, grow=grow_scores, num_grown=counts)

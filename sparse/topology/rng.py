@@ -55,8 +55,7 @@ class Draw:
         device = torch.device(device)
         flat = torch.arange(self.numel, dtype=torch.int32, device=device)
         if device.type != "cpu" or is_fake(flat):
-            first, second = _words(self.key)
-            return _mix(flat.bitwise_xor_(first), second).view(self.shape)
+            return drawn_at(flat, self.key).view(self.shape)
         read = self.reader()
         array = flat.numpy()
         for start in range(0, self.numel, CHUNK):
@@ -70,7 +69,7 @@ class Draw:
         The function returns NumPy arrays. It is fast for contiguous ranges of at most `CHUNK`
         elements that start at a multiple of `CHUNK`.
         """
-        first, second = _words(self.key)
+        first, second = words(self.key)
         places = torch.arange(min(CHUNK, self.numel), dtype=torch.int32).numpy()
 
         def read(start: int, stop: int, step: int) -> Any:
@@ -81,6 +80,12 @@ class Draw:
             return _mix(index ^ first, second)
 
         return read
+
+
+def drawn_at(index: Tensor, key: tuple[int, ...]) -> Tensor:
+    """Draw the elements at some places: int32 tensor, in place."""
+    first, second = words(key)
+    return _mix(index.bitwise_xor_(first), second)
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -100,7 +105,7 @@ def normal(shape: Sequence[int], key: Sequence[int], device: torch.device | str 
     return radius.mul_(uniform(shape, (*key, 1), device).mul_(2.0 * math.pi).cos_())
 
 
-def _words(key: tuple[int, ...]) -> tuple[int, int]:
+def words(key: tuple[int, ...]) -> tuple[int, int]:
     """Condense a key to two int32."""
     try:
         content = struct.pack(f"<{len(key)}q", *key)
@@ -113,10 +118,25 @@ def _words(key: tuple[int, ...]) -> tuple[int, int]:
 
 def _mix(x: _Array, second: int) -> _Array:
     """Hash indices in place. The first word of the key was combined with them before."""
-    x ^= (x >> 16) & 0xFFFF  # int32 shifts are arithmetic; the mask makes them logical
-    x *= 0x85EBCA6B - (1 << 32)
+    x = first_half(x)
     x ^= second
-    x ^= (x >> 13) & 0x7FFFF
+    return second_half(x)
+
+
+def first_half(x: _Array) -> _Array:
+    """Do what comes before the second word of the key, in place."""
+    high = x >> 16
+    high &= 0xFFFF  # int32 shifts are arithmetic; the mask makes them logical
+    x ^= high
+    x *= 0x85EBCA6B - (1 << 32)
+    return x
+
+
+def second_half(x: _Array) -> _Array:
+    """Do what comes after the second word of the key, in place."""
+    high = x >> 13
+    high &= 0x7FFFF
+    x ^= high
     x *= 0xC2B2AE35 - (1 << 32)
     x &= 0x7FFFFFFF
     return x

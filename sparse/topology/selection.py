@@ -1,24 +1,29 @@
-"""Pick exactly k entries of a tensor by magnitude, without a full sort and without a device sync.
+"""Pick exactly k entries of every layer by magnitude, without a full sort or a device sync.
 
 The rule is the same everywhere. Entries are ranked by |score|. NaN ranks above every number. Of
 equal scores the one with the lower flat index (row-major, whatever the memory layout) ranks higher.
 
-On a device the k-th magnitude comes from topk, and a running count resolves ties, all on the
-device. On a CPU a bound is estimated from a sample. One pass collects the entries beyond the bound,
-and the k entries are selected among these few. If fewer than k are beyond the bound, the pass is
-repeated without it.
+On a device all layers are handled together (`radix`). On a CPU every layer is handled by itself: a
+bound is estimated from a sample. One pass collects the entries beyond the bound, and the k entries
+are selected among these few. If fewer than k are beyond the bound, the pass is repeated without it.
 """
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse.topology.rng import CHUNK, Draw, is_fake
+from sparse.topology import radix
+from sparse.topology.flat import Layout, batched, layout_of, vector
+from sparse.topology.rng import CHUNK, Draw
 
 Scores = Tensor | Draw
+Counts = Mapping[str, int] | Mapping[str, Tensor] | Mapping[str, int | Tensor]
+
+_ONLY = ""  # the name of a layer that is alone
 
 _SAMPLE = 1 << 12  # entries sampled in a layer
 _SIGMAS = 4.0  # safety margin of the bound, in standard deviations of the estimate
@@ -28,7 +33,7 @@ def largest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
     """Mark the k entries of largest magnitude; among equals the lower flat index wins.
 
     Args:
-        scores: Tensor of any float type, of non-negative int32, or a `Draw`.
+        scores: Tensor of any float type, of non-negative integers, or a `Draw`.
         k: Number of entries. If there are fewer candidates, all are marked. A 0-dim integer tensor
             may hold a number that only the device knows.
         among: The candidates, a bool tensor of the same shape.
@@ -36,12 +41,7 @@ def largest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
     Returns:
         bool tensor of the shape of `among`, contiguous, with k entries (or all candidates) True.
     """
-    flat = among.reshape(-1)
-    if _on_cpu(flat):
-        chosen, k = torch.zeros_like(flat).numpy(), min(int(k), int(torch.count_nonzero(flat)))
-        chosen[_select_cpu(scores, k, flat.numpy(), True)] = True
-        return torch.from_numpy(chosen).view(among.shape)
-    return _select_device(_keys(scores, flat), k, flat, True).view(among.shape)
+    return largest_in_layers({_ONLY: scores}, {_ONLY: k}, {_ONLY: among})[_ONLY]
 
 
 def smallest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
@@ -50,36 +50,114 @@ def smallest(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
     The result is the complement of `largest` among the candidates. Arguments and result are those
     of `largest`, but k is at most the number of candidates.
     """
-    return among ^ remove_smallest(among, scores, k)
+    return among ^ replace({_ONLY: among}, drop={_ONLY: scores}, num_dropped={_ONLY: k})[_ONLY]
 
 
-def remove_smallest(mask: Tensor, scores: Scores, k: int | Tensor) -> Tensor:
-    """Remove the k entries of smallest magnitude from a mask, as `smallest` picks them."""
-    flat = mask.reshape(-1)
-    if _on_cpu(flat):
-        kept = flat.numpy().copy()
-        kept[_select_cpu(scores, int(k), kept, False)] = False
-        return torch.from_numpy(kept).view(mask.shape)
-    return (flat ^ _select_device(_keys(scores, flat), k, flat, False)).view(mask.shape)
+def largest_in_layers(
+    scores: Mapping[str, Scores], counts: Counts, among: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Mark the entries of largest magnitude in every layer; see `largest`.
+
+    Args:
+        scores: Layer name -> scores.
+        counts: Layer name -> how many.
+        among: Layer name -> candidates.
+    """
+    if _on_cpu(among):
+        return {name: _largest_cpu(scores[name], counts[name], among[name]) for name in among}
+    new: dict[str, Tensor] = {}
+    for names in _groups(among, scores):
+        flat, layout = _flatten(among, names)
+        chosen = _select(names, scores, counts, flat, layout, want_largest=True)
+        new |= layout.by_layer(chosen, names, among)
+    return {name: new[name] for name in among}
 
 
-def add_largest(mask: Tensor, scores: Scores, k: int | Tensor) -> Tensor:
-    """Add to a mask the k entries of largest magnitude outside of it, as `largest` picks them."""
-    flat = mask.reshape(-1)
-    if _on_cpu(flat):
-        grown = flat.numpy().copy()
-        grown[_select_cpu(scores, int(k), grown, True, outside=True)] = True
-        return torch.from_numpy(grown).view(mask.shape)
-    return (flat | _select_device(_keys(scores, flat), k, ~flat, True)).view(mask.shape)
+def replace(
+    masks: Mapping[str, Tensor],
+    *,
+    drop: Mapping[str, Scores] | None = None,
+    num_dropped: Counts | None = None,
+    grow: Mapping[str, Scores] | None = None,
+    num_grown: Counts | None = None,
+) -> dict[str, Tensor]:
+    """Take the entries of smallest magnitude out of masks, then add those of largest outside.
+
+    Args:
+        masks: Layer name -> bool mask.
+        drop: Layer name -> scores of what is dropped, as `smallest` picks it; None: nothing is.
+        num_dropped: Layer name -> how many.
+        grow: Layer name -> scores of what is grown, as `largest` picks it; None: nothing is. What
+            was dropped a moment ago is a candidate, too.
+        num_grown: Layer name -> how many.
+
+    Returns:
+        New masks, contiguous.
+    """
+    if _on_cpu(masks):
+        new = {name: mask.reshape(-1).numpy().copy() for name, mask in masks.items()}
+        for name, array in new.items():
+            if drop is not None and num_dropped is not None:
+                array[_select_cpu(drop[name], int(num_dropped[name]), array, False)] = False
+            if grow is not None and num_grown is not None:
+                array[_select_cpu(grow[name], int(num_grown[name]), array, True, True)] = True
+        return {name: torch.from_numpy(new[name]).view(mask.shape) for name, mask in masks.items()}
+    made: dict[str, Tensor] = {}
+    for names in _groups(masks, *(scores for scores in (drop, grow) if scores is not None)):
+        flat, layout = _flatten(masks, names)
+        if drop is not None and num_dropped is not None:
+            flat ^= _select(names, drop, num_dropped, flat, layout, want_largest=False)
+        if grow is not None and num_grown is not None:
+            free = layout.clear_gaps(flat.logical_not_())
+            chosen = _select(names, grow, num_grown, free, layout, want_largest=True)
+            flat = free.logical_not_().logical_or_(chosen)
+        made |= layout.by_layer(flat, names, masks)
+    return {name: made[name] for name in masks}
 
 
-def _on_cpu(flat: Tensor) -> bool:
-    return flat.device.type == "cpu" and not is_fake(flat)
+def _on_cpu(masks: Mapping[str, Tensor]) -> bool:
+    return not any(map(batched, masks.values()))
 
 
-def _keys(scores: Scores, like: Tensor) -> Tensor:
-    tensor = scores.tensor(like.device) if isinstance(scores, Draw) else scores
-    return _order_keys(tensor.reshape(-1))
+def _groups(masks: Mapping[str, Tensor], *scores: Mapping[str, Scores]) -> list[list[str]]:
+    """Group layers by device and kinds of scores: those that are ranked together."""
+    groups = defaultdict(list)
+    for name, mask in masks.items():
+        groups[mask.device, *(radix.kind(found[name]) for found in scores)].append(name)
+    return list(groups.values())
+
+
+def _flatten(masks: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Layout]:
+    layout = layout_of(tuple(masks[name].numel() for name in names))
+    return layout.flatten([masks[name] for name in names], torch.bool), layout
+
+
+def _select(
+    names: list[str],
+    scores: Mapping[str, Scores],
+    counts: Counts,
+    candidates: Tensor,
+    layout: Layout,
+    want_largest: bool,
+) -> Tensor:
+    given = [scores[name] for name in names]
+    wanted = _vector([counts[name] for name in names], candidates.device)
+    return radix.select(given, wanted, candidates, layout, want_largest)
+
+
+def _vector(counts: list[int | Tensor], device: torch.device) -> Tensor:
+    """Join counts that the host knows, or that only a device knows."""
+    known = [count for count in counts if isinstance(count, int)]
+    if len(known) == len(counts):
+        return vector(known, device)
+    return torch.stack([torch.as_tensor(count).to(device) for count in counts]).to(torch.int32)
+
+
+def _largest_cpu(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
+    flat = among.reshape(-1)
+    chosen, k = torch.zeros_like(flat).numpy(), min(int(k), int(torch.count_nonzero(flat)))
+    chosen[_select_cpu(scores, k, flat.numpy(), True)] = True
+    return torch.from_numpy(chosen).view(among.shape)
 
 
 def _order_keys(scores: Tensor) -> Tensor:
@@ -89,28 +167,6 @@ def _order_keys(scores: Tensor) -> Tensor:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
     # NaN has many bit patterns, which all rank the same.
     return scores.abs().view(integer).masked_fill_(scores.isnan(), torch.iinfo(integer).max)
-
-
-def _select_device(keys: Tensor, k: int | Tensor, among: Tensor, want_largest: bool) -> Tensor:
-    if isinstance(k, int) and k == 0:
-        return torch.zeros_like(among)
-    if not want_largest:  # reverse the order of the keys; flipping reverses the order of ties
-        keys = torch.iinfo(keys.dtype).max - keys.flip(0)
-        return _select_device(keys, k, among.flip(0), want_largest=True).flip(0)
-    keys = keys.masked_fill(~among, -1)
-    threshold = _kth_largest(keys, k)
-    above = keys > threshold
-    equal = (keys == threshold) & among
-    missing = k - above.sum()
-    return above | (equal & (equal.cumsum(0, dtype=torch.int32) <= missing))
-
-
-def _kth_largest(keys: Tensor, k: int | Tensor) -> Tensor:
-    if isinstance(k, int):
-        return torch.topk(keys, k, sorted=False).values.amin()
-    # The host does not know k, so sort and index. k = 0 reads the largest key: no key is above it,
-    # and the number of missing ties is then zero.
-    return keys.sort(descending=True).values.gather(0, (k - 1).clamp(min=0).view(1))
 
 
 def _select_cpu(

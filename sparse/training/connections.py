@@ -1,4 +1,4 @@
-"""Write a change of connections into one layer: its gate, weight and optimizer state."""
+"""Write a change of connections into layers: their gates, weights and optimizer state."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from sparse.methods.base import GrowInit, Method
 from sparse.methods.layers import named_parameters
 from sparse.topology import rng
-from sparse.training.gates import Gate, zero_inactive
+from sparse.training.gates import Gate, update_gates, zero_inactive
+from sparse.training.invariant import held
 from sparse.training.optimizers import (
     has_momentum,
     holds_state,
@@ -74,13 +75,19 @@ class NewConnections:
             _put(buffer, fresh, gradient * self.momentum_scale)
 
 
-def disconnect(optimizer: Optimizer, weight: nn.Parameter, gate: Gate, mask: Tensor) -> None:
-    """Give a layer a new mask, and zero the weight and optimizer state of inactive connections.
+def disconnect(
+    optimizer: Optimizer,
+    weights: Mapping[str, nn.Parameter],
+    gates: Mapping[str, Gate],
+    masks: Mapping[str, Tensor],
+) -> None:
+    """Give layers new masks, and zero weight and optimizer state of inactive connections.
 
     New connections are 0 afterwards, because they were inactive before.
     """
-    gate.update(mask)
-    zero_inactive((tensor, gate) for tensor in (weight, *state_of(optimizer, weight).values()))
+    gates = {name: gates[name] for name in masks}
+    update_gates(gates, masks)
+    zero_inactive((tensor, gate) for _, tensor, gate in held(optimizer, weights, gates, state_of))
 
 
 def mask_module(module: nn.Module, gates: Mapping[str, Gate]) -> None:

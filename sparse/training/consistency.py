@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, distributed
 
 from sparse.errors import SparsityError
-from sparse.topology.rng import Draw
+from sparse.topology.flat import WORD, batched, by_device, gather, layout_of, sums_until
+from sparse.topology.rng import Draw, drawn_at
+
+_KEY = (0,)
 
 
 def has_ranks() -> bool:
@@ -34,7 +37,7 @@ def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
     """
     if not masks:
         return
-    mine = torch.stack([digest(mask) for mask in masks.values()])
+    mine = digests(masks)
     everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(everyone, mine)
     differs = torch.stack(everyone).ne(everyone[0]).cpu()
@@ -49,9 +52,33 @@ def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
             )
 
 
+def digests(masks: Mapping[str, Tensor]) -> Tensor:
+    """Condense every mask to one number: int64, the same on every device."""
+    found: dict[str, Tensor] = {}
+    for names in by_device(masks):
+        if not batched(masks[names[0]]):
+            found |= {name: digest(masks[name]) for name in names}
+            continue
+        layout = layout_of(tuple(masks[name].numel() for name in names))
+        words = layout.flatten([masks[name] for name in names], torch.bool).view(torch.int64)
+        index = torch.arange(len(words), dtype=torch.int32, device=words.device)
+        firsts = [start // WORD for start in layout.starts]
+        parts = torch.split(index[: sum(layout.spans) // WORD], [n // WORD for n in layout.spans])
+        torch._foreach_add_(list(parts), [-first for first in firsts])
+        products = words * _factors(drawn_at(index, _KEY))
+        ends = [
+            (start + n) // WORD - 1 for start, n in zip(layout.starts, layout.spans, strict=True)
+        ]
+        found |= zip(names, sums_until(products, ends).unbind(), strict=True)
+    return gather([found[name] for name in masks])
+
+
 def digest(mask: Tensor) -> Tensor:
     """Condense a mask to one number: int64, 0-dim, and the same on every device."""
     flat = mask.reshape(-1)
-    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
-    factors = Draw((words.numel(),), (0,)).tensor(mask.device).long() * 2 + 1
-    return (words * factors).sum()
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % WORD)).view(torch.int64)
+    return (words * _factors(Draw((words.numel(),), _KEY).tensor(mask.device))).sum()
+
+
+def _factors(drawn: Tensor) -> Tensor:
+    return drawn.long() * 2 + 1

@@ -5,47 +5,115 @@ bit per weight, because memory bandwidth limits the speed of this pass. Without 
 of the gate are widened to integers and combined with the bit patterns of the gradients by a bitwise
 and. This takes twice as long. (`masked_fill_` takes five times as long.) All of these ways give
 exactly 0 for an infinite or NaN gradient, which multiplying by 0 does not.
+
+On other devices the gates of all weights lie in one tensor, and tensors are zeroed in three
+operations: all of them are put into a flat tensor, it is masked, and copied back. This takes as
+much memory, for a moment, as the tensors do.
 """
 
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparse.native.library import GATES, BuildError, cpu_level, default_cache, open_library
+from sparse.topology.flat import (
+    Layout,
+    all_true,
+    batched,
+    by_device,
+    copy,
+    count_nonzero,
+    gather,
+    layout_of,
+    memory,
+)
 
 Tensors = Mapping[str, Tensor]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Gate:
-    """The gate of one weight, laid out in memory as the weight is.
+class _Group:
+    """The gates of weights of one device, in one flat tensor.
 
     Attributes:
-        inactive: bool, of the weight's shape.
+        layout: Where each gate lies; a gate is laid out in memory as its weight is.
+        flat: bool, True where inactive.
     """
 
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.layout = layout_of(tuple(weight.numel() for weight in weights))
+        self.flat = torch.zeros(self.layout.numel, dtype=torch.bool, device=weights[0].device)
+        empty = [torch.empty_like(w, dtype=torch.bool, device="meta") for w in weights]
+        self._shapes = [(like.shape, like.stride()) for like in empty]
+        self._views: list[Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Views of one tensor would be pickled with all of it, each of them.
+        return self.__dict__ | {"_views": None}
+
+    @property
+    def views(self) -> list[Tensor]:
+        """The gates in the shapes and strides of their weights."""
+        if self._views is None:
+            entries = zip(self.layout.entries(self.flat), self._shapes, strict=True)
+            self._views = [entry.as_strided(*shape) for entry, shape in entries]
+        return self._views
+
+    def part(self, places: list[int]) -> tuple[Layout, Tensor]:
+        """Give some of the gates in one flat tensor, and its layout; all of them take no copy."""
+        if places == list(range(len(self._shapes))):
+            return self.layout, self.flat
+        layout = layout_of(tuple(self.layout.sizes[place] for place in places))
+        return layout, layout.flatten([memory(self.views[place]) for place in places], torch.bool)
+
+
+class Gate:
+    """The gate of one weight, laid out in memory as the weight is."""
+
     def __init__(self, mask: Tensor, weight: Tensor) -> None:
-        self.inactive = torch.empty_like(weight, dtype=torch.bool, requires_grad=False)
-        self._strides = self.inactive.stride()
+        self._join(_Group([weight]), 0)
+        update_gates({"": self}, {"": mask})
+
+    @classmethod
+    def together(cls, weights: Tensors) -> dict[str, "Gate"]:
+        """Make gates of weights, all of them open, which lie in one tensor on a device."""
+        made = {}
+        for names in by_device(weights):
+            shared = batched(weights[names[0]])
+            for members in [names] if shared else [[name] for name in names]:
+                group = _Group([weights[name] for name in members])
+                for place, name in enumerate(members):
+                    made[name] = cls.__new__(cls)
+                    made[name]._join(group, place)
+        return {name: made[name] for name in weights}
+
+    def _join(self, group: _Group, place: int) -> None:
+        self._group, self._place = group, place
+        self._strides = group.views[place].stride()
         # One bit per weight in the order of memory, set where active.
         self._bits: Tensor | None = None
-        self.update(mask)
 
-    def update(self, mask: Tensor) -> None:
-        """Replace the mask."""
-        torch.logical_not(mask, out=self.inactive)
-        self._bits = None
+    @property
+    def inactive(self) -> Tensor:
+        """A bool tensor of the weight's shape; its address never changes."""
+        return self._group.views[self._place]
 
     def mask(self) -> Tensor:
         """Give the mask: a new contiguous bool tensor, True = active."""
         return torch.logical_not(self.inactive).contiguous()
+
+    def update(self, mask: Tensor) -> None:
+        """Replace the mask."""
+        update_gates({"": self}, {"": mask})
 
     @property
     def nbytes(self) -> int:
@@ -53,35 +121,66 @@ class Gate:
         return self.inactive.nbytes + (0 if self._bits is None else self._bits.nbytes)
 
     def fits(self, tensor: Tensor) -> bool:
-        """Say whether a tensor on the CPU lies in memory as the gate does."""
-        if not self.inactive.is_cpu:
-            return False
+        """Say whether a tensor lies in memory as the gate does."""
         if tensor.stride() == self._strides:
             return True
         strides = zip(tensor.shape, tensor.stride(), self._strides, strict=True)
         return all(size == 1 or mine == other for size, mine, other in strides)
 
+    def serves(self, weight: Tensor) -> bool:
+        """Say whether a weight still is where it was, on its device and in its memory layout."""
+        return self.fits(weight) and self.inactive.device == weight.device
+
     def layer(self, tensor: Tensor) -> "_Layer":
-        """Describe, for the compiled loop, a tensor that `fits`."""
+        """Describe, for the compiled loop, a tensor on the CPU that `fits`."""
         if self._bits is None:
-            active = np.logical_not(_memory(self.inactive).numpy())
+            active = np.logical_not(memory(self.inactive).numpy())
             self._bits = torch.from_numpy(np.packbits(active, bitorder="little"))
         bits = self._bits.data_ptr()
         return _Layer(tensor.data_ptr(), bits, tensor.numel(), tensor.element_size())
 
 
+def update_gates(gates: Mapping[str, Gate], masks: Tensors) -> None:
+    """Replace the masks of gates, in place.
+
+    Args:
+        gates: Name -> gate.
+        masks: Name -> mask, for every gate.
+    """
+    for names in by_device({name: gate.inactive for name, gate in gates.items()}):
+        for name in names:
+            gates[name]._bits = None
+        places = [gates[name].inactive for name in names]
+        if batched(places[0]):
+            layout = layout_of(tuple(place.numel() for place in places))
+            closed = layout.flatten([masks[name] for name in names], torch.bool).logical_not_()
+            copy(places, layout.entries(closed))
+        else:
+            for name, place in zip(names, places, strict=True):
+                torch.logical_not(masks[name], out=place)
+
+
 def zero_inactive(pairs: Iterable[tuple[Tensor, Gate]]) -> None:
     """Set the inactive entries of tensors of the weights' shapes to exactly 0, in place."""
-    layers = []
+    layers, others = [], []
     for tensor, gate in pairs:
         if _is_compiled(tensor, gate):
             layers.append(gate.layer(tensor))
             torch.autograd.graph.increment_version(tensor)
         else:
-            _zero_by_torch(tensor.detach(), gate.inactive)
+            others.append((tensor.detach(), gate))
     loops = _compiled_loop() if layers else None
     if loops is not None:
         loops.keep((_Layer * len(layers))(*layers), len(layers), torch.get_num_threads())
+    alone, batches = _batches(others)
+    for place in alone:
+        tensor, gate = others[place]
+        _zero_by_torch(tensor, gate.inactive)
+    for batch in batches:
+        tensors = [memory(others[place][0]) for place in batch]
+        layout, closed = _closed([others[place][1] for place in batch])
+        values = layout.flatten(tensors, tensors[0].dtype, clear=False).masked_fill_(closed, 0)
+        copy(tensors, layout.entries(values))
 
 
 def count_violations(pairs: Iterable[tuple[Tensor, Gate]]) -> Tensor:
@@ -90,35 +189,69 @@ def count_violations(pairs: Iterable[tuple[Tensor, Gate]]) -> Tensor:
     Returns:
         int64, one number per pair, on the device of the first tensor. Waits for no device.
     """
-    pairs = list(pairs)
+    pairs = [(tensor.detach(), gate) for tensor, gate in pairs]
     loops = _compiled_loop() if all(_is_compiled(tensor, gate) for tensor, gate in pairs) else None
     if loops is not None:
         counts = torch.zeros(len(pairs), dtype=torch.int64)
         layers = (_Layer * len(pairs))(*(gate.layer(tensor) for tensor, gate in pairs))
         loops.count(layers, len(pairs), torch.get_num_threads(), counts.data_ptr())
         return counts
-    return gather(
-        [
-            torch.count_nonzero(tensor.detach().ne(0) & gate.inactive.to(tensor.device))
-            for tensor, gate in pairs
-        ]
-    )
+    alone, batches = _batches(pairs)
+    found = {
+        place: torch.count_nonzero(tensor.ne(0) & gate.inactive.to(tensor.device))
+        for place, (tensor, gate) in enumerate(pairs)
+        if place in alone
+    }
+    for batch in batches:
+        tensors = [memory(pairs[place][0]) for place in batch]
+        layout, closed = _closed([pairs[place][1] for place in batch])
+        wrong = layout.flatten(tensors, tensors[0].dtype, clear=False).ne(0).logical_and_(closed)
+        found |= zip(batch, layout.sums(wrong).unbind(), strict=True)
+    return gather([found[place] for place in range(len(pairs))])
+
+
+def _batches(pairs: Sequence[tuple[Tensor, Gate]]) -> tuple[set[int], list[list[int]]]:
+    """Share tensors out: the places of those treated alone, and of those treated together.
+
+    Together go tensors on a device that lie in memory as their gates do, of one dtype and of gates
+    in one tensor, each gate once.
+    """
+    alone, batches, seen = set(), defaultdict(list), Counter[tuple[int, torch.dtype]]()
+    devices: dict[int, torch.device] = {}
+    for place, (tensor, gate) in enumerate(pairs):
+        group = id(gate._group)
+        device = devices.setdefault(group, gate._group.flat.device)
+        if not (batched(gate._group.flat) and tensor.device == device and gate.fits(tensor)):
+            alone.add(place)
+            continue
+        turn = seen[id(gate), tensor.dtype]
+        seen[id(gate), tensor.dtype] += 1
+        batches[group, tensor.dtype, turn].append(place)
+    return alone, list(batches.values())
+
+
+def _closed(gates: Sequence[Gate]) -> tuple[Layout, Tensor]:
+    return gates[0]._group.part([gate._place for gate in gates])
 
 
 def masks_of(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, Tensor]:
-    """Give the masks of weights. Without a gate a mask is all True, and takes no memory."""
-    return {
-        name: gates[name].mask()
-        if name in gates
-        else torch.ones((), dtype=torch.bool, device=weight.device).expand(weight.shape)
-        for name, weight in weights.items()
-    }
+    """Give the masks of weights, all True where there is no gate."""
+    masks = all_true(weights)
+    for names in by_device({name: weights[name] for name in weights if name in gates}):
+        found = [gates[name].inactive for name in names]
+        if batched(found[0]):
+            layout = layout_of(tuple(gate.numel() for gate in found))
+            flat = layout.flatten(found, torch.bool).logical_not_()
+            masks |= layout.by_layer(flat, names, weights)
+        else:
+            masks |= {name: gates[name].mask() for name in names}
+    return masks
 
 
 def count_active(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, int]:
     """Count active weights; all are active without a gate. Waits for the device once."""
     counts = {name: weight.numel() for name, weight in weights.items()}
-    inactive = gather([torch.count_nonzero(gate.inactive) for gate in gates.values()]).tolist()
+    inactive = count_nonzero({name: gate.inactive for name, gate in gates.items()}).tolist()
     return counts | {
         name: counts[name] - number for name, number in zip(gates, inactive, strict=True)
     }
@@ -136,14 +269,7 @@ def active_positions(gate: Gate, weight: Tensor) -> Tensor:
         if laid_out.stride() != weight.stride():
             laid_out = laid_out.new_empty(weight.shape)
         inactive = laid_out.copy_(inactive)
-    return _memory(inactive).logical_not().nonzero().flatten()
-
-
-def gather(counts: list[Tensor]) -> Tensor:
-    """Bring counts of several layers, perhaps on several devices, into one int64 tensor."""
-    if not counts:
-        return torch.zeros(0, dtype=torch.int64)
-    return torch.stack([count.to(counts[0].device) for count in counts])
+    return memory(inactive).logical_not().nonzero().flatten()
 
 
 class _Layer(ctypes.Structure):
@@ -182,7 +308,8 @@ def _compiled_loop() -> _Loops | None:
 def _is_compiled(tensor: Tensor, gate: Gate) -> bool:
     """Say whether compiled code can work on a tensor: plain memory, laid out as its gate."""
     plain = type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-    return plain and gate.fits(tensor) and _compiled_loop() is not None
+    on_cpu = plain and not batched(tensor) and not batched(gate.inactive)
+    return on_cpu and gate.fits(tensor) and _compiled_loop() is not None
 
 
 def _zero_by_torch(tensor: Tensor, inactive: Tensor) -> None:
@@ -191,7 +318,3 @@ def _zero_by_torch(tensor: Tensor, inactive: Tensor) -> None:
         integers.bitwise_and_(inactive.view(torch.int8) - 1)
     else:
         tensor.masked_fill_(inactive.to(tensor.device), 0)
-
-
-def _memory(inactive: Tensor) -> Tensor:
-    return inactive.as_strided((inactive.numel(),), (1,))

@@ -1,11 +1,13 @@
 """What a method sees as gradients: those of the batch, or an average over all steps."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from sparse.errors import SparsityError
+from sparse.topology.flat import batched, copy, layout_of, memory
 from sparse.topology.rng import is_fake
 from sparse.training.clock import found_inf, inverse_scale
 
@@ -23,22 +25,62 @@ def average_gradients(
     change.
     """
     unscale, overflow = inverse_scale(optimizer), found_inf(optimizer)
-    for name, weight in weights.items():
-        gradient = weight.grad
-        if gradient is None:
-            continue
+    gradients = {name: weight.grad for name, weight in weights.items()}
+    found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    for name, gradient in found.items():
         if name not in averages:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
-            averages[name] = torch.zeros_like(weight, dtype=dtype)
+            averages[name] = torch.zeros_like(weights[name], dtype=dtype)
+    groups = defaultdict(list)
+    for name, gradient in found.items():
         average = averages[name]
-        gradient = gradient.to(average.dtype)
+        alike = average.stride() == gradient.stride() and batched(average)
+        groups[average.device, average.dtype, None if alike else name].append(name)
+    for (_, _, alone), names in groups.items():
+        pairs = [averages[name] for name in names], [found[name] for name in names]
+        (_blend_together if alone is None else _blend)(*pairs, 1.0 - decay, unscale, overflow)
+
+
+def _blend(
+    averages: list[Tensor],
+    gradients: list[Tensor],
+    share: float,
+    unscale: Tensor | None,
+    overflow: Tensor | None,
+) -> None:
+    for average, gradient in zip(averages, gradients, strict=True):
+        wide = gradient.to(average.dtype)
         if unscale is not None:
-            gradient = gradient * unscale
+            wide = wide * unscale
         if overflow is None:
-            average.lerp_(gradient, 1.0 - decay)
+            average.lerp_(wide, share)
         else:
-            blended = average.lerp(gradient, 1.0 - decay)
-            average.copy_(torch.where(overflow != 0, average, blended))
+            average.copy_(torch.where(overflow != 0, average, average.lerp(wide, share)))
+
+
+def _blend_together(
+    averages: list[Tensor],
+    gradients: list[Tensor],
+    share: float,
+    unscale: Tensor | None,
+    overflow: Tensor | None,
+) -> None:
+    """Do the same with tensors of one device, averages of one dtype, laid out as the gradients."""
+    dtype = averages[0].dtype
+    scaled = unscale is not None or overflow is not None
+    if not scaled and all(gradient.dtype == dtype for gradient in gradients):
+        torch._foreach_lerp_(averages, gradients, share)
+        return
+    layout = layout_of(tuple(average.numel() for average in averages))
+    places = list(map(memory, averages))
+    flat = layout.flatten(places, dtype, clear=False)
+    blended = layout.flatten(list(map(memory, gradients)), dtype, clear=False)
+    if unscale is not None:
+        blended *= unscale
+    torch.lerp(flat, blended, share, out=blended)
+    if overflow is not None:
+        torch.where(overflow != 0, flat, blended, out=blended)
+    copy(places, layout.entries(blended))
 
 
 def unscaled_gradients(

@@ -8,11 +8,13 @@ from torch.optim import Optimizer
 
 from sparse.methods.layers import check_owned, parameters_only, prunable_modules, weight_of
 from sparse.topology import rng
-from sparse.topology.masks import random_mask
+from sparse.topology.flat import all_true
+from sparse.topology.selection import largest_in_layers
 from sparse.training.checkpoints import check_counts, check_masks
 from sparse.training.connections import disconnect, mask_module
 from sparse.training.gates import Gate, active_positions, count_active, masks_of, zero_inactive
 from sparse.training.invariant import Invariant, held
+from sparse.training.metrics import fresh_marks
 from sparse.training.optimizers import check_optimizer, lay_out_state, moments_of, state_of
 
 Tensors = Mapping[str, Tensor]
@@ -109,12 +111,13 @@ class MaskedModel:
         mask_module(module, self._gates)
 
     def _random_masks(self, num_active: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-        masks = {}
-        for index, (name, weight) in enumerate(self._weights.items()):
-            if num_active[name] < weight.numel():
-                key = (seed, 0, index, rng.INITIAL_MASK)
-                masks[name] = random_mask(weight.shape, num_active[name], key, weight.device)
-        return masks
+        masked = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
+        indices = {name: index for index, name in enumerate(self._weights)}
+        draws = {
+            name: rng.Draw(tuple(weight.shape), (seed, 0, indices[name], rng.INITIAL_MASK))
+            for name, weight in masked.items()
+        }
+        return largest_in_layers(draws, num_active, all_true(masked))
 
     def _check_given(self, masks: Tensors, num_active: Mapping[str, int]) -> None:
         """Refuse masks of the caller that do not fit the weights and their counts."""
@@ -132,11 +135,12 @@ class MaskedModel:
             tensor.copy_(torch.where(gate.inactive & (tensor == 0), values, tensor))
         self._loaded.clear()
         self._invariant.forget()
-        self._gates.clear()
-        for name, mask in masks.items():
-            weight = self._maskable[name]
-            self._gates[name] = Gate(mask, weight)
-            disconnect(self._optimizer, weight, self._gates[name], mask)
+        weights = {name: self._maskable[name] for name in masks}
+        if list(self._gates) != list(masks) or not all(
+            gate.serves(weights[name]) for name, gate in self._gates.items()
+        ):
+            self._gates = Gate.together(weights)
+        disconnect(self._optimizer, self._maskable, self._gates, masks)
         self._counts = None
         self.masks_version += 1
 
@@ -151,15 +155,14 @@ class MaskedModel:
         """
         self._counts = None
         self.masks_version += any(new[name] is not old[name] for name in old)
-        for name, weight in self._maskable.items():
-            if name not in self._gates:
-                self._gates[name] = Gate(torch.ones_like(weight, dtype=torch.bool), weight)
-        for name, mask in old.items():
-            weight, gate = self._maskable[name], self._gates[name]
-            if survivors[name] is not mask:
-                disconnect(self._optimizer, weight, gate, survivors[name])
-            disconnect(self._optimizer, weight, gate, new[name])
-        return {name: new[name] > mask for name, mask in old.items()}
+        self._gates |= Gate.together(
+            {n: w for n, w in self._maskable.items() if n not in self._gates}
+        )
+        reset = {name: survivors[name] for name, mask in old.items() if survivors[name] is not mask}
+        if reset:
+            disconnect(self._optimizer, self._maskable, self._gates, reset)
+        disconnect(self._optimizer, self._maskable, self._gates, {name: new[name] for name in old})
+        return fresh_marks(old, new)
 
     def _zero_gradients(self) -> None:
         gradients = ((self._weights[name].grad, gate) for name, gate in self._gates.items())
@@ -173,9 +176,9 @@ class MaskedModel:
     @torch.no_grad()
     def _optimizer_loaded(self) -> None:
         lay_out_state(self._optimizer)
-        for name, gate in self._gates.items():
-            state = state_of(self._optimizer, self._maskable[name])
-            self._mask_loaded([(tensor, gate) for tensor in state.values()])
+        tensors = held(self._optimizer, self._maskable, self._gates, state_of)
+        weights = set(map(id, self._maskable.values()))
+        self._mask_loaded([(t, gate) for _, t, gate in tensors if id(t) not in weights])
 
     def _mask_loaded(self, pairs: list[tuple[Tensor, Gate]]) -> None:
         """Mask loaded tensors, but keep the loaded values until the next step.

@@ -6,22 +6,49 @@ import torch
 from torch import Tensor
 
 from sparse.topology.bits import pack
-from sparse.training.gates import gather
+from sparse.topology.flat import batched, by_device, copy, gather, joined, layout_of
 
 Tensors = Mapping[str, Tensor]
 
 
 def record_explored(explored: dict[str, Tensor], masks: Tensors) -> None:
     """Add the active weights of masks to those explored so far, one bit each."""
-    for name, mask in masks.items():
-        bits = pack(mask)
-        explored[name] = explored[name] | bits if name in explored else bits
+    for names in by_device(masks):
+        if not batched(masks[names[0]]):
+            bits = {name: pack(masks[name]) for name in names}
+        else:  # every layer begins with a byte of its own
+            layout = layout_of(tuple(masks[name].numel() for name in names))
+            packed = pack(layout.flatten([masks[name] for name in names], torch.bool))
+            firsts = [start // 8 for start in layout.starts]
+            sizes = [(masks[name].numel() + 7) // 8 for name in names]
+            bits = {n: packed[i : i + k] for n, i, k in zip(names, firsts, sizes, strict=True)}
+        known = [name for name in names if name in explored]
+        if known:
+            (found,) = joined(explored[name] for name in known)
+            (more,) = joined(bits[name] for name in known)
+            merged = torch.split(found.bitwise_or_(more), [len(bits[name]) for name in known])
+            copy([explored[name] for name in known], merged)
+        explored |= {name: bits[name].clone() for name in names if name not in explored}
 
 
 def count_explored(explored: Tensors) -> int:
     """Count the explored weights. Waits for the device."""
-    sums = [((bits >> place) & 1).sum() for bits in explored.values() for place in range(8)]
-    return int(gather(sums).sum())
+    bytes_ = joined(explored.values())
+    return int(gather([((bits >> k) & 1).sum() for bits in bytes_ for k in range(8)]).sum())
+
+
+def fresh_marks(old: Tensors, new: Tensors) -> dict[str, Tensor]:
+    """Mark the connections that are active in new masks and were not in old ones."""
+    marks: dict[str, Tensor] = {}
+    for names in by_device(old):
+        if batched(old[names[0]]):
+            layout = layout_of(tuple(old[name].numel() for name in names))
+            flat = layout.flatten([new[name] for name in names], torch.bool)
+            flat.gt_(layout.flatten([old[name] for name in names], torch.bool))
+            marks |= layout.by_layer(flat, names, old)
+        else:
+            marks |= {name: new[name] > old[name] for name in names}
+    return {name: marks[name] for name in old}
 
 
 def turnover(old: Tensors, new: Tensors, fresh: Tensors, *, keeps_counts: bool) -> Tensors:
@@ -39,6 +66,8 @@ def turnover(old: Tensors, new: Tensors, fresh: Tensors, *, keeps_counts: bool) 
 
 
 def _total(masks: Tensors) -> Tensor:
+    if any(map(batched, masks.values())):
+        return gather([torch.count_nonzero(flat) for flat in joined(masks.values())]).sum()
     return gather([torch.count_nonzero(mask) for mask in masks.values()]).sum()
 
 

@@ -25,7 +25,7 @@ def test_any_part_is_a_part_of_the_whole() -> None:
 def test_a_device_draws_the_same() -> None:
     draw = Draw((2, CHUNK), (4, 5))
     index = torch.arange(draw.numel, dtype=torch.int32)
-    first, second = rng._words(draw.key)  # the steps of a device, taken by torch on the CPU
+    first, second = rng.words(draw.key)  # the steps of a device, taken by torch on the CPU
     expected = rng._mix(index.bitwise_xor_(first), second)
     assert torch.equal(draw.tensor().view(-1), expected)
 

@@ -37,12 +37,6 @@ def build(device: str, dtype: torch.dtype) -> nn.Sequential:
     )
 
 
-@pytest.fixture(autouse=True)
-def _fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without data the excess of SNFS is spread a thousand times, each traced like the first.
-    monkeypatch.setattr("sparse.methods.snfs._ROUNDS", 10)
-
-
 def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     for _ in range(steps):
         for parameter in model.parameters():

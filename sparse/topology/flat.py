@@ -1,0 +1,230 @@
+"""The layers of a device as one flat tensor, so that work on all of them takes few operations.
+
+A GPU spends more time on starting the operations of an update than on the weights. On a device the
+layers therefore lie one behind the other in a flat tensor, and every operation works on all of
+them. On a CPU, where starting costs nothing, layers are treated one by one.
+
+Numbers that differ between layers reach a device as the arguments of operations: no host list is
+copied there, and nothing waits.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse.topology.rng import is_fake
+
+_ONE_BY_ONE = frozenset({"cpu"})  # types of device on which layers are treated one by one
+LANES = 1 << 12  # a flat tensor can be looked at as rows of so many entries
+WORD = 8  # layers begin at multiples of it: 8 bools are an int64, and become a byte of bits
+
+
+def batched(tensor: Tensor) -> bool:
+    """Say whether all layers are treated together: on a device, and on tensors without data."""
+    return tensor.device.type not in _ONE_BY_ONE or is_fake(tensor)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where layers lie in a flat tensor. Between and behind them there are a few entries of none.
+
+    Attributes:
+        sizes: Entries of each layer.
+    """
+
+    sizes: tuple[int, ...]
+
+    @functools.cached_property
+    def spans(self) -> list[int]:
+        """Entries from the beginning of a layer to that of the next, at least one more than 0."""
+        return [max(-(-size // WORD), 1) * WORD for size in self.sizes]
+
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """Where each layer begins."""
+        starts = [0]
+        for span in self.spans:
+            starts.append(starts[-1] + span)
+        return starts[:-1]
+
+    @functools.cached_property
+    def numel(self) -> int:
+        """Entries of the flat tensor, a multiple of `LANES`."""
+        return -(-sum(self.spans) // LANES) * LANES
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Cut a flat tensor at the beginnings of layers: 1-dim views."""
+        used = sum(self.spans)
+        return list(torch.split(flat if used == len(flat) else flat[:used], self.spans))
+
+    def entries(self, flat: Tensor) -> list[Tensor]:
+        """Give the entries of every layer: 1-dim views."""
+        sized = zip(self.split(flat), self.sizes, strict=True)
+        return [part if len(part) == size else part[:size] for part, size in sized]
+
+    def flatten(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype, *, clear: bool = True
+    ) -> Tensor:
+        """Put tensors into a flat one, in row-major order; 0 where there is no layer if `clear`."""
+        make = torch.zeros if clear else torch.empty
+        flat = make(self.numel, dtype=dtype, device=tensors[0].device)
+        copy(self.entries(flat), tensors)
+        return flat
+
+    def by_layer(
+        self, flat: Tensor, names: Iterable[str], like: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give the layers of a flat tensor by name, in the shapes of others."""
+        parts = zip(names, self.entries(flat), strict=True)
+        return {name: part.view(like[name].shape) for name, part in parts}
+
+    def clear_gaps(self, flat: Tensor) -> Tensor:
+        """Set to 0, in place, what belongs to no layer."""
+        sized = zip(self.split(flat), self.sizes, strict=True)
+        gaps = [part[size:] for part, size in sized if len(part) > size]
+        if len(flat) > sum(self.spans):
+            gaps.append(flat[sum(self.spans) :])
+        if gaps:
+            torch._foreach_zero_(gaps)
+        return flat
+
+    def add(self, flat: Tensor, numbers: Sequence[int]) -> Tensor:
+        """Add to the entries of every layer its number, in place."""
+        torch._foreach_add_(self.split(flat), list(numbers))
+        return flat
+
+    def spread(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """Give every entry the number of its layer: int32."""
+        return self.add(torch.zeros(self.numel, dtype=torch.int32, device=device), numbers)
+
+    def sums(self, flat: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+        """Add up the entries of each layer, integers or bools that are 0 where there is no layer.
+
+        Returns:
+            int64 tensor, an entry per layer.
+        """
+        ends = [start + span - 1 for start, span in zip(self.starts, self.spans, strict=True)]
+        return sums_until(flat, ends, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def layout_of(sizes: tuple[int, ...]) -> Layout:
+    """Give the layout of layers of some sizes."""
+    return Layout(sizes)
+
+
+def vector(
+    numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32
+) -> Tensor:
+    """Make a tensor of numbers without a copy from the host, which would wait for the device."""
+    made = torch.zeros(len(numbers), dtype=dtype, device=device)
+    torch._foreach_add_(each(made), list(numbers))
+    return made
+
+
+def sums_until(flat: Tensor, ends: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Add up stretches of a flat tensor of integers or bools that follow one another: int64.
+
+    Args:
+        flat: The tensor.
+        ends: The last entry of every stretch.
+        dtype: Type of the running sum.
+    """
+    running = flat.cumsum(0) if flat.dtype == dtype else flat.to(dtype).cumsum_(0)
+    until = running.index_select(0, vector(ends, flat.device))
+    return until.diff(prepend=until.new_zeros(1)).long()
+
+
+def each(numbers: Tensor) -> list[Tensor]:
+    """Give the entries of a 1-dim tensor as views of one entry."""
+    return list(torch.split(numbers, 1))
+
+
+def all_true(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make masks, all True, by the names and in the shapes of others; on a CPU of no size."""
+    made: dict[str, Tensor] = {}
+    for names in by_device(like):
+        if batched(like[names[0]]):
+            layout = layout_of(tuple(like[name].numel() for name in names))
+            flat = torch.ones(layout.numel, dtype=torch.bool, device=like[names[0]].device)
+            made |= layout.by_layer(flat, names, like)
+        else:
+            one = torch.ones((), dtype=torch.bool)
+            made |= {name: one.expand(like[name].shape) for name in names}
+    return {name: made[name] for name in like}
+
+
+def by_device(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Group names by the device of their tensor, in order."""
+    groups = defaultdict(list)
+    for name, tensor in tensors.items():
+        groups[tensor.device].append(name)
+    return list(groups.values())
+
+
+def gather(numbers: Sequence[Tensor]) -> Tensor:
+    """Bring 0-dim tensors of several layers, perhaps on several devices, into one tensor."""
+    if not numbers:
+        return torch.zeros(0, dtype=torch.int64)
+    device = numbers[0].device
+    return torch.stack([n if n.device == device else n.to(device) for n in numbers])
+
+
+def count_nonzero(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Count the entries of each tensor that are not 0: int64, on the device of the first one."""
+    counts: dict[str, Tensor] = {}
+    for names in by_device(tensors):
+        found = [tensors[name] for name in names]
+        if batched(found[0]):
+            layout = layout_of(tuple(tensor.numel() for tensor in found))
+            one_type = all(tensor.dtype == found[0].dtype for tensor in found)
+            flat = layout.flatten(found, found[0].dtype if one_type else torch.float64)
+            counts |= zip(names, layout.sums(flat != 0).unbind(), strict=True)
+        else:
+            counts |= zip(names, map(torch.count_nonzero, found), strict=True)
+    return gather([counts[name] for name in tensors])
+
+
+def joined(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Join the entries of tensors of one dtype: a 1-dim tensor per device."""
+    groups = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.device].append(tensor.reshape(-1))
+    return [torch.cat(parts) for parts in groups.values()]
+
+
+def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors of one device, in row-major order, whatever their dtypes.
+
+    Contiguous ones take one operation per dtype. Torch copies others one after the other.
+
+    Args:
+        targets: Tensors of the shapes of the sources, or 1-dim and contiguous.
+        sources: Tensors, or 1-dim contiguous ones for targets of another shape.
+    """
+    groups: dict[tuple[torch.dtype, torch.dtype] | None, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        if target.is_contiguous() and source.is_contiguous():
+            key, pair = (target.dtype, source.dtype), (_line(target), _line(source))
+        elif target.dim() == 1:
+            key, pair = None, (target.view(source.shape), source)
+        else:
+            key, pair = None, (target, source.view(target.shape))
+        into, out_of = groups.setdefault(key, ([], []))
+        into.append(pair[0])
+        out_of.append(pair[1])
+    for into, out_of in groups.values():
+        torch._foreach_copy_(into, out_of)
+
+
+def _line(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 1 else tensor.view(-1)
+
+
+def memory(tensor: Tensor) -> Tensor:
+    """Look at a tensor without gaps in the order of memory: a 1-dim view."""
+    return tensor.as_strided((tensor.numel(),), (1,))
