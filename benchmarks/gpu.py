@@ -27,29 +27,18 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
 
 import sparse
+from benchmarks.operations import SETTINGS, count
 from cli.report import read_raport
 from image_classification.data import DataConfig, create_train_loader, has_dali
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = {"erk_0.8": ("erk", 0.8), "uniform_0.9": ("uniform", 0.9)}
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
-METHODS: dict[str, dict[str, Any]] = {
-    "rigl": {"delta_t": 2, "t_end": 10**6, "drop_anneal": "constant"},
-    "set": {"delta_t": 2, "t_end": 10**6, "drop_anneal": "constant"},
-    "snfs": {"delta_t": 2, "t_end": 10**6, "drop_anneal": "constant"},
-    "gmp": {"prune_every": 2, "prune_end": 10**6},
-}
-VIEWS = (
-    "view slice as_strided detach expand permute select alias t.default unsqueeze squeeze split "
-    "reshape empty transpose unbind"
-).split()
-"""What a device does not execute."""
+METHODS = {name: settings for name, settings in SETTINGS.items() if settings}
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,7 @@ def measure(device: torch.device, size: Size, *, photos: bool) -> dict[str, Any]
         "steps": lambda: {name: step_times(device, size, name) for name in PRECISIONS},
         "updates": lambda: {name: update_times(device, size, name) for name in METHODS},
         "host_syncs": lambda: {name: host_syncs(device, size, name) for name in PRECISIONS},
-        "operations": lambda: {name: operations(name, size.arch) for name in METHODS},
+        "operations": lambda: {name: count(name, size.arch) for name in METHODS},
         "images_per_second": lambda: throughput(device, size, photos=photos),
     }
     for name, section in sections.items():
@@ -209,41 +198,6 @@ def counting_syncs(device: torch.device) -> Iterator[list[warnings.WarningMessag
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
             found[:] = [entry for entry in found if "synchroniz" in str(entry.message)]
-
-
-def operations(method: str, arch: str) -> dict[str, int]:
-    """Count the device operations of an update and of an ordinary step; needs no device."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.device("cuda"):
-            model = torchvision.models.get_model(arch)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        settings = METHODS[method]
-        make = getattr(sparse, method)
-        sparsifier = make(model, optimizer, sparsity=0.8, hooks=False, **settings)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        counts = {}
-        for _ in range(4):
-            name = "update" if sparsifier.is_update_step else "step"
-            with OperationCount() as count:
-                sparsifier.before_step()
-                sparsifier.after_step()
-            counts[name] = count.total
-    return counts
-
-
-class OperationCount(TorchDispatchMode):
-    """Counts what a device executes; views are free."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        self.total += not any(view in str(func) for view in VIEWS)
-        return func(*args, **(kwargs or {}))
 
 
 class Trainer:

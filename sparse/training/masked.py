@@ -11,7 +11,7 @@ from sparse.topology import rng
 from sparse.topology.flat import all_true
 from sparse.topology.selection import largest_in_layers
 from sparse.training.checkpoints import check_counts, check_masks
-from sparse.training.connections import disconnect, mask_module
+from sparse.training.connections import NewConnections, disconnect, mask_module
 from sparse.training.gates import Gate, active_positions, count_active, masks_of, zero_inactive
 from sparse.training.invariant import Invariant, held
 from sparse.training.metrics import fresh_marks
@@ -163,6 +163,15 @@ class MaskedModel:
             disconnect(self._optimizer, self._maskable, self._gates, reset)
         disconnect(self._optimizer, self._maskable, self._gates, {name: new[name] for name in old})
         return fresh_marks(old, new)
+
+    def _begin(
+        self, connections: NewConnections, fresh: Tensors, gradients: Tensors, step: int
+    ) -> None:
+        """Give new connections, marked by `fresh`, their first weight and state."""
+        for index, name in enumerate(self._weights):
+            if name in fresh:
+                weight, key = self._maskable[name], (connections.seed, step, index, rng.GROW_WEIGHT)
+                connections.write(self._optimizer, weight, fresh[name], gradients.get(name), key)
 
     def _zero_gradients(self) -> None:
         gradients = ((self._weights[name].grad, gate) for name, gate in self._gates.items())

@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 
 from sparse.methods.base import Allocated, Method, Tensors
 from sparse.methods.layers import warn_of_dense_weights
-from sparse.topology import rng
 from sparse.training import checkpoints, metrics, optimizers
 from sparse.training.clock import Clock, found_inf
 from sparse.training.connections import NewConnections
@@ -321,11 +320,7 @@ class Sparsifier(MaskedModel):
         new = self.method.update(old, weights, gradients, step, self._method_state)
         checkpoints.check_masks(new, weights, f"method {self.method.name}")
         fresh = self._reconnect(old, survivors, new)
-        for index, name in enumerate(self._weights):
-            if name in old:
-                key = (self._new_connections.seed, step, index, rng.GROW_WEIGHT)
-                change = self._optimizer, trained[name], fresh[name], gradients.get(name), key
-                self._new_connections.write(*change)
+        self._begin(self._new_connections, fresh, gradients, step)
         keeps = self.method.keeps_counts
         self._finish_update(metrics.turnover(old, new, fresh, keeps_counts=keeps), step)
 

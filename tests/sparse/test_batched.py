@@ -5,22 +5,18 @@ Tests that need values force CPU tensors onto it. Counts are taken from tensors 
 
 import copy
 import pickle
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import sparse
+from benchmarks.operations import count
 from sparse.methods import snfs
 from sparse.topology import flat
 from sparse.topology.rng import Draw
@@ -278,98 +274,14 @@ def test_gates_of_one_tensor_are_copied_and_pickled_once() -> None:
 
 # Counts ------------------------------------------------------------------------------------------
 
-VIEWS = (
-    "view slice as_strided detach expand permute select alias t.default unsqueeze squeeze split "
-    "reshape empty transpose unbind"
-).split()
-# Of the numbers of a device: the entries it holds for a maskable weight in the worst moment.
+# The entries that a device holds for a maskable weight in the worst moment.
 BYTES_PER_WEIGHT = 12
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-class Watch(TorchDispatchMode):
-    """Counts operations of a device, and the bytes that are allocated at the same time.
-
-    Views are free, and so are questions for a tensor's device, which torch asks for views of
-    tensors without data. Tensors that a multi-tensor copy copies one by one count one by one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_operations = self.bytes = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = str(function)
-        result = function(*arguments, **(kwargs or {}))
-        if name.startswith("prim.") or any(view in name for view in VIEWS):
-            number = 0
-        elif "_foreach_copy_" in name and any(
-            one.stride() != other.stride() for one, other in zip(*arguments[:2], strict=True)
-        ):
-            number = len(arguments[0])
-        else:
-            number = 1
-        self.num_operations += number
-        known = {tensor.untyped_storage()._cdata for tensor in tensors_in((arguments, kwargs))}
-        for tensor in tensors_in(result):
-            if tensor.untyped_storage()._cdata not in known:
-                self._allocated(tensor.untyped_storage())
-        return result
-
-    def _allocated(self, storage: Any) -> None:
-        key = storage._cdata
-        if key not in self._known:
-            self._known.add(key)
-            self.bytes += storage.nbytes()
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self._freed, key, storage.nbytes())
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.bytes -= size
-
-
-def counts(arch: str, method: str, last: bool = False) -> dict[str, float]:
-    """Count what making a model sparse, an update and an ordinary step take."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.device("meta"):
-            model = torchvision.models.get_model(arch)
-        for parameter in model.parameters():
-            if last and parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(**LAST)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        factory, times = getattr(sparse, method), {"delta_t": 2, "t_end": 1000}
-        times = {"gmp": {"prune_every": 2, "prune_end": 1000}, "static": {}}.get(method, times)
-        with Watch() as made:
-            sparsifier = factory(model, optimizer, sparsity=0.8, hooks=False, **times)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        steps = []
-        for _ in range(4):
-            with Watch() as watch:
-                sparsifier.before_step()
-                sparsifier.after_step()
-            steps.append(watch)
-        weights = sum(weight.numel() for weight in sparsifier.maskable.values())
-        return {
-            "install": made.num_operations,
-            "update": steps[2].num_operations,
-            "step": steps[3].num_operations,
-            "bytes": steps[2].peak / weights,
-        }
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet152"])
 @pytest.mark.parametrize("method", ["rigl", "gmp", "set", "snfs", "static"])
 def test_few_operations_whatever_the_number_of_layers(method: str, arch: str) -> None:
-    found = counts(arch, method)
+    found = count(method, arch)
     limit = {"snfs": 330, "static": 3}.get(method, 200)
     assert found["install"] <= 100
     assert found["update"] <= limit
@@ -379,6 +291,6 @@ def test_few_operations_whatever_the_number_of_layers(method: str, arch: str) ->
 
 
 def test_channels_last_adds_copies_of_large_kernels_only() -> None:
-    found = counts("resnet50", "rigl", last=True)
+    found = count("rigl", "resnet50", channels_last=True)
     assert found["update"] <= 300
     assert found["step"] <= 3

@@ -1,0 +1,116 @@
+"""Count what a device executes for sparse training; needs no device, only tensors without data."""
+
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
+
+import sparse
+
+VIEWS = (
+    "view slice as_strided detach expand permute select alias t.default unsqueeze squeeze split "
+    "reshape empty transpose unbind"
+).split()
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """List the tensors in nested arguments or results."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations of a device, and the bytes that are allocated at the same time.
+
+    Views are free, and so are questions for a tensor's device, which torch asks for views of
+    tensors without data. Tensors that a multi-tensor copy copies one by one count one by one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_operations = self.bytes = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = str(function)
+        result = function(*arguments, **(kwargs or {}))
+        if name.startswith("prim.") or any(view in name for view in VIEWS):
+            number = 0
+        elif "_foreach_copy_" in name and any(
+            one.stride() != other.stride() for one, other in zip(*arguments[:2], strict=True)
+        ):
+            number = len(arguments[0])
+        else:
+            number = 1
+        self.num_operations += number
+        known = {tensor.untyped_storage()._cdata for tensor in tensors_in((arguments, kwargs))}
+        for tensor in tensors_in(result):
+            if tensor.untyped_storage()._cdata not in known:
+                self._allocated(tensor.untyped_storage())
+        return result
+
+    def _allocated(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self._freed, key, storage.nbytes())
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "static": {},
+    "rigl": {"delta_t": 2, "t_end": 10**6, "drop_anneal": "constant"},
+    "set": {"delta_t": 2, "t_end": 10**6, "drop_anneal": "constant"},
+    "snfs": {"delta_t": 2, "t_end": 10**6, "drop_anneal": "constant"},
+    "gmp": {"prune_every": 2, "prune_end": 10**6},
+}
+"""Of methods: an update at every second step."""
+
+
+def count(method: str, arch: str, *, channels_last: bool = False) -> dict[str, float]:
+    """Count the operations of making a model sparse, of an update and of an ordinary step.
+
+    Returns:
+        "install", "update" and "step"; and "bytes", which an update allocates per maskable weight.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("meta"):
+            model = torchvision.models.get_model(arch)
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with Watch() as made:
+            sparsifier = getattr(sparse, method)(
+                model, optimizer, sparsity=0.8, hooks=False, **SETTINGS[method]
+            )
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        steps = []
+        for _ in range(4):
+            with Watch() as watch:
+                sparsifier.before_step()
+                sparsifier.after_step()
+            steps.append(watch)
+    weights = sum(weight.numel() for weight in sparsifier.maskable.values())
+    return {
+        "install": made.num_operations,
+        "update": steps[2].num_operations,
+        "step": steps[3].num_operations,
+        "bytes": steps[2].peak / weights,
+    }
