@@ -36,9 +36,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        """A name that is short, and different where the flags usually differ."""
-        name = f"{self.arch}-{self.method}-{self.sparsity}-seed{self.seed}"
-        return f"{name}-{self.epochs}epochs"
+        """A name that tells runs apart whose flags differ."""
+        name = f"{self.arch}-{self.method}-{self.sparsity}-seed{self.seed}-{self.epochs}epochs"
+        return f"{name}-batch{self.batch_size}-delta{self.delta_t}"
 
 
 def attach(

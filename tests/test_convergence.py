@@ -137,8 +137,8 @@ def test_images_are_standardized_one_by_one(device: torch.device) -> None:
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device)
     images[0, :, :16], images[0, :, 16:] = 7, 3  # mean 5, deviation 2; the other one is constant
     found = cifar.standardize(images)
-    assert torch.equal(found[0, :, :16], torch.ones(3, 16, 32, device=device))
-    assert torch.equal(found[0, :, 16:], -torch.ones(3, 16, 32, device=device))
+    assert torch.allclose(found[0, :, :16], torch.ones(3, 16, 32, device=device))
+    assert torch.allclose(found[0, :, 16:], -torch.ones(3, 16, 32, device=device))
     assert not found[1].any()
 
 
@@ -314,12 +314,14 @@ def test_a_killed_run_goes_on_to_the_same_result(
     assert not killed.exists()
     capsys.readouterr()
     assert convergence.main([*flags, str(killed)]) == 0
-    assert "small-rigl-0.9-seed4-50epochs goes on after epoch" in capsys.readouterr().out
+    assert (
+        "small-rigl-0.9-seed4-50epochs-batch8-delta2 goes on after epoch" in capsys.readouterr().out
+    )
     (expected,), (found,) = lines(whole), lines(killed)
     assert untimed(found, device) == untimed(expected, device)
     assert {path.name for path in tmp_path.iterdir()} <= {
         "whole.jsonl", "killed.jsonl",
-        ".killed.jsonl.small-rigl-0.9-seed4-50epochs.checkpoint.tmp",  # half of one, perhaps
+        ".killed.jsonl.small-rigl-0.9-seed4-50epochs-batch8-delta2.checkpoint.tmp",  # half of one, perhaps
     }  # fmt: skip
 
 
@@ -377,7 +379,7 @@ def test_damaged_files_are_named(
     out = tmp_path / "runs.jsonl"
     flags = [str(data), "--out", str(out), *SHORT, "--device", "cpu"]
     flags += "--epochs 2 --seeds 0 --sparsities 0.9 --methods set".split()
-    path = tmp_path / "runs.jsonl.small-set-0.9-seed0-2epochs.checkpoint"
+    path = tmp_path / "runs.jsonl.small-set-0.9-seed0-2epochs-batch8-delta2.checkpoint"
     other = Run("set", 0.9, 0, 2, batch_size=8, delta_t=3)
     split = torch.empty(0), torch.zeros(16)
     state = Training(other, {"train": split}, torch.device("cpu"), graph=False).state()
