@@ -91,8 +91,9 @@ def count(method: str, arch: str, *, channels_last: bool = False) -> dict[str, f
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("meta"):
             model = torchvision.models.get_model(arch)
-        if channels_last:
-            model = model.to(memory_format=torch.channels_last)
+        for parameter in model.parameters():
+            if channels_last and parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         with Watch() as made:
             sparsifier = getattr(sparse, method)(
