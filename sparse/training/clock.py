@@ -30,10 +30,18 @@ class Clock:
         """Give the exact count; waits for the device if steps may have been skipped."""
         return self._bound - (0 if self._skipped is None else int(self._skipped.item()))
 
-    def settle(self) -> int:
-        """Make the bound exact and return it; waits for the device as `read` does."""
-        self._bound, self._skipped = self.read(), None
-        return self._bound
+    def settle(self, overflow: Tensor | None = None) -> tuple[int, bool]:
+        """Make the bound exact; give it, and whether the coming step overflows by `found_inf`.
+
+        Waits for the device at most once.
+        """
+        flags = [] if overflow is None else [(overflow != 0).to(torch.int64).view(())]
+        if self._skipped is not None:
+            flags.append(self._skipped.to(flags[0].device) if flags else self._skipped)
+        numbers = torch.stack(flags).tolist() if flags else []
+        overflows = overflow is not None and bool(numbers.pop(0))
+        self._bound, self._skipped = self._bound - sum(numbers), None
+        return self._bound, overflows
 
     def tick(self, overflow: Tensor | None) -> None:
         """Count a step, unless `overflow` (the scaler's found_inf, 0-dim) says it was skipped."""

@@ -258,9 +258,10 @@ class Sparsifier(MaskedModel):
             average_gradients(self._averages, self._maskable, decay, self._optimizer)
         # The device is asked only when an update may be due and steps may have been skipped. The
         # clock's bound cannot run past a due step, because it is exact after every question.
-        due = self._is_due(self._clock.bound) and self._is_due(self._clock.settle())
-        skipped = due and overflow is not None and bool(overflow.item())
-        due = due and not skipped
+        due = skipped = False
+        if self._is_due(self._clock.bound):
+            step, overflows = self._clock.settle(overflow)
+            due, skipped = (self._is_due(step) and flag for flag in (not overflows, overflows))
         self._update_follows = due and self.method.timing == "after"
         self._counts_step = not (skipped or (due and self.method.timing == "once"))
         if due and not self._update_follows:
