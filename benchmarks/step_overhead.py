@@ -82,7 +82,7 @@ def measure(name: str, pairs: int, rounds: int, batch: tuple[Tensor, Tensor]) ->
             both = [(dense, dense_step), (masked, sparse_step)]
             for times, step in both if number % 2 else reversed(both):
                 times.append(cpu_seconds(step))
-            masking.append(cpu_seconds(sparsifier.before_step))
+            masking.append(cpu_seconds(sparsifier._before_step))  # what the hook calls
     ratio = statistics.median(b / a for a, b in zip(dense, masked, strict=True))
     weights = sum(weight.numel() for weight in sparsifier.maskable.values())
     gates = sum(gate.nbytes for gate in sparsifier._gates.values())
