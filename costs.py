@@ -9,25 +9,16 @@ from image_classification import versions
 if __name__ == "__main__":
     versions.require()
 
-import functools
 import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-import sparse
-from cli.flags import find_method
+from cli.architecture_costs import format_report, report_network
 from cli.program import Program
-from image_classification import models
 from image_classification.flags import flag
 from sparse import costs
-from sparse.methods.settings import settings_of
-from sparse.topology.distributions import layer_sparsities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,104 +110,6 @@ def report_flags(args: Flags) -> dict[str, Any]:
         multiplier=args.multiplier,
         total_steps=steps["total_steps"],
     )
-
-
-def report_network(
-    arch: str,
-    *,
-    image_size: int | None = None,
-    num_classes: int = 1000,
-    sparsity: float = 0.0,
-    distribution: str = "erk",
-    dense_layers: Sequence[str] | None = None,
-    rounding: str = "floor",
-    reshaped: Mapping[str, tuple[int, ...]] | None = None,
-    method: str = "dense",
-    settings: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Return `sparse.costs.report` of an architecture at a sparsity.
-
-    Args:
-        arch: A name that `image_classification.models` knows.
-        image_size: Side of the input; the architecture's own by default.
-        num_classes: Length of the logits.
-        sparsity, distribution, dense_layers, rounding: As for `sparse.allocate`.
-        reshaped: Shapes to give to the distribution in place of a layer's own.
-        method: Of training, as main.py --sparse-method.
-        settings: Of the method; those that it does not have are passed over.
-        **options: Further arguments of `sparse.costs.report`.
-    """
-    layers, shapes = _trace(arch, image_size, num_classes)
-    if method != "dense":
-        options["method"] = _method(method, {"sparsity": sparsity, **(settings or {})})
-    if sparsity == 0:
-        return costs.report(layers, **options)
-    solved = layer_sparsities(
-        {**shapes, **(reshaped or {})},
-        sparsity=sparsity,
-        distribution=distribution,
-        dense_layers=dense_layers,
-        rounding=rounding,
-    )
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    return costs.report(
-        layers,
-        {name: 1 - zeros for name, zeros in solved.items()},
-        num_active={n: sizes[n] - math.floor(zeros * sizes[n]) for n, zeros in solved.items()},
-        **options,
-    )
-
-
-def _method(name: str, settings: Mapping[str, Any]) -> sparse.Allocated:
-    """Return a method of which only the costs are asked."""
-    method = find_method(name)
-    given = {}
-    for key, known in settings_of(method).items():
-        if key in settings:
-            given[key] = settings[key]
-        elif known.is_end:
-            given[key] = settings["total_steps"]
-    return method(**given)
-
-
-@functools.cache
-def _trace(
-    arch: str, image_size: int | None, num_classes: int
-) -> tuple[list[costs.LayerCost], dict[str, tuple[int, ...]]]:
-    with torch.device("meta"):
-        model = models.create_model(arch, num_classes=num_classes)
-    side = image_size or models.default_image_size(arch)
-    models.check_image_size(model, arch, side)
-    layers = costs.trace_layers(model, side)
-    return layers, {name: tuple(p.shape) for name, p in sparse.prunable(model).items()}
-
-
-def format_report(report: Mapping[str, Any]) -> str:
-    """Return the report as text."""
-    width = max(len(layer["name"]) for layer in report["layers"])
-    unit = "MMACs" if report["convention"] == "macs" else "MFLOPs"
-    lines = [
-        f"{'':{width}}  {'weights':>10}  {'active':>10}  {'density':>7}  {'dense':>9}  "
-        f"{'sparse':>9}  {'size':>9}",
-        f"{'layer':{width}}  {'':10}  {'':10}  {'':7}  {unit:>9}  {unit:>9}  {'kB':>9}",
-    ]
-    lines += [
-        f"{x['name']:{width}}  {x['num_weights']:10,}  {x['num_active']:10,}  {x['density']:7.4f}"
-        f"  {x['dense_flops'] / 1e6:9.2f}  {x['flops'] / 1e6:9.2f}  {x['size_bytes'] / 1e3:9.1f}"
-        for x in report["layers"]
-    ]
-    ops = "multiply-accumulates" if unit == "MMACs" else "FLOPs (multiplies + adds)"
-    lines += [
-        "",
-        f"inference   {report['inference_flops']:.4e} {ops}, {report['inference_ratio']:.4f} of "
-        f"dense; {report['macs']:.4e} multiply-accumulates",
-        f"training    {report['training_ratio']:.4f} of a dense run of length 1",
-        f"size        {report['size_mb']:.3f} MB, dense {report['dense_size_mb']:.3f} MB",
-        f"sparsity    {report['overall_sparsity']:.4f} over all layers",
-        f"convention  {report['convention']}",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from cli import weights
-from cli.flags import of_command_line, resolve
+from cli.flags import RETIRED, of_command_line, resolve
 from cli.join import attach, report_costs, try_out
 from cli.metrics import FORMATS
 from cli.plan import cost_plan, sparse_plan
@@ -61,7 +61,9 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         ValueError: A user's mistake, in one line.
         Preempted: The process was asked to stop before it had begun.
     """
-    c, flags = config.parse(argv, Config, of_command_line(argv), description=DESCRIPTION)
+    retired = config.RETIRED | RETIRED
+    sections = Config, of_command_line(argv)
+    c, flags = config.parse(argv, *sections, description=DESCRIPTION, retired=retired)
     if c.version:
         return functools.partial(print, *(f"{k}: {v}" for k, v in run_metadata().items()), sep="\n")
     c, set_by_fast = config.speed_up(c, has_gpu=torch.cuda.is_available())

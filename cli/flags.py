@@ -42,6 +42,10 @@ class SparseFlags:
     )
 
 
+RETIRED = {  # flags of the earlier port that are refused -> what to use instead
+    "--grad-accumulation-n": "growth always uses the gradient of the whole optimizer batch",
+    "--T-end-epochs": "use --t-end-fraction",
+}
 SPELLINGS = {  # further spellings of settings, those of the earlier port
     "distribution": ("--sp-distribution",),
     "power_scale": ("--erk-power-scale",),

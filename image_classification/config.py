@@ -190,24 +190,33 @@ RETIRED = {
     "--fused_se": "no model here has squeeze-and-excitation blocks of its own",
     "--trt": "TensorRT is not supported",
     "--conv_init": "use -c fanin or -c classic",
-    "--grad-accumulation-n": "growth always uses the gradient of the whole optimizer batch",
-    "--T-end-epochs": "use --t-end-fraction",
     "--lr-decay-epochs": "use --lr-milestones",
     "--lr-file": "use --lr-schedule with --lr-milestones",
     "--widths": "not supported; --width scales mobilenet_v1",
 }
 
 
-def parse(argv: Sequence[str], *sections: type, description: str) -> list[Any]:
+def parse(
+    argv: Sequence[str],
+    *sections: type,
+    description: str,
+    retired: Mapping[str, str] = RETIRED,
+) -> list[Any]:
     """Return an instance of each of `sections`, made of the flags of main.py.
+
+    Args:
+        argv: The flags.
+        *sections: Dataclasses of flags.
+        description: Head of `--help`.
+        retired: Flags that are refused -> what to use instead.
 
     Raises:
         ValueError: One line naming the flag and, where known, the remedy.
     """
     for word in argv:
         name = word.partition("=")[0]
-        if name in RETIRED:
-            raise ValueError(f"{name} is not a flag any more: {RETIRED[name]}")
+        if name in retired:
+            raise ValueError(f"{name} is not a flag any more: {retired[name]}")
     return flags.parse("main.py", argv, *sections, description=description, config_file=True)
 
 

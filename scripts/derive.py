@@ -20,6 +20,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout
 
+from cli import flags as cli_flags
 from cli.flags import sparse_flags, used_flags
 from image_classification.config import RETIRED, Config
 from image_classification.flags import flag_types
@@ -120,7 +121,7 @@ def options() -> str:
         "Refused flags of NVIDIA's harness and of the earlier port:",
     ]
     lines += ["", "| flag | instead |", "|---|---|"]
-    lines += [f"| `{name}` | {remedy} |" for name, remedy in RETIRED.items()]
+    lines += [f"| `{name}` | {remedy} |" for name, remedy in (RETIRED | cli_flags.RETIRED).items()]
     return "\n".join(lines) + "\n"
 
 

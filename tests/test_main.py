@@ -180,6 +180,13 @@ def test_plan_counts_the_images_of_the_data(pictures: Path) -> None:
     [
         ("DATA --sparsity 0.9", "--sparsity has no effect without another --sparse-method"),
         ("DATA --sparse-method rigl", "needs --sparsity"),
+        ("DATA --T-end-epochs 80", "--T-end-epochs is not a flag any more: use --t-end-fraction"),
+        ("DATA --sparse-method rigl --sparsity 0.9 --prune-end 9", "--prune-end has no effect"),
+        (
+            "DATA --sparse-method rigl --sparsity 0.9 --t-end 9 --t-end-fraction 0.5",
+            "--t-end and --t-end-fraction say the same",
+        ),
+        ("DATA --sparse-method lottery --sparsity 0.9", "known are dense, gmp, rigl"),
         ("DATA --sparse-method rigl --sparsity 1.0", "sparsity"),
         ("DATA --sparse-method rigl --sparsity -0.1", "sparsity"),
         ("DATA --sparse-method rigl --sparsity 0.9 --delta-t 0", "delta"),
