@@ -209,6 +209,9 @@ def run_missing(arguments: argparse.Namespace, runs: list[Run]) -> None:
     out: Path = arguments.out
     device = torch.device(arguments.device)
     graph = device.type == "cuda" if arguments.graph is None else arguments.graph
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     data = None
     for run in runs:
         path = out.with_name(f"{out.name}.{run.name}.checkpoint")
@@ -217,8 +220,7 @@ def run_missing(arguments: argparse.Namespace, runs: list[Run]) -> None:
             if (images := len(data["train"][1])) < run.batch_size:
                 raise ValueError(f"--batch-size {run.batch_size}: there are only {images} images")
             options = {"graph": graph, "path": path, "every": arguments.checkpoint_every}
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # TF32 is allowed
-                result = train(run, data, device, **options)
+            result = train(run, data, device, **options)
             with out.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(f"{run.method} {run.sparsity:g} seed {run.seed}: {result['top1']:.2f}%")

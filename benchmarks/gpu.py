@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
 
 def measure(device: torch.device, size: Size, *, photos: bool) -> dict[str, Any]:
     """Measure everything; prints a line per figure as it comes."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.backends.cudnn.benchmark = True
     report: dict[str, Any] = {"conditions": conditions(device, size)}
     tell("conditions", report["conditions"])
