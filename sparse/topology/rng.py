@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Purposes keep the draws of one layer at one step independent of each other.
 INITIAL_MASK, GROW_SCORE, GROW_WEIGHT, DROP_NOISE = range(4)
@@ -90,7 +90,7 @@ def drawn_at(index: Tensor, key: tuple[int, ...]) -> Tensor:
 
 def is_fake(tensor: Tensor) -> bool:
     """Say whether a tensor is fake (while tracing), without data that NumPy could read."""
-    return type(tensor) is not Tensor
+    return type(tensor) not in (Tensor, nn.Parameter)
 
 
 def uniform(shape: Sequence[int], key: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from sparse.native import library
 from sparse.training import gates
 from sparse.training.gates import Gate, active_positions, count_active, zero_inactive
+from tests.sparse.nets import convnet, make, sgd, train
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = {
@@ -145,3 +147,16 @@ def test_positions_leave_no_room_for_gaps() -> None:
     mask = torch.rand(weight.shape) < 0.5
     positions = active_positions(Gate(mask, weight), weight)
     assert torch.equal(positions, mask.flatten().nonzero().flatten())
+
+
+def test_training_takes_the_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_torch(tensor: Tensor, inactive: Tensor) -> None:
+        raise AssertionError(f"{type(tensor)} of {tuple(tensor.shape)} is zeroed without the loop")
+
+    monkeypatch.setattr(gates, "_zero_by_torch", by_torch)
+    model = convnet()
+    optimizer = sgd(model)
+    sparsifier = make("rigl", model, optimizer)
+    for _ in train(model, optimizer, range(6)):
+        sparsifier.enforce()
+    assert sparsifier.num_updates == 2
