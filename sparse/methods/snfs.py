@@ -233,7 +233,9 @@ def _level(regrown: Tensor, room: Tensor) -> Tensor:
     # What all layers take together, were the level the free room of one of them.
     taken = torch.minimum(free[:, None], free[None, :]).sum(1)
     full = taken <= excess
-    level = (excess - (free * full).sum()) / (~full).sum()
+    level = (excess - (free * full).sum()) / (~full).sum().clamp(min=1)
+    # With no layer left to take the excess, all of them are filled.
+    level = torch.where(full.all(), free.amax() + 1.0, level)
     return torch.minimum(regrown + (level - _LITTLE).clamp(min=0.0), room)
 
 

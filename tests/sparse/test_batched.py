@@ -127,6 +127,28 @@ def test_the_level_of_the_excess_is_what_the_rounds_come_to(data: st.DataObject)
     assert found.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize(
+    ("active", "numel", "removed", "expected"),
+    [([1, 1], [1, 1], [0, 0], [0, 0]), ([100, 50], [100, 50], [1, 2], [0, 1])],
+)
+def test_regrowth_without_room(
+    active: list[int], numel: list[int], removed: list[int], expected: list[int]
+) -> None:
+    regrown, room = torch.tensor([5.0, 6.0]).double(), torch.tensor([0.99, 1.98]).double()
+    assert snfs._level(regrown, room).tolist() == room.tolist()
+    half = torch.tensor([0.5, 0.5]).double()
+    given_values = (
+        torch.tensor(active),
+        numel,
+        half,
+        torch.tensor(removed),
+        torch.zeros(()).double(),
+    )
+    assert snfs.num_regrown(*given_values).tolist() == expected
+    with together():
+        assert snfs.num_regrown(*given_values).tolist() == expected
+
+
 # Training ----------------------------------------------------------------------------------------
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
