@@ -12,7 +12,7 @@ from cli.flags import find_method
 from image_classification import models
 from sparse import costs
 from sparse.methods.settings import settings_of
-from sparse.topology.distributions import layer_sparsities
+from sparse.topology.distributions import count_active, layer_sparsities
 
 
 def report_network(
@@ -57,7 +57,7 @@ def report_network(
     return costs.report(
         layers,
         {name: 1 - zeros for name, zeros in solved.items()},
-        num_active={n: sizes[n] - math.floor(zeros * sizes[n]) for n, zeros in solved.items()},
+        num_active={name: count_active(sizes[name], zeros) for name, zeros in solved.items()},
         **options,
     )
 

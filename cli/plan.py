@@ -47,7 +47,7 @@ def sparse_plan(model: nn.Module, flags: Any, *, total_steps: int) -> dict[str, 
 
 def _knows_layers(method: Allocated | None) -> bool:
     """Say whether the counts of single layers are known before training."""
-    return getattr(method, "scope", "layer") == "layer"
+    return method is None or method.scope == "layer"
 
 
 def cost_plan(

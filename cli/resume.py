@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import sparse
 from cli.flags import arguments, create_method, find_method, spell
 from cli.join import create_sparsifier, try_out
 from image_classification import build
 from image_classification.config import Config, changes
-from sparse.training.checkpoints import method_name
+from sparse.training.checkpoints import method_name, read_masks
 
 
 class Saved:
@@ -33,9 +32,8 @@ class Saved:
         """State of the sparse method; empty in the checkpoint of a dense run."""
         self.flags: Mapping[str, Any] = state.get("config") or {}
         """What `record` made, with the trainer's flags; older checkpoints lack the former."""
-        stored = self.entry.get("masks", {})
         try:
-            self.masks = {n: sparse.unpack(m["bits"], tuple(m["shape"])) for n, m in stored.items()}
+            self.masks = read_masks(self.entry)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: the masks cannot be read: {error}") from error
         self.method = method_name(self.entry)
@@ -53,8 +51,8 @@ class Saved:
         if self.entry["method"] != name:  # by its former name
             name += " --redistribution none"
         return (
-            f"{self.path} was trained with --sparse-method {name} ({about}; it is too old to "
-            + ("know its other flags)")
+            f"{self.path} was trained with --sparse-method {name} ({about}; it is too old to know "
+            "its other flags)"
         )
 
     def num_active(self) -> dict[str, int]:

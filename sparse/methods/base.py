@@ -128,6 +128,8 @@ class Allocated(Method):
         allocation: What this comes to for the layers of a model; `fitted_to` computes it.
     """
 
+    scope = "layer"  # a sparsity per layer
+
     sparsity: float = setting(MISSING, "fraction of zero weights, in [0, 1)")
     distribution: Distribution | None = setting(
         "erk", "how sparsity is spread over layers; erk by default"
@@ -148,10 +150,9 @@ class Allocated(Method):
         Raises:
             ValueError: A setting does not fit the layers, or has no effect.
         """
-        names = "sparsity distribution power_scale dense_layers sparsity_map".split()
+        names = "sparsity distribution power_scale dense_layers sparsity_map scope".split()
         settings = {name: getattr(self, name) for name in names}
-        scope = getattr(self, "scope", "layer")
-        return dataclasses.replace(self, allocation=allocate_layers(model, **settings, scope=scope))
+        return dataclasses.replace(self, allocation=allocate_layers(model, **settings))
 
     @property
     def num_active(self) -> Mapping[str, int]:

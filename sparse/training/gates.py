@@ -236,7 +236,7 @@ def _closed(gates: Sequence[Gate]) -> tuple[Layout, Tensor]:
 
 def masks_of(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, Tensor]:
     """Give the masks of weights, all True where there is no gate."""
-    masks = all_true(weights)
+    masks = all_true({name: weight for name, weight in weights.items() if name not in gates})
     for names in by_device({name: weights[name] for name in weights if name in gates}):
         found = [gates[name].inactive for name in names]
         if batched(found[0]):
@@ -245,7 +245,7 @@ def masks_of(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, Tensor]:
             masks |= layout.by_layer(flat, names, weights)
         else:
             masks |= {name: gates[name].mask() for name in names}
-    return masks
+    return {name: masks[name] for name in weights}
 
 
 def count_active(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, int]:

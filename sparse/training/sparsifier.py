@@ -74,7 +74,8 @@ class Sparsifier(MaskedModel):
             if not isinstance(method, Allocated):
                 raise ValueError(f"method {method.name!r} needs the argument num_active")
             method = method.fitted_to(model)
-            num_active, maskable = method.num_active, maskable or method.maskable
+            num_active = method.num_active
+            maskable = method.maskable if maskable is None else maskable
         super().__init__(model, optimizer, num_active, maskable)
         self.method = method
         self.num_updates = 0
@@ -340,5 +341,5 @@ class Sparsifier(MaskedModel):
 
     def _verify(self) -> None:
         if has_ranks():
-            verify_across_ranks({name: gate.mask() for name, gate in self._gates.items()})
+            verify_across_ranks(masks_of(self._gates, {n: self._weights[n] for n in self._gates}))
         self._verified = True
