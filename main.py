@@ -25,7 +25,7 @@ from cli.flags import RETIRED, of_command_line, resolve
 from cli.join import attach, report_costs, try_out
 from cli.metrics import FORMATS
 from cli.plan import cost_plan, sparse_plan
-from cli.program import fail
+from cli.program import fail, say
 from cli.resume import check_sparsity, saved_masks
 from image_classification import build, config, distributed
 from image_classification.config import Config
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
             return fail("main.py", error, status=2 if isinstance(error, DataError) else 1)
         except Preempted:
             signal = preemption.requested() or "a signal to another rank"
-            print(f"main.py: stopped by {signal}: --resume auto goes on", file=sys.stderr)
+            say(f"main.py: stopped by {signal}: --resume auto goes on")
             return preemption.EXIT_STATUS
     return 0
 

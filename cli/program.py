@@ -46,5 +46,13 @@ class Program(Generic[Flags]):
 
 def fail(name: str, error: object, *, status: int = 2) -> int:
     """Tell the error in one line on standard error; return the exit status."""
-    print(f"{name}: error: {error}", file=sys.stderr)
+    say(f"{name}: error: {error}")
     return status
+
+
+def say(line: str) -> None:
+    """Write a line to standard error at once: print would let other processes write before its end.
+
+    The processes of a run share standard error.
+    """
+    sys.stderr.write(f"{line}\n")

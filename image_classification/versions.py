@@ -20,7 +20,7 @@ def require() -> None:
     """
     if problem := next(filter(None, map(_problem, OLDEST)), None):
         remedy = "pip install --upgrade -r requirements.txt (bash scripts/test.sh makes .venv)"
-        print(f"{Path(sys.argv[0]).name}: error: {problem}: {remedy}", file=sys.stderr)
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {problem}: {remedy}\n")
         sys.exit(2)
 
 

@@ -151,7 +151,9 @@ class Logger:
         """Write one line to standard error."""
         if self._enabled:
             with self._progress.hidden():
-                print(f"WARNING: {' '.join(text.split())}", file=sys.stderr, flush=True)
+                # In one piece: other processes write there, too, and print writes the end alone.
+                sys.stderr.write(f"WARNING: {' '.join(text.split())}\n")
+                sys.stderr.flush()
 
     def progress(self, total: int, description: str) -> Progress:
         """Return a progress bar over `total` items; it is invisible unless output is a terminal."""

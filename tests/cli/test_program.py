@@ -1,6 +1,10 @@
 """What all programs have in common: the help, and one line for a mistake."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +81,14 @@ def test_the_help_shows_defaults_and_choices(capsys: pytest.CaptureFixture[str])
     text = " ".join(capsys.readouterr().out.split())
     assert "rigl: steps between updates (default: 100)" in text
     assert "--distribution {uniform,er,erk} how sparsity is spread (default: erk)" in text
+
+
+def test_an_error_is_written_at_once() -> None:
+    """Processes share standard error: a line written in two parts lets others in between."""
+    code = "from cli.program import fail; fail('x.py', 'no such thing')"
+    reads, writes = os.pipe2(os.O_DIRECT)  # a read returns what one write wrote
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], stderr=writes, cwd=root, check=True)
+    os.close(writes)
+    assert os.read(reads, 1000) == b"x.py: error: no such thing\n"
+    os.close(reads)
