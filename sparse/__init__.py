@@ -1,24 +1,24 @@
 """Sparse training for PyTorch: RigL and its relatives on ordinary dense parameters."""
 
-from sparse import factories
-from sparse.errors import SparsityError
-from sparse.factories import *  # noqa: F403, a function per method
-from sparse.methods import METHODS, Allocated, DropAndGrow, Method
-from sparse.methods.gmp import cubic_sparsity
-from sparse.methods.layers import prunable
-from sparse.methods.settings import setting
-from sparse.topology.bits import pack, unpack
-from sparse.topology.distributions import allocate, layer_sparsities
-from sparse.topology.masks import drop_and_grow, drop_and_grow_layers, random_mask, topk_mask
-from sparse.topology.schedules import (
+from . import factories
+from .errors import SparsityError
+from .factories import *  # noqa: F403, a function per method
+from .methods import METHODS, Allocated, DropAndGrow, Method
+from .methods.gmp import cubic_sparsity
+from .methods.layers import prunable
+from .methods.settings import setting
+from .topology.bits import pack, unpack
+from .topology.distributions import allocate, layer_sparsities
+from .topology.masks import drop_and_grow, drop_and_grow_layers, random_mask, topk_mask
+from .topology.schedules import (
     DropFraction,
     Window,
     num_updates,
     update_steps,
 )
-from sparse.training.compression import compress_gradients
-from sparse.training.connections import NewConnections
-from sparse.training.sparsifier import Sparsifier
+from .training.compression import compress_gradients
+from .training.connections import NewConnections
+from .training.sparsifier import Sparsifier
 
 __all__ = [
     "METHODS",

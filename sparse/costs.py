@@ -7,8 +7,8 @@ and the conventions of counting come from `sparse.geometry`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparse.geometry import CONVENTIONS, Convention, LayerCost, trace_layers
-from sparse.methods.base import Method
+from .geometry import CONVENTIONS, Convention, LayerCost, trace_layers
+from .methods.base import Method
 
 __all__ = [
     "CONVENTIONS",

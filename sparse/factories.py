@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from sparse.methods import METHODS, Allocated
-from sparse.methods.settings import settings_of
-from sparse.training.sparsifier import Sparsifier
+from .methods import METHODS, Allocated
+from .methods.settings import settings_of
+from .training.sparsifier import Sparsifier
 
 ARGUMENTS = {
     "hooks": "whether to hook the optimizer's steps; see `Sparsifier`",

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from sparse.training.sparsifier import Sparsifier
+from .training.sparsifier import Sparsifier
 
 __all__ = [
     "gmp",

@@ -1,15 +1,15 @@
 """The methods of sparse training, one file each; `METHODS` has all that are imported here."""
 
-from sparse.methods.base import Allocated as Allocated
-from sparse.methods.base import DropAndGrow as DropAndGrow
-from sparse.methods.base import Method as Method
-from sparse.methods.gmp import Gmp as Gmp
-from sparse.methods.rigl import Rigl as Rigl
-from sparse.methods.rigl_reset import RiglReset as RiglReset
-from sparse.methods.set import Set as Set
-from sparse.methods.snfs import Snfs as Snfs
-from sparse.methods.snip import Snip as Snip
-from sparse.methods.static import Static as Static
+from .base import Allocated as Allocated
+from .base import DropAndGrow as DropAndGrow
+from .base import Method as Method
+from .gmp import Gmp as Gmp
+from .rigl import Rigl as Rigl
+from .rigl_reset import RiglReset as RiglReset
+from .set import Set as Set
+from .snfs import Snfs as Snfs
+from .snip import Snip as Snip
+from .static import Static as Static
 
 METHODS: dict[str, type[Allocated]] = {
     found.name: found

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from sparse.methods.layers import parameters_only, prunable_modules, weight_of
-from sparse.topology.distributions import count_active, fixed_sparsities, layer_sparsities
+from ..topology.distributions import count_active, fixed_sparsities, layer_sparsities
+from .layers import parameters_only, prunable_modules, weight_of
 
 
 @dataclass(frozen=True)

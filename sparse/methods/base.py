@@ -15,13 +15,13 @@ from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from sparse.methods.allocation import Allocation, allocate_layers
-from sparse.methods.settings import check_types, setting
-from sparse.topology import rng
-from sparse.topology.distributions import Distribution
-from sparse.topology.masks import drop_and_grow_layers
-from sparse.topology.schedules import Anneal, DropFraction, Window, num_dropped
-from sparse.topology.selection import Scores
+from ..topology import rng
+from ..topology.distributions import Distribution
+from ..topology.masks import drop_and_grow_layers
+from ..topology.schedules import Anneal, DropFraction, Window, num_dropped
+from ..topology.selection import Scores
+from .allocation import Allocation, allocate_layers
+from .settings import check_types, setting
 
 Tensors = Mapping[str, Tensor]
 Timing = Literal["after", "instead", "once"]

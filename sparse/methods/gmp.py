@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparse.methods.base import Tensors
-from sparse.methods.pruning import Pruning
-from sparse.methods.settings import setting
-from sparse.topology.schedules import Window, check_period
+from ..topology.schedules import Window, check_period
+from .base import Tensors
+from .pruning import Pruning
+from .settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)

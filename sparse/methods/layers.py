@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
-from sparse.errors import SparsityError
+from ..errors import SparsityError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGE = 0.05  # share of the parameters

@@ -5,12 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from sparse.methods.base import Allocated, Tensors
-from sparse.methods.settings import setting
-from sparse.topology.distributions import Distribution
-from sparse.topology.selection import largest, largest_in_layers
+from ..topology.distributions import Distribution
+from ..topology.selection import largest_in_layers, largest_together
+from .base import Allocated, Tensors
+from .settings import setting
 
 Scope = Literal["layer", "global"]
 
@@ -45,11 +43,8 @@ class Pruning(Allocated):
                 for name, mask in masks.items()
             }
             return largest_in_layers(scores, counts, masks)
-        flat = torch.cat([scores[name].reshape(-1).float() for name in masks])
-        among = torch.cat([mask.reshape(-1) for mask in masks.values()])
-        chosen = largest(flat, num_kept(flat.numel(), self.sparsity), among)
-        parts = torch.split(chosen, [mask.numel() for mask in masks.values()])
-        return {name: part.view(masks[name].shape) for name, part in zip(masks, parts, strict=True)}
+        numel = sum(mask.numel() for mask in masks.values())
+        return largest_together(scores, num_kept(numel, self.sparsity), masks)
 
     @abstractmethod
     def num_final(self, numel: int, sparsity: float) -> int:

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparse.methods.base import DropAndGrow, DropNoise, Tensors, Timing
-from sparse.methods.settings import setting
-from sparse.topology.selection import Scores
+from ..topology.selection import Scores
+from .base import DropAndGrow, DropNoise, Tensors, Timing
+from .settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)

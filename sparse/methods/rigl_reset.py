@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparse.methods.base import DropNoise, Tensors
-from sparse.topology.selection import replace
+from ..topology.selection import replace
+from .base import DropNoise, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

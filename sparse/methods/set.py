@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparse.methods.base import DropAndGrow, DropNoise, Tensors
-from sparse.topology import rng
-from sparse.topology.rng import Draw
-from sparse.topology.selection import Scores
+from ..topology import rng
+from ..topology.rng import Draw
+from ..topology.selection import Scores
+from .base import DropAndGrow, DropNoise, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sparse.errors import check_choice, check_integer, check_number
+from ..errors import check_choice, check_integer, check_number
 
 
 def setting(default: Any, help: str, *, is_end: bool = False) -> Any:

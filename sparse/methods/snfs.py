@@ -13,11 +13,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sparse.methods.base import DropAndGrow, Tensors
-from sparse.methods.settings import setting
-from sparse.topology import rng
-from sparse.topology.flat import batched, by_device, count_nonzero, gather, layout_of, vector
-from sparse.topology.selection import Scores, replace
+from ..topology import rng
+from ..topology.flat import batched, by_device, count_nonzero, gather, layout_of, vector
+from ..topology.selection import Scores, replace
+from .base import DropAndGrow, Tensors
+from .settings import setting
 
 Redistribution = Literal["momentum", "magnitude", "nonzero", "numel", "none"]
 Growth = Literal["momentum", "random"]

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparse.errors import SparsityError
-from sparse.methods.base import Tensors, Timing
-from sparse.methods.pruning import Pruning
-from sparse.topology.distributions import count_active
+from ..errors import SparsityError
+from ..topology.distributions import count_active
+from .base import Tensors, Timing
+from .pruning import Pruning
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparse.methods.base import Allocated, Tensors
+from .base import Allocated, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import platform
 import sys
 from collections.abc import Sequence
 
-from sparse.native import library
+from . import library
 
 
 def main(levels: Sequence[str]) -> int:

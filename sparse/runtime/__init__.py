@@ -6,12 +6,12 @@
 `save` (or `export.py`) writes a file. `trace` returns the graph that `save` needs.
 """
 
-from sparse.native.library import BuildError
-from sparse.runtime.format import Compact, read, save
-from sparse.runtime.graph import Node
-from sparse.runtime.header import DTYPES, Header
-from sparse.runtime.network import Network, load
-from sparse.runtime.tracing import trace
+from ..native.library import BuildError
+from .format import Compact, read, save
+from .graph import Node
+from .header import DTYPES, Header
+from .network import Network, load
+from .tracing import trace
 
 __all__ = [
     "DTYPES",

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from sparse.runtime import bindings
-from sparse.runtime.execution_order import fuse, order_pieces
-from sparse.runtime.graph import INPUT
-from sparse.runtime.layout import Grid, Map, Value, Vector, best_grid, out_size, reach
-from sparse.runtime.lower import Layer
-from sparse.runtime.memory import place
-from sparse.runtime.operation import Operation
+from . import bindings
+from .execution_order import fuse, order_pieces
+from .graph import INPUT
+from .layout import Grid, Map, Value, Vector, best_grid, out_size, reach
+from .lower import Layer
+from .memory import place
+from .operation import Operation
 
 MAX_GROWTH = 1.2  # factor by which a row may grow if its readers then need no repacking
 LINEAR_DENSITY = 0.3  # below this density a linear layer is computed as a sparse one

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparse.native.library import KERNELS, open_library
+from ..native.library import KERNELS, open_library
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 

@@ -7,9 +7,9 @@ the shapes of its weights. It is checked against the size of images when the ima
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from sparse.runtime import memory
-from sparse.runtime.graph import INPUT, Node, folds
-from sparse.runtime.layout import out_size
+from . import memory
+from .graph import INPUT, Node, folds
+from .layout import out_size
 
 MAX_NODES = 10_000
 MAX_EXTENT = 1024

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse.runtime.layout import Map, Value
-from sparse.runtime.operation import Operation
+from .layout import Map, Value
+from .operation import Operation
 
 GROUP_SHARE = 1 / 5  # share of a core's cache for the weights of a group
 CHUNK_SHARE = 1 / 2  # share of a core's cache for the activations of a group in use at a time

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparse.runtime import bindings, memory
-from sparse.runtime.arrange import arrange
-from sparse.runtime.check import too_large
-from sparse.runtime.layout import Map
-from sparse.runtime.lower import Array, Layer
-from sparse.runtime.operation import Operation
-from sparse.runtime.tables import can_pair, dense_table, linear_table, paired_table, sparse_table
+from . import bindings, memory
+from .arrange import arrange
+from .check import too_large
+from .layout import Map
+from .lower import Array, Layer
+from .operation import Operation
+from .tables import can_pair, dense_table, linear_table, paired_table, sparse_table
 
 MAX_TILE = 14  # kMaxTile of conv.h
 MAX_FLOATS = 2**31 - 1  # size of a value: tables hold places in 4 bytes

@@ -27,10 +27,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sparse.runtime import graph
-from sparse.runtime.graph import Node
-from sparse.runtime.header import DTYPES, Header, check_tensors, parse
-from sparse.topology.bits import pack, unpack
+from ..topology.bits import pack, unpack
+from . import graph
+from .graph import Node
+from .header import DTYPES, Header, check_tensors, parse
 
 FORMAT = "compact-sparse-1"
 MAX_REASON = 300  # characters

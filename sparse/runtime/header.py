@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse.runtime import graph, memory
-from sparse.runtime.check import check, check_shapes
-from sparse.runtime.graph import Node
-from sparse.topology.bits import unpack
+from ..topology.bits import unpack
+from . import graph, memory
+from .check import check, check_shapes
+from .graph import Node
 
 DTYPES = {
     "float32": torch.float32,

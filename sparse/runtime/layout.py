@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sparse.runtime.lower import Array
+from .lower import Array
 
 ALIGNMENT = 16  # floats of a cache line
 BANDS_GAIN = 0.75  # several bands must do with this share of the vectors of one band

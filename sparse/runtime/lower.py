@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from sparse.runtime.graph import INPUT, Node
+from .graph import INPUT, Node
 
 Array = npt.NDArray[Any]
 

@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sparse.runtime.execution_order import Piece, may_overwrite
-from sparse.runtime.layout import Value
-from sparse.runtime.operation import Operation
+from .execution_order import Piece, may_overwrite
+from .layout import Value
+from .operation import Operation
 
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 

@@ -13,14 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparse.native.library import BuildError, check_level, cpu_level, default_cache
-from sparse.runtime import bindings, graph
-from sparse.runtime.check import check_images, check_shapes
-from sparse.runtime.execution_plan import ExecutionPlan
-from sparse.runtime.format import read
-from sparse.runtime.header import Header
-from sparse.runtime.lower import Layer, lower
-from sparse.runtime.tune import Tuner
+from ..native.library import BuildError, check_level, cpu_level, default_cache
+from . import bindings, graph
+from .check import check_images, check_shapes
+from .execution_plan import ExecutionPlan
+from .format import read
+from .header import Header
+from .lower import Layer, lower
+from .tune import Tuner
 
 Images = Tensor | npt.NDArray[np.float32]
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from sparse.runtime import bindings
-from sparse.runtime.layout import Map, Value
-from sparse.runtime.lower import Array, Layer
+from . import bindings
+from .layout import Map, Value
+from .lower import Array, Layer
 
 
 @dataclass(kw_only=True, eq=False)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparse.runtime.layout import Map
-from sparse.runtime.lower import Array, Layer
+from .layout import Map
+from .lower import Array, Layer
 
 DENSE_CHANNELS = 4  # kDenseChannels of conv.h
 

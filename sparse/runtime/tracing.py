@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from sparse.runtime.check import check, check_shapes, in_channels
-from sparse.runtime.graph import INPUT, Node
+from .check import check, check_shapes, in_channels
+from .graph import INPUT, Node
 
 
 def trace(model: nn.Module) -> list[Node]:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse.runtime import bindings
-from sparse.runtime.execution_plan import (
+from . import bindings
+from .execution_plan import (
     Choice,
     ExecutionPlan,
     can_share,
@@ -20,9 +20,9 @@ from sparse.runtime.execution_plan import (
     density,
     tiles,
 )
-from sparse.runtime.format import write_whole
-from sparse.runtime.layout import Map
-from sparse.runtime.operation import Operation
+from .format import write_whole
+from .layout import Map
+from .operation import Operation
 
 L1_BYTES = 32 * 1024  # a guess is enough, because it only limits what is measured
 BLOCK_BYTES = (L1_BYTES // 2, L1_BYTES, 2 * L1_BYTES)  # input that a block of a tile reads

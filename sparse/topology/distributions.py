@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
-from sparse.errors import check_number
+from ..errors import check_number
 
 Distribution = Literal["uniform", "er", "erk"]
 Rounding = Literal["floor", "ceil"]

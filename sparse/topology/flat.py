@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse.topology.rng import is_fake
+from .rng import is_fake
 
 _ONE_BY_ONE = frozenset({"cpu"})  # types of device on which layers are treated one by one
 LANES = 1 << 12  # a flat tensor can be looked at as rows of so many entries

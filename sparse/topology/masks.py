@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparse.topology.rng import Draw
-from sparse.topology.selection import Counts, Scores, largest, replace
+from .rng import Draw
+from .selection import Counts, Scores, largest, replace
 
 
 def random_mask(

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sparse.topology.flat import LANES, Layout, each
-from sparse.topology.rng import Draw, first_half, second_half, words
+from .flat import LANES, Layout, each
+from .rng import Draw, first_half, second_half, words
 
 _BINS = 1 << 16
 _OPEN, _CHOSEN = 1, 2  # what is decided of an entry; 0: it is not chosen

@@ -5,7 +5,7 @@ import struct
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sparse.errors import check_integer, check_number
+from ..errors import check_integer, check_number
 
 Anneal = Literal["cosine", "constant", "linear", "exponential"]
 

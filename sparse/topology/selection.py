@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse.topology import radix
-from sparse.topology.flat import Layout, batched, layout_of, vector
-from sparse.topology.rng import CHUNK, Draw
+from . import radix
+from .flat import Layout, batched, layout_of, vector
+from .rng import CHUNK, Draw
 
 Scores = Tensor | Draw
 Counts = Mapping[str, int] | Mapping[str, Tensor] | Mapping[str, int | Tensor]
@@ -71,6 +71,24 @@ def largest_in_layers(
         chosen = _select(names, scores, counts, flat, layout, want_largest=True)
         new |= layout.by_layer(chosen, names, among)
     return {name: new[name] for name in among}
+
+
+def largest_together(
+    scores: Mapping[str, Tensor], k: int | Tensor, among: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Mark the k entries of largest magnitude in all layers together; see `largest`.
+
+    16-bit floats are ranked as float32. Among equals the earlier layer wins, then the lower index.
+
+    Args:
+        scores: Layer name -> scores, tensors of float type.
+        k: How many entries in all.
+        among: Layer name -> candidates.
+    """
+    flat = torch.cat([scores[name].reshape(-1).float() for name in among])
+    marks = torch.cat([mask.reshape(-1) for mask in among.values()])
+    parts = torch.split(largest(flat, k, marks), [mask.numel() for mask in among.values()])
+    return {n: part.view(among[n].shape) for n, part in zip(among, parts, strict=True)}
 
 
 def replace(

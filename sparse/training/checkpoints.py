@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse.topology.bits import pack, unpack
+from ..topology.bits import pack, unpack
 
 Tensors = Mapping[str, Tensor]
 

@@ -13,8 +13,8 @@ from torch import Tensor, distributed
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse.training.consistency import has_ranks, verify_across_ranks
-from sparse.training.sparsifier import Sparsifier
+from .consistency import has_ranks, verify_across_ranks
+from .sparsifier import Sparsifier
 
 if TYPE_CHECKING:  # not importable in builds without distributed
     from torch._C._distributed_c10d import GradBucket, ProcessGroup

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse.methods.base import GrowInit, Method
-from sparse.methods.layers import named_parameters
-from sparse.topology import rng
-from sparse.training.gates import Gate, update_gates, zero_inactive
-from sparse.training.invariant import held
-from sparse.training.optimizers import (
+from ..methods.base import GrowInit, Method
+from ..methods.layers import named_parameters
+from ..topology import rng
+from .gates import Gate, update_gates, zero_inactive
+from .invariant import held
+from .optimizers import (
     has_momentum,
     holds_state,
     learning_rate,

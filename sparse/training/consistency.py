@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, distributed
 
-from sparse.errors import SparsityError
-from sparse.topology.flat import WORD, batched, by_device, gather, layout_of, sums_until
-from sparse.topology.rng import Draw, drawn_at
+from ..errors import SparsityError
+from ..topology.flat import WORD, batched, by_device, gather, layout_of, sums_until
+from ..topology.rng import Draw, drawn_at
 
 _KEY = (0,)
 

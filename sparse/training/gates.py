@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparse.native.library import GATES, BuildError, cpu_level, default_cache, open_library
-from sparse.topology.flat import (
+from ..native.library import GATES, BuildError, cpu_level, default_cache, open_library
+from ..topology.flat import (
     Layout,
     all_true,
     batched,

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sparse.errors import SparsityError
-from sparse.topology.flat import batched, copy, layout_of, memory
-from sparse.topology.rng import is_fake
-from sparse.training.clock import found_inf, inverse_scale
+from ..errors import SparsityError
+from ..topology.flat import batched, copy, layout_of, memory
+from ..topology.rng import is_fake
+from .clock import found_inf, inverse_scale
 
 
 def average_gradients(

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse.errors import SparsityError
-from sparse.topology.rng import is_fake
-from sparse.training.gates import Gate, count_violations
+from ..errors import SparsityError
+from ..topology.rng import is_fake
+from .gates import Gate, count_violations
 
 States = Callable[[Optimizer, nn.Parameter], Mapping[str, Tensor]]
 

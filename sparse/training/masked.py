@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse.methods.layers import check_owned, parameters_only, prunable_modules, weight_of
-from sparse.topology import rng
-from sparse.topology.flat import all_true
-from sparse.topology.selection import largest_in_layers
-from sparse.training.checkpoints import check_counts, check_masks
-from sparse.training.connections import NewConnections, disconnect, mask_module
-from sparse.training.gates import Gate, active_positions, count_active, masks_of, zero_inactive
-from sparse.training.invariant import Invariant, held
-from sparse.training.metrics import fresh_marks
-from sparse.training.optimizers import check_optimizer, lay_out_state, moments_of, state_of
+from ..methods.layers import check_owned, parameters_only, prunable_modules, weight_of
+from ..topology import rng
+from ..topology.flat import all_true
+from ..topology.selection import largest_in_layers
+from .checkpoints import check_counts, check_masks
+from .connections import NewConnections, disconnect, mask_module
+from .gates import Gate, active_positions, count_active, masks_of, zero_inactive
+from .invariant import Invariant, held
+from .metrics import fresh_marks
+from .optimizers import check_optimizer, lay_out_state, moments_of, state_of
 
 Tensors = Mapping[str, Tensor]
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparse.topology.bits import pack
-from sparse.topology.flat import batched, by_device, copy, gather, joined, layout_of
+from ..topology.bits import pack
+from ..topology.flat import batched, by_device, copy, gather, joined, layout_of
 
 Tensors = Mapping[str, Tensor]
 

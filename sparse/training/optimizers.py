@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse.topology.rng import is_fake
+from ..topology.rng import is_fake
 
 # Optimizers that move a weight which is zero, with a gradient and a state that are zero too.
 _REFUSED = {

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparse.methods.base import Allocated, Method, Tensors
-from sparse.methods.layers import warn_of_dense_weights
-from sparse.training import checkpoints, metrics, optimizers
-from sparse.training.clock import Clock, found_inf
-from sparse.training.connections import NewConnections
-from sparse.training.consistency import has_ranks, is_first_rank, verify_across_ranks
-from sparse.training.gates import masks_of
-from sparse.training.gradients import average_gradients, check_gradients, unscaled_gradients
-from sparse.training.hooks import Hooks, check_unhooked, unwrap_optimizer
-from sparse.training.masked import MaskedModel
+from ..methods.base import Allocated, Method, Tensors
+from ..methods.layers import warn_of_dense_weights
+from . import checkpoints, metrics, optimizers
+from .clock import Clock, found_inf
+from .connections import NewConnections
+from .consistency import has_ranks, is_first_rank, verify_across_ranks
+from .gates import masks_of
+from .gradients import average_gradients, check_gradients, unscaled_gradients
+from .hooks import Hooks, check_unhooked, unwrap_optimizer
+from .masked import MaskedModel
 
 
 class Sparsifier(MaskedModel):
