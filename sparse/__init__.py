@@ -3,6 +3,7 @@
 from . import factories
 from .errors import SparsityError
 from .factories import *  # noqa: F403, a function per method
+from .layer_table import Summary, summary
 from .methods import METHODS, Allocated, DropAndGrow, Method
 from .methods.gmp import cubic_sparsity
 from .methods.layers import prunable
@@ -18,6 +19,7 @@ from .topology.schedules import (
 )
 from .training.compression import compress_gradients
 from .training.connections import NewConnections
+from .training.resumption import resume
 from .training.sparsifier import Sparsifier
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "NewConnections",
     "Sparsifier",
     "SparsityError",
+    "Summary",
     "Window",
     "allocate",
     "compress_gradients",
@@ -40,7 +43,9 @@ __all__ = [
     "pack",
     "prunable",
     "random_mask",
+    "resume",
     "setting",
+    "summary",
     "topk_mask",
     "unpack",
     "update_steps",

@@ -27,6 +27,7 @@ class MaskedModel:
     masked at once.
 
     Attributes:
+        model: The model, as it was given.
         masks_version: Changes whenever the masks may have changed. Code that caches something
             computed from the masks compares it.
     """
@@ -43,6 +44,7 @@ class MaskedModel:
         Raises:
             ValueError: An argument does not fit the model or the optimizer.
         """
+        self.model = model
         modules = prunable_modules(model)
         # A weight that is computed from parameters stays dense; a stand-in tells its size.
         self._weights = {name: weight_of(name, module) for name, module in modules.items()}
