@@ -298,10 +298,10 @@ def test_gradients_are_compressed_as_training_says() -> None:
 
 
 def test_all_code_of_the_documents_is_run() -> None:
-    """The tests above, and tests/sparse/test_adding_a_method.py."""
+    """The tests above, tests/sparse/test_adding_a_method.py and tests/test_integrations.py."""
     found = {str(d.relative_to(ROOT)) for d in DOCUMENTS if blocks(d.read_text(), "python")}
-    pages = {"getting_started.md", "runtime.md", "training.md", "adding_a_method.md"}
-    assert found == {"README.md", *(f"docs/{page}" for page in pages)}
+    pages = "adding_a_method getting_started integrations runtime training".split()
+    assert found == {"README.md", *(f"docs/{page}.md" for page in pages)}
 
 
 # Figures, options, links.

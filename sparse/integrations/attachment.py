@@ -1,5 +1,6 @@
 """What the callbacks share: a method that is attached when a loop has its model and optimizer."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,7 @@ from ..training.sparsifier import Sparsifier
 class Attachment:
     """A method with its settings, and the sparsifier of the present or the last training.
 
-    Outside of training the model is a plain one, so that any weights can be loaded into it. The
-    state that belongs to them waits here.
+    Outside of training the model is a plain one, and the state of its weights waits here.
     """
 
     def __init__(self, method: str | Allocated, settings: Mapping[str, Any], fraction: float):
@@ -55,9 +55,8 @@ class Attachment:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a state over, now or when training begins."""
-        if self._trained is None:
-            self._state = state
-        else:
+        self._state = state
+        if self._trained is not None:
             self._trained.load_state_dict(state)
 
     def metrics(self, *, after_updates_only: bool = False) -> dict[str, float]:
@@ -74,10 +73,8 @@ class Attachment:
     def _create(self, total_steps: float) -> Allocated:
         if isinstance(self._method, Allocated):
             return self._method
-        kind, settings = METHODS[self._method], dict(self._settings)
-        for name, known in settings_of(kind).items():
-            if known.is_end and name not in settings:
-                if not 0 < total_steps < float("inf"):
-                    raise ValueError(f"the run has no known length: give {name}, in steps")
-                settings[name] = int(self._fraction * total_steps)
-        return kind(**settings)
+        kind, given = METHODS[self._method], self._settings
+        ends = [n for n, known in settings_of(kind).items() if known.is_end and n not in given]
+        if ends and not 0 < total_steps < math.inf:
+            raise ValueError(f"the run has no known length: give {ends[0]}, in steps")
+        return kind(**given | {name: int(self._fraction * total_steps) for name in ends})

@@ -10,7 +10,7 @@ from ..methods import Allocated
 from ..training.sparsifier import Sparsifier
 from .attachment import Attachment
 
-FILE = "sparse.pt"  # in each checkpoint
+FILE = "sparsifier.pt"  # in each checkpoint
 
 
 class SparseCallback(TrainerCallback):

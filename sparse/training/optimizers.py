@@ -27,6 +27,10 @@ _MOMENTS = frozenset(
     "momentum_buffer exp_avg exp_avg_sq max_exp_avg_sq square_avg grad_avg acc_delta sum".split()
 )
 
+# Optimizers whose second moment has one of these names and is above 0 also where all gradients
+# were 0. It only divides, so that it moves no weight either.
+_ABOVE_ZERO = {"Adafactor": "exp_avg_sq", "RMSpropTF": "square_avg"}
+
 
 def check_optimizer(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
     """Refuse an optimizer that would move inactive weights, or that lacks a weight.
@@ -91,7 +95,8 @@ def state_of(optimizer: Optimizer, weight: Tensor) -> dict[str, Tensor]:
 def moments_of(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
     """Give the state tensors that stay 0 where a weight and its gradient were always 0."""
     state = state_of(optimizer, weight).items()
-    return {key: value for key, value in state if key in _MOMENTS}
+    known = _MOMENTS - {_ABOVE_ZERO.get(type(optimizer).__name__)}
+    return {key: value for key, value in state if key in known}
 
 
 def lay_out_state(optimizer: Optimizer) -> None:

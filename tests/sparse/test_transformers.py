@@ -167,7 +167,7 @@ def test_only_checkpoints_of_the_run_are_continued(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not 0 where its mask is inactive; the model does not"):
         train(callback_of("rigl"), tmp_path / "one", resumed=other)
     with pytest.raises(
-        ValueError, match=r"new/checkpoint-5/sparse.pt is missing: .* elsewhere, pass"
+        ValueError, match=r"new/checkpoint-5/sparsifier.pt is missing: .* elsewhere, pass"
     ):
         train(callback_of("rigl"), tmp_path / "new", resumed=other)
     moved = {"resumed": other, "resume_from_checkpoint": other}
