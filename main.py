@@ -32,6 +32,7 @@ from image_classification.config import Config
 from image_classification.data import DataError
 from image_classification.log import Logger, run_metadata
 from image_classification.preemption import Preempted
+from image_classification.trackers import open_tracker
 from image_classification.trainer import TrainingError
 from sparse import SparsityError
 
@@ -85,6 +86,15 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         raport=Path(c.workspace) / c.raport_file,
         append=c.resume is not None,
         tensorboard=Path(c.tensorboard) if c.tensorboard else None,
+        open_tracker=functools.partial(
+            open_tracker,
+            c.log_to,
+            project=c.log_project,
+            folder=Path(c.workspace),
+            resumed=c.resume is not None,
+        )
+        if c.log_to
+        else None,
         console=c.console,
         formats=FORMATS,
         enabled=world.is_main,

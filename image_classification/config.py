@@ -16,6 +16,7 @@ from image_classification.optimizers import (
     users,
 )
 from image_classification.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Range
+from image_classification.trackers import TRACKERS, require
 
 ConsoleFormat = Literal["auto", "summary", "dllogger"]
 """What a run prints; auto is summary on a terminal and dllogger elsewhere."""
@@ -147,6 +148,10 @@ class Config:
     )
     raport_file: str = flag("experiment_raport.json", "log in DLLogger's format, in the workspace")
     tensorboard: str | None = flag(None, "directory of TensorBoard events")
+    log_to: str | None = flag(
+        None, "service that follows the run, too; its package must be installed", choices=TRACKERS
+    )
+    log_project: str = flag("image-classification", "project or experiment of --log-to")
     console: ConsoleFormat = flag(
         "auto",
         "summary: one line per epoch; dllogger: the lines of NVIDIA's harness; auto: the former on "
@@ -178,7 +183,8 @@ RANGES = {
 PER_INVOCATION = frozenset(
     "workers prefetch run_epochs cpu seed resume preempt_grace evaluate training_only prof dry_run "
     "version pretrained_from_file workspace save_checkpoints checkpoint_every_steps "
-    "checkpoint_filename gather_checkpoints raport_file tensorboard console print_freq".split()
+    "checkpoint_filename gather_checkpoints raport_file tensorboard log_to log_project console "
+    "print_freq".split()
 )
 
 # Flags of the originals that are refused -> what to use instead.
@@ -249,6 +255,8 @@ def check(config: Config) -> None:
     elif config.data is not None and not config.dry_run and not Path(config.data).is_dir():
         raise ValueError(f"DATA directory {config.data} does not exist")
     check_backend(config.data_backend, config.interpolation, config.augmentation)
+    if config.log_to is not None and not config.dry_run:
+        require(config.log_to)
     if lines := ineffective(config, [*_rules(config), *_optimizer_rules(config)]):
         raise ValueError("; ".join(lines))
     create_schedule(config, steps_per_epoch=1)
@@ -311,6 +319,7 @@ def _rules(c: Config) -> list[tuple[bool, str, str]]:
         (not reads_images, "synthetic_batches", "--data-backend synthetic"),
         (reads_images, "interpolation workers prefetch max_bad_files", "images to read"),
         (not c.cpu, "tf32 fast", "a GPU"),
+        (c.log_to is not None, "log_project", "--log-to"),
         (
             not c.evaluate,
             "gather_checkpoints checkpoint_every_steps run_epochs early_stopping_patience "
