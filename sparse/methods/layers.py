@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
 from ..errors import SparsityError
+from ..topology.shards import is_sharded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGE = 0.05  # share of the parameters
@@ -31,7 +32,7 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
         Name, for example "layer1.0.conv1.weight" -> parameter.
 
     Raises:
-        ValueError: The model has no such weight, or one that is sharded, not yet created, computed
+        ValueError: The model has no such weight, or one that is not yet created, computed
             from other parameters, or no floating-point tensor of 16, 32 or 64 bits.
     """
     modules = prunable_modules(model)
@@ -44,7 +45,7 @@ def prunable_modules(model: nn.Module) -> dict[str, nn.Module]:
     Modules whose weight is computed from other parameters are among them.
 
     Raises:
-        ValueError: The model has none, or is sharded.
+        ValueError: The model has none, or is sharded by FSDP's first version.
     """
     model = unwrap(model)
     owners = _owners(model)
@@ -71,7 +72,7 @@ def weight_of(name: str, module: nn.Module) -> Tensor:
     because computing it may change the state it is computed from, as in spectral normalization.
 
     Raises:
-        ValueError: The weight is sharded, not yet created, or no floating-point tensor of 16, 32 or
+        ValueError: The weight is not yet created, or no floating-point tensor of 16, 32 or
             64 bits.
     """
     weight = module._parameters.get("weight")
@@ -84,8 +85,10 @@ def weight_of(name: str, module: nn.Module) -> Tensor:
         )
     if weight.dtype not in _DTYPES:
         raise ValueError(f"{name} has dtype {weight.dtype}; masks need 16, 32 or 64-bit floats")
-    if _is_dtensor(weight):
-        raise ValueError(f"{name} is a DTensor; sharded parameters are not supported, use DDP")
+    if is_sharded(weight) and weight.is_meta:
+        raise ValueError(
+            f"{name} has no values yet; make it sparse after to_empty and the initialization"
+        )
     return weight
 
 
@@ -116,7 +119,8 @@ def check_owned(modules: Mapping[str, nn.Module], weights: Mapping[str, nn.Param
         if module._parameters.get("weight") is not weights[name]:
             raise SparsityError(
                 f"{name} was replaced by another tensor since it was made sparse; make optimizer "
-                "and sparsifier when the model is complete"
+                "and sparsifier when the model is complete (after fully_shard, too, whose "
+                "set_reshard_after_backward must stay on)"
             )
 
 
@@ -190,17 +194,10 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     return module.out_features, module.in_features
 
 
-def _is_dtensor(weight: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # not importable in builds without distributed
-
-    return isinstance(weight, DTensor)
-
-
 def _refuse_fsdp(name: str, module: nn.Module) -> None:
     # By name: the class flattens the weights, so there is nothing to find by looking at them.
     if type(module).__name__ == "FullyShardedDataParallel":
         raise ValueError(
-            f"{name or 'the model'} is sharded by FSDP, which is not supported, use DDP"
+            f"{name or 'the model'} is sharded by FullyShardedDataParallel, which hides the "
+            "weights; use fully_shard (FSDP2)"
         )
