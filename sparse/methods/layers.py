@@ -59,29 +59,20 @@ def included(model: nn.Module, include: Sequence[str] | None) -> list[str]:
         return []
     model = unwrap(model)
     usual = _find(model, ())
-    slots: dict[str, _Slot] = {}  # any name of what may be named -> where it is first
-    first: dict[int, _Slot] = {}
-    for slot in _slots(model):
-        found = first.setdefault(slot.key, slot)
-        if whole := slot.whole:  # the parts of a weight are not for use alone
-            slots.setdefault(whole, _Slot(whole, slot.module, None))
-        elif found.name in usual or _is_matrix(slot.weight):
-            slots[slot.name] = found
-    chosen: set[str] = set()
+    slots = _nameable(model, usual)
+    extra: dict[str, _Slot] = {}
     for glob in include:
-        names = [name for name in slots if matches(glob, name)]
-        if not names:
-            others = [n for n, slot in slots.items() if slot.weight is not None]
-            others = [n for n in others if slots[n].name not in usual]
+        found = [slot for name, slot in slots.items() if matches(glob, name)]
+        if not found:
+            others = [n for n, s in slots.items() if s.weight is not None and s.name not in usual]
             known = f"; it could name {', '.join(others[:3])}" if others else ""
             raise ValueError(
                 f"include: {glob!r} matches no parameter of two or more dimensions{known}"
             )
-        chosen.update(slots[name].name for name in names)
-    extra = [slot for name, slot in slots.items() if name == slot.name in chosen - usual.keys()]
-    for slot in extra:
+        extra |= {slot.name: slot for slot in found if slot.name not in usual}
+    for slot in extra.values():
         _refuse_included(slot)
-    return [slot.name for slot in extra]
+    return list(extra)
 
 
 def prunable_modules(model: nn.Module, extra: Collection[str] = ()) -> dict[str, nn.Module]:
@@ -281,6 +272,24 @@ def _find(model: nn.Module, extra: Collection[str]) -> dict[str, nn.Module]:
     }
 
 
+def _nameable(model: nn.Module, usual: Collection[str]) -> dict[str, _Slot]:
+    """List all names that `include` may have, shared weights under each of theirs.
+
+    Returns:
+        Name -> the first place of the weight. Places of computed weights have no parameter; the
+        parameters that they are computed from are not listed.
+    """
+    slots: dict[str, _Slot] = {}
+    first: dict[int, _Slot] = {}
+    for slot in _slots(model):
+        found = first.setdefault(slot.key, slot)
+        if whole := slot.whole:
+            slots.setdefault(whole, _Slot(whole, slot.module, None))
+        elif found.name in usual or _is_matrix(slot.weight):
+            slots[slot.name] = found
+    return slots
+
+
 def _own(name: str) -> str:
     """Give the name of a parameter within its module."""
     return name.rpartition(".")[2]
@@ -298,7 +307,7 @@ def _refuse_included(slot: _Slot) -> None:
             f"include: {slot.name} is computed from other parameters; remove its parametrization, "
             "or do not name it"
         )
-    if getattr(slot.module, "sparse", False):
+    if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.sparse:
         raise ValueError(
             f"include: {slot.name} gets sparse gradients; make its module with sparse=False, or do "
             "not name it"
