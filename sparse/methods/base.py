@@ -20,6 +20,7 @@ from ..topology.distributions import Distribution
 from ..topology.masks import drop_and_grow_layers
 from ..topology.schedules import Anneal, DropFraction, Window, num_dropped
 from ..topology.selection import Scores
+from ..topology.shards import part_like
 from .allocation import Allocation, allocate_layers
 from .settings import check_types, setting
 
@@ -244,7 +245,7 @@ class DropNoise(Dropping):
         # Noise never exceeds six deviations: the offset makes scores non-negative, so that ranking
         # them by magnitude is ranking them by value.
         noise = rng.normal(weight.shape, key, weight.device).add_(6.0).mul_(self.drop_noise)
-        return noise.add_(weight.abs())
+        return part_like(noise, weight).add_(weight.abs())
 
 
 @dataclass(frozen=True, kw_only=True)

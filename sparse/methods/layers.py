@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..errors import SparsityError
 from ..topology.distributions import matches
+from ..topology.shards import is_sharded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGE = 0.05  # share of the parameters
@@ -39,8 +40,8 @@ def prunable(model: nn.Module, include: Sequence[str] | None = None) -> dict[str
         Name, for example "layer1.0.conv1.weight" -> parameter.
 
     Raises:
-        ValueError: The model has no such weight, a glob matches none, or a weight is sharded, not
-            yet created, computed from other parameters, or no floating-point tensor of 16, 32 or 64
+        ValueError: The model has no such weight, a glob matches none, or a weight is not yet
+            created, computed from other parameters, or no floating-point tensor of 16, 32 or 64
             bits.
     """
     modules = prunable_modules(model, included(model, include))
@@ -85,7 +86,7 @@ def prunable_modules(model: nn.Module, extra: Collection[str] = ()) -> dict[str,
         extra: Names of further weights, as `included` gives them.
 
     Raises:
-        ValueError: The model has none, or is sharded.
+        ValueError: The model has none, or is sharded by FSDP's first version.
     """
     found = _find(unwrap(model), extra)
     if not found:
@@ -114,7 +115,7 @@ def weight_of(name: str, module: nn.Module) -> Tensor:
     because computing it may change the state it is computed from, as in spectral normalization.
 
     Raises:
-        ValueError: The weight is sharded, not yet created, or no floating-point tensor of 16, 32 or
+        ValueError: The weight is not yet created, or no floating-point tensor of 16, 32 or
             64 bits.
     """
     weight = module._parameters.get(_own(name))
@@ -127,8 +128,10 @@ def weight_of(name: str, module: nn.Module) -> Tensor:
         )
     if weight.dtype not in _DTYPES:
         raise ValueError(f"{name} has dtype {weight.dtype}; masks need 16, 32 or 64-bit floats")
-    if _is_dtensor(weight):
-        raise ValueError(f"{name} is a DTensor; sharded parameters are not supported, use DDP")
+    if is_sharded(weight) and weight.is_meta:
+        raise ValueError(
+            f"{name} has no values yet; make it sparse after to_empty and the initialization"
+        )
     return weight
 
 
@@ -159,7 +162,8 @@ def check_owned(modules: Mapping[str, nn.Module], weights: Mapping[str, nn.Param
         if module._parameters.get(_own(name)) is not weights[name]:
             raise SparsityError(
                 f"{name} was replaced by another tensor since it was made sparse; make optimizer "
-                "and sparsifier when the model is complete"
+                "and sparsifier when the model is complete (after fully_shard, too, whose "
+                "set_reshard_after_backward must stay on)"
             )
 
 
@@ -331,17 +335,10 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     return module.out_features, module.in_features
 
 
-def _is_dtensor(weight: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # not importable in builds without distributed
-
-    return isinstance(weight, DTensor)
-
-
 def _refuse_fsdp(name: str, module: nn.Module) -> None:
     # By name: the class flattens the weights, so there is nothing to find by looking at them.
     if type(module).__name__ == "FullyShardedDataParallel":
         raise ValueError(
-            f"{name or 'the model'} is sharded by FSDP, which is not supported, use DDP"
+            f"{name or 'the model'} is sharded by FullyShardedDataParallel, which hides the "
+            "weights; use fully_shard (FSDP2)"
         )
