@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
@@ -443,16 +445,34 @@ def test_costs_follow_the_densities_of_included_weights() -> None:
 
 
 def train_share(rank: int, world_size: int) -> dict[str, Any]:
-    results = {}
+    """Train both networks with every rank's share of the batches, under DDP and under FSDP2."""
+    found: dict[str, Any] = {}
     for kind in NETS:
-        model = DistributedDataParallel(build(kind, torch.float64))
-        optimizer = sgd(model)
-        sparsifier = make("rigl", model, optimizer, include=kind.include)
-        sparse.compress_gradients(model, sparsifier)
-        train(model, optimizer, range(9), share=slice(rank, None, world_size))
-        weights = {name: p.detach() for name, p in model.module.named_parameters()}
-        results[kind.__name__] = {"masks": sparsifier.masks, "weights": weights}
-    return results
+        ddp = DistributedDataParallel(build(kind, torch.float64))
+        optimizer = sgd(ddp)
+        sparsifier = make("rigl", ddp, optimizer, include=kind.include)
+        sparse.compress_gradients(ddp, sparsifier)
+        train(ddp, optimizer, range(6), share=slice(rank, None, world_size))
+        found[f"{kind.__name__} ddp"] = [sparsifier.masks, weights_of(ddp.module)]
+
+        sharded = build(kind, torch.float64)
+        for child in sharded.children():
+            fully_shard(child)
+        fully_shard(sharded)
+        optimizer = sgd(sharded)
+        sparsifier = make("rigl", sharded, optimizer, include=kind.include)
+        train(sharded, optimizer, range(6), share=slice(rank, None, world_size))
+        masks = {name: whole(mask) for name, mask in sparsifier.masks.items()}
+        found[f"{kind.__name__} fsdp"] = [masks, weights_of(sharded)]
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p.detach()) for name, p in model.named_parameters()}
 
 
 @pytest.mark.distributed
@@ -462,13 +482,13 @@ def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
         model = build(kind, torch.float64)
         optimizer = sgd(model)
         sparsifier = make("rigl", model, optimizer, include=kind.include)
-        train(model, optimizer, range(9))
-        for rank in ranks:
-            found = rank[kind.__name__]
+        train(model, optimizer, range(6))
+        for masks, weights in (
+            rank[f"{kind.__name__} {way}"] for rank in ranks for way in ("ddp", "fsdp")
+        ):
             for name, mask in sparsifier.masks.items():
-                assert torch.equal(found["masks"][name], mask), name
-            for name, weight in model.named_parameters():
-                torch.testing.assert_close(found["weights"][name], weight.detach())
+                assert torch.equal(masks[name], mask), name
+            torch.testing.assert_close(weights, weights_of(model))
 
 
 @pytest.mark.filterwarnings("ignore")  # deprecations of the package are not ours
