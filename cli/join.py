@@ -1,6 +1,7 @@
 """Join a sparse method to the trainer: its log records, its checkpoint state, its costs."""
 
 import functools
+import glob
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,8 +118,9 @@ class CheckpointCosts:
     SHOWN = ("inference_flops", "inference_ratio", "size_mb")
 
     def __init__(self, model: nn.Module, *, image_size: int, num_active: Mapping[str, int]) -> None:
-        self._layers = costs.trace_layers(model, image_size)
-        self._sizes = {name: p.numel() for name, p in sparse.prunable(model).items()}
+        masked = [glob.escape(name) for name in num_active]  # also those of --include
+        self._layers = costs.trace_layers(model, image_size, include=masked)
+        self._sizes = {name: p.numel() for name, p in sparse.prunable(model, masked).items()}
         self._active = {**self._sizes, **num_active}
 
     def metrics(self) -> dict[str, float]:

@@ -151,7 +151,7 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from sparse.training.sparsifier import Sparsifier
+from .training.sparsifier import Sparsifier
 """
 
 

@@ -297,10 +297,26 @@ def test_gradients_are_compressed_as_training_says() -> None:
         dist.destroy_process_group()
 
 
+def test_other_weights_are_sparse_and_counted_as_methods_says() -> None:
+    found = run_block("docs/methods.md")
+    counts = found["sparsifier"].num_active
+    assert [name for name in counts if name.startswith("lstm")] == [
+        f"lstm.weight_{kind}_l{layer}" for layer in (0, 1) for kind in ("ih", "hh")
+    ]
+    sizes = {name: weight.numel() for name, weight in found["sparsifier"].maskable.items()}
+    assert 1 - sum(counts.values()) / sum(sizes.values()) == pytest.approx(0.9, abs=1e-3)
+    assert {layer.name: layer.macs for layer in found["layers"]} == {
+        "lstm.weight_ih_l0": 20 * 512 * 64,
+        **{f"lstm.weight_{name}": 20 * 512 * 128 for name in ("hh_l0", "ih_l1", "hh_l1")},
+        "head.weight": 20 * 10 * 128,
+        "embed.weight": 0,
+    }
+
+
 def test_all_code_of_the_documents_is_run() -> None:
     """The tests above, and tests/sparse/test_adding_a_method.py."""
     found = {str(d.relative_to(ROOT)) for d in DOCUMENTS if blocks(d.read_text(), "python")}
-    pages = {"getting_started.md", "runtime.md", "training.md", "adding_a_method.md"}
+    pages = {"getting_started.md", "runtime.md", "training.md", "adding_a_method.md", "methods.md"}
     assert found == {"README.md", *(f"docs/{page}" for page in pages)}
 
 

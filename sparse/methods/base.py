@@ -140,6 +140,7 @@ class Allocated(Method):
         None, "globs of layers kept dense; by default uniform's first layer"
     )
     sparsity_map: Mapping[str, float] | None = setting(None, "layer globs and their sparsities")
+    include: Sequence[str] | None = setting(None, "globs of further weights to make sparse")
     allocation: Allocation = field(default_factory=Allocation, repr=False)
 
     def __post_init__(self) -> None:
@@ -151,7 +152,7 @@ class Allocated(Method):
         Raises:
             ValueError: A setting does not fit the layers, or has no effect.
         """
-        names = "sparsity distribution power_scale dense_layers sparsity_map scope".split()
+        names = "sparsity distribution power_scale dense_layers sparsity_map include scope".split()
         settings = {name: getattr(self, name) for name in names}
         return dataclasses.replace(self, allocation=allocate_layers(model, **settings))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from ..methods.layers import check_owned, parameters_only, prunable_modules, weight_of
+from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weight_of
 from ..topology import rng
 from ..topology.flat import all_true, count_nonzero, vector
 from ..topology.selection import largest_in_layers
@@ -48,7 +48,7 @@ class MaskedModel:
         Raises:
             ValueError: An argument does not fit the model or the optimizer.
         """
-        modules = prunable_modules(model)
+        modules = prunable_modules(model, num_active)
         # A weight that is computed from parameters stays dense; a stand-in tells its size.
         self._weights = {name: weight_of(name, module) for name, module in modules.items()}
         if list(num_active) != list(self._weights):
@@ -59,6 +59,7 @@ class MaskedModel:
             {name: weight for name, weight in self._weights.items() if name in maskable}
         )
         self._modules = {name: modules[name] for name in self._maskable}
+        self._owners = list(owners_of(model, self._maskable))
         check_optimizer(optimizer, self._maskable)
         self._optimizer = optimizer
         self.masks_version = 0

@@ -55,8 +55,8 @@ class Sparsifier(MaskedModel):
                 zeroed.
             method: The method.
             num_active: Name -> number of active weights to begin with, for each weight that
-                `prunable` lists, in that order (see `allocate`). By default what the method
-                computes from its sparsity and its distribution.
+                `prunable` lists with an `include` of your choice, in that order (see `allocate`).
+                By default what the method computes from its sparsity and its distribution.
             maskable: Names of the weights that may have a mask; by default what the method says,
                 or with `num_active` those that begin with less than all weights active.
             masks: Masks to begin with, by name, with the counts of `num_active`; random ones by
@@ -105,7 +105,7 @@ class Sparsifier(MaskedModel):
         self._install(masks)
         self._hooks: Hooks | None = self._hook(steps=hooks)
         if not next(iter(self._weights.values())).is_meta and is_first_rank():
-            warn_of_dense_weights(model)
+            warn_of_dense_weights(model, self._weights)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of modules and optimizers lose torch's hooks.
@@ -229,7 +229,7 @@ class Sparsifier(MaskedModel):
     def _hook(self, *, steps: bool) -> Hooks:
         return Hooks(
             self._optimizer,
-            self._modules,
+            self._owners,
             steps=steps,
             before=self._before_step,
             after=self._after_step,
