@@ -69,6 +69,8 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     c, set_by_fast = config.speed_up(c, has_gpu=torch.cuda.is_available())
     config.check(c)
     flags = resolve(flags)
+    if c.fsdp and flags.grad_compress != "none":
+        raise ValueError("--grad-compress is for the all-reduce of DDP: drop it, or --fsdp")
     if c.dry_run:
         return functools.partial(print, dry_run(c, flags))
     stack.enter_context(preemption.listening(c.preempt_grace))
@@ -106,6 +108,8 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     stack.callback(run.close)
     if flags.grad_compress != "none" and world.world_size == 1:
         logger.message(f"--grad-compress {flags.grad_compress}: one process has nothing to send")
+    if c.fsdp and world.world_size == 1:
+        logger.message("--fsdp: one process has nothing to shard")
     return run.evaluate if c.evaluate else run.fit
 
 

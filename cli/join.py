@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import sparse
 from cli.flags import create_method, record
-from image_classification import build
+from image_classification import build, distributed
 from image_classification.config import Config
 from image_classification.run import Extension
 from sparse import costs
@@ -56,7 +56,13 @@ def create_sparsifier(
     method = create_method(flags, total_steps, seed)
     if method is None:
         return None
-    return sparse.Sparsifier(model, optimizer, method, track_exploration=method.grows)
+    return sparse.Sparsifier(
+        model,
+        optimizer,
+        method,
+        track_exploration=method.grows,
+        process_group=distributed.replicas(model),
+    )
 
 
 def try_out(c: Config, flags: Any, model: nn.Module, total_steps: int) -> None:

@@ -408,6 +408,6 @@ def test_the_reading_path_of_rigl_is_short() -> None:
     rooms = [ROOT / "sparse" / room for room in ("methods", "topology")]
     decides = {str(path.relative_to(ROOT)) for path in map(Path, ran) if path.parent in rooms}
     assert {"sparse/methods/base.py", "sparse/topology/masks.py"} < decides
-    topology = {f"sparse/topology/{name}.py" for name in ("flat", "rng", "selection")}
+    topology = {f"sparse/topology/{name}.py" for name in ("flat", "rng", "selection", "shards")}
     aside = {"sparse/methods/layers.py", *topology}
     assert decides - aside <= set(listed)
