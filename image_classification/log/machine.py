@@ -111,7 +111,10 @@ def _commit() -> str | None:
 
 def _installed_commit(distribution: str) -> str | None:
     """Return the commit that pip took from a repository; None for other sources."""
-    origin = metadata.distribution(distribution).read_text("direct_url.json")  # of PEP 610
+    try:
+        origin = metadata.distribution(distribution).read_text("direct_url.json")  # of PEP 610
+    except metadata.PackageNotFoundError:  # its files were copied without pip
+        return None
     commit: str | None = json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
     return commit
 
