@@ -267,14 +267,8 @@ def test_a_network_is_trained_by_the_installed_programs(
         # PyData's library or, where it is not installed, one of its name
         Job(
             readme.replace("import sparse\n", "import sparsetrain as sparse\n")
-            + "import sparse as arrays; print(arrays.__name__, arrays.COO, sparse.__version__)",
-            output=sparse.__version__,
-        ),
-        # the same sources give the same compiled library, in the same place
-        Job(
-            "from sparsetrain.native.library import GATES as gates, default_cache, cpu_level\n"
-            "print(gates.find(cpu_level(), default_cache()))",
-            output=str(library.GATES.find(library.cpu_level(), library.default_cache())),
+            + "import sparse as arrays; print(arrays.__name__, arrays.COO)",
+            output="90.0% of the weights are zero\nsparse ",
         ),
         Job(
             "from sparsetrain.native import __main__ as native; raise SystemExit(native.main('x'))",
@@ -282,6 +276,10 @@ def test_a_network_is_trained_by_the_installed_programs(
             status=2,
         ),
     ]
+    if any(map(shutil.which, library.COMPILERS)):  # the same sources give the same library
+        find = "library.GATES.find(library.cpu_level(), library.default_cache()).name"
+        code = f"from sparsetrain.native import library; print({find})"
+        jobs.append(Job(code, output=eval(find)))
     try:
         metadata.version("sparse")
     except metadata.PackageNotFoundError:
