@@ -19,6 +19,7 @@ from .topology.schedules import (
 from .training.compression import compress_gradients
 from .training.connections import NewConnections
 from .training.sparsifier import Sparsifier
+from .version import __version__
 
 __all__ = [
     "METHODS",
@@ -30,6 +31,7 @@ __all__ = [
     "Sparsifier",
     "SparsityError",
     "Window",
+    "__version__",
     "allocate",
     "compress_gradients",
     "cubic_sparsity",
