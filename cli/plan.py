@@ -15,9 +15,10 @@ def sparse_plan(model: nn.Module, flags: Any, *, total_steps: int) -> dict[str, 
 
     With the global scope the counts of single layers are not known before training: null.
     """
-    shapes = {name: tuple(p.shape) for name, p in sparse.prunable(model).items()}
-    sizes = {name: p.numel() for name, p in sparse.prunable(model).items()}
     method = create_method(flags, total_steps)
+    weights = sparse.prunable(model, include=None if method is None else method.include)
+    shapes = {name: tuple(p.shape) for name, p in weights.items()}
+    sizes = {name: p.numel() for name, p in weights.items()}
     counts: Mapping[str, int] = sizes
     if method is not None:
         method = method.fitted_to(model)
@@ -58,8 +59,9 @@ def cost_plan(
     The training ratio is relative to dense training of the same length. With the global scope
     nothing is known before training: None.
     """
-    layers = costs.trace_layers(model, image_size)
     method = create_method(flags, total_steps)
+    include = None if method is None else method.include
+    layers = costs.trace_layers(model, image_size, include=include)
     if method is None:
         return costs.report(layers)
     if not _knows_layers(method):

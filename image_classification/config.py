@@ -120,6 +120,9 @@ class Config:
         False,
         "algorithms that repeat bit for bit, maybe slower; an operation that has none ends the run",
     )
+    fsdp: bool = flag(
+        False, "shard weights, gradients and optimizer state over the processes (FSDP2)"
+    )
     cpu: bool = flag(False, "stay on the CPU where there is a GPU")
 
     # run
@@ -181,8 +184,8 @@ RANGES = {
 
 # Flags that say how an invocation runs, not what it trains.
 PER_INVOCATION = frozenset(
-    "workers prefetch run_epochs cpu seed resume preempt_grace evaluate training_only prof dry_run "
-    "version pretrained_from_file workspace save_checkpoints checkpoint_every_steps "
+    "workers prefetch run_epochs cpu fsdp seed resume preempt_grace evaluate training_only prof "
+    "dry_run version pretrained_from_file workspace save_checkpoints checkpoint_every_steps "
     "checkpoint_filename gather_checkpoints raport_file tensorboard log_to log_project console "
     "print_freq".split()
 )
@@ -254,6 +257,10 @@ def check(config: Config) -> None:
             raise ValueError("DATA is missing: name the directory that holds train/ and val/")
     elif config.data is not None and not config.dry_run and not Path(config.data).is_dir():
         raise ValueError(f"DATA directory {config.data} does not exist")
+    if config.fsdp and config.memory_format == "nhwc":
+        raise ValueError("--fsdp shards contiguous weights only: leave --memory-format nhwc out")
+    if config.fsdp and not OPTIMIZERS[config.optimizer].shards:
+        raise ValueError(f"--optimizer {config.optimizer} takes no sharded weights: drop --fsdp")
     check_backend(config.data_backend, config.interpolation, config.augmentation)
     if config.log_to is not None and not config.dry_run:
         require(config.log_to)
@@ -289,7 +296,9 @@ def speed_up(config: Config, *, has_gpu: bool) -> tuple[Config, str]:
         return config, ""
     if not has_gpu and not config.dry_run:
         raise ValueError("--fast needs a GPU, and torch finds none on this machine: leave it out")
-    wanted: dict[str, Any] = {"amp": True, "tf32": True, "memory_format": "nhwc"}
+    wanted: dict[str, Any] = {"amp": True, "tf32": True}
+    if not config.fsdp:
+        wanted["memory_format"] = "nhwc"
     if config.amp_dtype == "float16" and config.static_loss_scale == Config.static_loss_scale:
         wanted["dynamic_loss_scale"] = True
     asked_for = {config.interpolation, config.augmentation}

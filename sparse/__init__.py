@@ -21,6 +21,7 @@ from .training.compression import compress_gradients
 from .training.connections import NewConnections
 from .training.resumption import resume
 from .training.sparsifier import Sparsifier
+from .version import __version__
 
 __all__ = [
     "METHODS",
@@ -33,6 +34,7 @@ __all__ = [
     "SparsityError",
     "Summary",
     "Window",
+    "__version__",
     "allocate",
     "compress_gradients",
     "cubic_sparsity",

@@ -27,6 +27,7 @@ def gmp(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     scope: Literal["layer", "global"] = "layer",
     prune_start: int = 0,
     prune_end: int,
@@ -44,6 +45,7 @@ def gmp(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         scope: Rank weights within layers or over all (snip, gmp).
         prune_start: Optimizer step at which gmp starts.
         prune_end: Step of gmp's final sparsity.
@@ -60,6 +62,7 @@ def rigl(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -84,6 +87,7 @@ def rigl(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -107,6 +111,7 @@ def rigl_reset(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -128,6 +133,7 @@ def rigl_reset(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -148,6 +154,7 @@ def set(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -171,6 +178,7 @@ def set(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -193,6 +201,7 @@ def snfs(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -225,6 +234,7 @@ def snfs(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -249,6 +259,7 @@ def snip(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     scope: Literal["layer", "global"] = "layer",
     hooks: bool = True,
 ) -> Sparsifier:
@@ -264,6 +275,7 @@ def snip(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         scope: Rank weights within layers or over all (snip, gmp).
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
     """
@@ -277,6 +289,7 @@ def static(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     seed: int = 0,
     hooks: bool = True,
 ) -> Sparsifier:
@@ -288,6 +301,7 @@ def static(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
     """

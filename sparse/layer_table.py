@@ -3,12 +3,14 @@
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .costs import inference_flops, trace_layers
-from .methods.layers import prunable_modules, unwrap, weight_of
+from .costs import LayerCost, inference_flops, trace_layers
+from .methods.layers import included, prunable_modules, unwrap, weight_of
+from .topology.flat import count_nonzero
 from .training.masked import MaskedModel
 
 _HEAD = ("layer", "shape", "density", "active")
@@ -109,38 +111,43 @@ class Summary:
 
 
 def summary(
-    model: nn.Module | MaskedModel, input_shape: tuple[int, int, int] | None = None
+    model: nn.Module | MaskedModel,
+    input_shape: tuple[int, int, int] | None = None,
+    *,
+    inputs: Sequence[Any] | None = None,
+    include: Sequence[str] | None = None,
 ) -> Summary:
     """Tabulate the prunable layers of a model: shape, density, active weights, share of the FLOPs.
+
+    The table has FLOPs only if it is told what goes into the model. These are the multiplies and
+    adds in the real geometry, the convention "true" of `sparse.costs`.
 
     Args:
         model: A sparsifier, whose masks say what is active, or a model, in which every weight that
             is not 0 counts as active.
-        input_shape: Channels and sides of one square image, such as (3, 224, 224). The table has
-            FLOPs only if it is given: multiplies and adds in the real geometry, the convention
-            "true" of `sparse.costs`.
+        input_shape: Channels and sides of one square image, such as (3, 224, 224).
+        inputs: Positional arguments of the model in place of an image, see `trace_layers`.
+        include: Globs of further weights of a model, see `prunable`. A sparsifier knows its own.
 
     Raises:
-        ValueError: The model has no prunable layer, or the shape is not that of a square image.
+        ValueError: The model has no prunable layer, or an argument makes no sense.
     """
-    network = unwrap(model.model if isinstance(model, MaskedModel) else model)
-    weights = {name: weight_of(name, module) for name, module in prunable_modules(network).items()}
-    active = (
-        model.num_active
-        if isinstance(model, MaskedModel)
-        else {name: _count_nonzero(weight) for name, weight in weights.items()}
-    )
+    if isinstance(model, MaskedModel):
+        if include is not None:
+            raise ValueError("include has no effect with a sparsifier, which knows its weights")
+        network, active = unwrap(model.model), model.num_active
+        include = list(active)
+        modules = prunable_modules(network, active)
+        weights = {name: weight_of(name, module) for name, module in modules.items()}
+    else:
+        network = unwrap(model)
+        modules = prunable_modules(network, included(network, include))
+        weights = {name: weight_of(name, module) for name, module in modules.items()}
+        active = _count_nonzero(weights)
     shares: Mapping[str, float] = {}
     flops = dense_flops = None
-    if input_shape is not None:
-        if len(input_shape) != 3 or input_shape[1] != input_shape[2]:
-            raise ValueError(f"input_shape must be (channels, side, side), got {input_shape}")
-        traced = trace_layers(network, input_shape[1], in_channels=input_shape[0])
-        for name in weights.keys() - {layer.name for layer in traced}:
-            raise ValueError(
-                f"the FLOPs of {name} are unknown, as it is computed from other parameters: leave "
-                "input_shape out"
-            )
+    if input_shape is not None or inputs is not None:
+        traced = _trace(network, input_shape, inputs, include, list(weights))
         densities = {name: active[name] / weight.numel() for name, weight in weights.items()}
         densities = {layer.name: densities.get(layer.name, 1.0) for layer in traced}
         flops = inference_flops(traced, densities, "true")
@@ -164,10 +171,35 @@ def summary(
     )
 
 
-def _count_nonzero(weight: Tensor) -> int:
-    # What is computed from other parameters is a stand-in here, and dense.
-    is_parameter = isinstance(weight, nn.Parameter)
-    return int(torch.count_nonzero(weight)) if is_parameter else weight.numel()
+def _trace(
+    network: nn.Module,
+    shape: tuple[int, int, int] | None,
+    inputs: Sequence[Any] | None,
+    include: Sequence[str] | None,
+    names: list[str],
+) -> list[LayerCost]:
+    if shape is None:
+        traced = trace_layers(network, inputs=inputs, include=include)
+    elif inputs is not None or len(shape) != 3 or shape[1] != shape[2]:
+        also = ", without inputs" if inputs is not None else ""
+        raise ValueError(f"input_shape must be (channels, side, side){also}, got {shape}")
+    else:
+        traced = trace_layers(network, shape[1], in_channels=shape[0], include=include)
+    for name in set(names) - {layer.name for layer in traced}:
+        raise ValueError(
+            f"the FLOPs of {name} are unknown, as it is computed from other parameters: leave the "
+            "input out"
+        )
+    return traced
+
+
+def _count_nonzero(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Count weights that are not 0. What is computed from other parameters is dense."""
+    parameters = {name: w.detach() for name, w in weights.items() if isinstance(w, nn.Parameter)}
+    counts = count_nonzero(parameters).tolist() if parameters else []
+    return {name: w.numel() for name, w in weights.items()} | dict(
+        zip(parameters, counts, strict=True)
+    )
 
 
 def _counts(active: int, total: int) -> list[str]:

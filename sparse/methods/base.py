@@ -20,6 +20,7 @@ from ..topology.distributions import Distribution
 from ..topology.masks import drop_and_grow_layers
 from ..topology.schedules import Anneal, DropFraction, Window, num_dropped
 from ..topology.selection import Scores
+from ..topology.shards import part_like
 from .allocation import Allocation, allocate_layers
 from .settings import check_types, setting
 
@@ -139,6 +140,7 @@ class Allocated(Method):
         None, "globs of layers kept dense; by default uniform's first layer"
     )
     sparsity_map: Mapping[str, float] | None = setting(None, "layer globs and their sparsities")
+    include: Sequence[str] | None = setting(None, "globs of further weights to make sparse")
     allocation: Allocation = field(default_factory=Allocation, repr=False)
 
     def __post_init__(self) -> None:
@@ -150,7 +152,7 @@ class Allocated(Method):
         Raises:
             ValueError: A setting does not fit the layers, or has no effect.
         """
-        names = "sparsity distribution power_scale dense_layers sparsity_map scope".split()
+        names = "sparsity distribution power_scale dense_layers sparsity_map include scope".split()
         settings = {name: getattr(self, name) for name in names}
         return dataclasses.replace(self, allocation=allocate_layers(model, **settings))
 
@@ -243,7 +245,7 @@ class DropNoise(Dropping):
         # Noise never exceeds six deviations: the offset makes scores non-negative, so that ranking
         # them by magnitude is ranking them by value.
         noise = rng.normal(weight.shape, key, weight.device).add_(6.0).mul_(self.drop_noise)
-        return noise.add_(weight.abs())
+        return part_like(noise, weight).add_(weight.abs())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SparsityError
-from ..topology.flat import batched, copy, layout_of, memory
+from ..topology.flat import batched, copy, count_nonzero, layout_of, memory
 from ..topology.rng import is_fake
+from ..topology.shards import local
 from .clock import found_inf, inverse_scale
 
 
@@ -20,17 +21,17 @@ def average_gradients(
 ) -> None:
     """Blend the present gradients in: average <- decay * average + (1 - decay) * gradient.
 
-    Averages start at 0 and are at least float32. If a GradScaler leaves the unscaling to a fused
-    optimizer, the gradients are unscaled first. If it found an overflow, the averages do not
-    change.
+    Of a weight that is spread over processes there is the average of the part here. Averages start
+    at 0 and are at least float32. If a GradScaler leaves the unscaling to a fused optimizer, the
+    gradients are unscaled first. If it found an overflow, the averages do not change.
     """
     unscale, overflow = inverse_scale(optimizer), found_inf(optimizer)
     gradients = {name: weight.grad for name, weight in weights.items()}
-    found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    found = {name: local(grad) for name, grad in gradients.items() if grad is not None}
     for name, gradient in found.items():
         if name not in averages:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
-            averages[name] = torch.zeros_like(weights[name], dtype=dtype)
+            averages[name] = torch.zeros_like(local(weights[name]), dtype=dtype)
     groups = defaultdict(list)
     for name, gradient in found.items():
         average = averages[name]
@@ -102,8 +103,10 @@ def check_gradients(gradients: Mapping[str, Tensor], method: str) -> None:
     Raises:
         SparsityError: All gradients of a layer are 0; names the layer.
     """
-    for name, gradient in gradients.items():
-        if not is_fake(gradient) and not gradient.is_meta and not gradient.any():
+    if any(is_fake(local(g)) or g.is_meta for g in gradients.values()):
+        return
+    for name, count in zip(gradients, count_nonzero(gradients).tolist(), strict=True):
+        if not count:
             raise SparsityError(
                 f"method {method!r} ranks {name} by a gradient that is 0 everywhere: take the "
                 "first step after a batch, do not start residual branches at 0, or keep the layer "

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..topology.flat import count_nonzero
 from ..topology.rng import is_fake
+from ..topology.shards import any_sharded, local
 
 # Optimizers that move a weight which is zero, with a gradient and a state that are zero too.
 _REFUSED = {
@@ -47,6 +49,8 @@ def check_optimizer(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -
             raise ValueError(
                 f"{kind} with eps=0 turns inactive weights into NaN; use a positive eps"
             )
+        if kind == "SGD" and group.get("fused") and any_sharded(group["params"]):
+            raise ValueError("fused SGD cannot train sharded weights; use foreach=True")
     check_held(optimizer, weights)
 
 
@@ -124,8 +128,12 @@ def only_sets_up_state(optimizer: Optimizer) -> bool:
     rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
     if any((isinstance(rate, Tensor) and not rate.is_cpu) or rate != 0 for rate in rates):
         return False
-    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
-    return not any(is_fake(gradient) or bool(gradient.any()) for gradient in gradients)
+    found = enumerate(parameters_of(optimizer))
+    gradients = {str(i): p.grad for i, p in found if p.grad is not None}
+    if any(is_fake(local(gradient)) for gradient in gradients.values()):
+        return False
+    # The processes that share the weights decide together.
+    return not count_nonzero(gradients).any()
 
 
 def learning_rate(optimizer: Optimizer, weight: nn.Parameter) -> float | Tensor:

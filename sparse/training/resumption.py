@@ -7,7 +7,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..methods.base import Allocated
-from ..methods.layers import prunable
+from ..methods.layers import prunable_modules, weight_of
+from ..topology.flat import count_nonzero
+from ..topology.shards import local
 from . import checkpoints
 from .sparsifier import Sparsifier
 
@@ -38,19 +40,21 @@ def resume(
     """
     method = method.fitted_to(model)
     checkpoints.check(state, method.name)
-    weights = prunable(model)
-    maskable = {name: weights[name] for name in method.maskable}
-    masks = checkpoints.load_masks(state, maskable if state["masks"] else {})
+    modules = prunable_modules(model, method.num_active)
+    weights = {name: weight_of(name, module) for name, module in modules.items()}
+    counts = {name: weight.numel() for name, weight in weights.items()}
+    is_dense = method.num_active == counts and state["num_updates"] == 0
+    maskable = {} if is_dense else {name: weights[name] for name in method.maskable}
+    masks = {} if is_dense else checkpoints.load_masks(state, maskable)
     if method.keeps_counts:
         checkpoints.check_counts(masks, method.num_active)
     for name, mask in masks.items():
-        if bool(weights[name].detach()[~mask].any()):
+        if bool(local(weights[name]).detach()[~local(mask)].any()):
             raise ValueError(
                 f"sparse state: {name} is not 0 where its mask is inactive; the model does not "
                 "hold the weights that were saved with this state"
             )
-    counts = {name: weight.numel() for name, weight in weights.items()}
-    counts |= {name: int(mask.sum()) for name, mask in masks.items()}
+    counts |= zip(masks, count_nonzero(masks).tolist() if masks else (), strict=True)
     options |= {"num_active": counts, "maskable": method.maskable, "masks": masks}
     sparsifier = Sparsifier(model, optimizer, method, **options)
     sparsifier.load_state_dict(state)

@@ -4,15 +4,16 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..methods.base import Allocated, Method, Tensors
 from ..methods.layers import warn_of_dense_weights
+from ..topology.shards import locals_of, spread_all
 from . import checkpoints, metrics, optimizers
 from .clock import Clock, found_inf
 from .connections import NewConnections
-from .consistency import has_ranks, is_first_rank, verify_across_ranks
+from .consistency import is_first_rank
 from .gates import masks_of
 from .gradients import average_gradients, check_gradients, unscaled_gradients
 from .hooks import Hooks, check_unhooked, unwrap_optimizer
@@ -44,6 +45,7 @@ class Sparsifier(MaskedModel):
         seed: int | None = None,
         hooks: bool = True,
         track_exploration: bool = False,
+        process_group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         """Mask the model's weights and hook the optimizer.
 
@@ -53,8 +55,8 @@ class Sparsifier(MaskedModel):
                 zeroed.
             method: The method.
             num_active: Name -> number of active weights to begin with, for each weight that
-                `prunable` lists, in that order (see `allocate`). By default what the method
-                computes from its sparsity and its distribution.
+                `prunable` lists with an `include` of your choice, in that order (see `allocate`).
+                By default what the method computes from its sparsity and its distribution.
             maskable: Names of the weights that may have a mask; by default what the method says,
                 or with `num_active` those that begin with less than all weights active.
             masks: Masks to begin with, by name, with the counts of `num_active`; random ones by
@@ -64,6 +66,8 @@ class Sparsifier(MaskedModel):
             hooks: Whether to hook the optimizer's steps; if not, call `before_step` and
                 `after_step` around each step that is really taken (with a GradScaler, use hooks).
             track_exploration: Whether to record which weights were ever active (1 bit per weight).
+            process_group: The processes that train this model together, and compare their masks, if
+                neither the model (DistributedDataParallel) nor its weights (DTensors) tell it.
 
         Raises:
             ValueError: An argument does not fit the model or the optimizer.
@@ -76,7 +80,7 @@ class Sparsifier(MaskedModel):
             method = method.fitted_to(model)
             num_active = method.num_active
             maskable = method.maskable if maskable is None else maskable
-        super().__init__(model, optimizer, num_active, maskable)
+        super().__init__(model, optimizer, num_active, maskable, process_group, track_exploration)
         self.method = method
         self.num_updates = 0
         seed = method.seed if seed is None else seed
@@ -99,20 +103,18 @@ class Sparsifier(MaskedModel):
             self._check_given(masks, num_active)
         self._begins_dense = not masks
         self._install(masks)
-        self._explored: dict[str, Tensor] | None = {} if track_exploration else None
-        self._explore()
         self._hooks: Hooks | None = self._hook(steps=hooks)
         if not next(iter(self._weights.values())).is_meta and is_first_rank():
-            warn_of_dense_weights(model)
+            warn_of_dense_weights(model, self._weights)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of modules and optimizers lose torch's hooks.
-        state = dict(self.__dict__)
+        state = super().__getstate__()
         state["_hooks"] = None if self._hooks is None else self._hooks.on_steps
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         if self._hooks is not None:
             self._hooks = self._hook(steps=state["_hooks"])
 
@@ -179,7 +181,7 @@ class Sparsifier(MaskedModel):
         found.update({name: float(value) for name, value in self._last_update.items()})
         if self._explored is not None:
             maskable = sum(sizes[name] for name in self._maskable)
-            found["exploration_rate"] = metrics.count_explored(self._explored) / max(maskable, 1)
+            found["exploration_rate"] = self._count_explored() / max(maskable, 1)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,8 +196,8 @@ class Sparsifier(MaskedModel):
             step=self.step,
             num_updates=self.num_updates,
             last_update={name: float(value) for name, value in self._last_update.items()},
-            masks={name: gate.mask() for name, gate in self._gates.items()},
-            averages=self._averages,
+            masks=masks_of(self._gates, self._maskable),
+            averages=None if self.method.gradient_decay is None else self._averages,
             method_state=self._method_state,
             explored=self._explored,
         )
@@ -211,7 +213,7 @@ class Sparsifier(MaskedModel):
         """
         checkpoints.check(state, self.method.name)
         still_dense = self._begins_dense and state["num_updates"] == 0
-        masks = checkpoints.load_masks(state, {} if still_dense else self._maskable)
+        masks = {} if still_dense else checkpoints.load_masks(state, self._maskable)
         if self.method.keeps_counts:
             checkpoints.check_counts(masks, self.num_active)
         averages = self.method.gradient_decay is not None
@@ -219,8 +221,7 @@ class Sparsifier(MaskedModel):
         if self._explored is not None:
             self._explored = checkpoints.load_explored(state, self._maskable)
         device = next(iter(self._weights.values())).device
-        self._method_state = {name: v.to(device) for name, v in state["method_state"].items()}
-        self._last_update = dict(state["last_update"])
+        self._method_state, self._last_update = checkpoints.load_numbers(state, device)
         self.num_updates = state["num_updates"]
         self._clock = Clock(state["step"])
         self._install(masks)
@@ -228,7 +229,7 @@ class Sparsifier(MaskedModel):
     def _hook(self, *, steps: bool) -> Hooks:
         return Hooks(
             self._optimizer,
-            self._modules,
+            self._owners,
             steps=steps,
             before=self._before_step,
             after=self._after_step,
@@ -251,6 +252,7 @@ class Sparsifier(MaskedModel):
         self._loaded.clear()
         if not self._verified:
             self._verify()
+            self._verified = True
         overflow = found_inf(self._optimizer)
         if overflow is not None and optimizers.has_momentum(self._optimizer):
             optimizers.create_momentum_buffers(self._optimizer)
@@ -301,7 +303,7 @@ class Sparsifier(MaskedModel):
     def _gradients(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Collect what the method sees as gradients."""
         if self.method.gradient_decay is not None:
-            return {name: g for name, g in self._averages.items() if name in trained}
+            return spread_all({n: g for n, g in self._averages.items() if n in trained}, trained)
         if self.method.timing == "after":
             return {}
         return unscaled_gradients(trained, self._optimizer)
@@ -316,30 +318,21 @@ class Sparsifier(MaskedModel):
         gradients = self._gradients(trained)
         if self.method.timing == "once":
             check_gradients(gradients, self.method.name)
-        if has_ranks() or self._invariant.is_known:
+        if not self._ranks.groups and (self._copies or self._invariant.is_known):
             self._invariant.read(self._optimizer)
         survivors = self.method.survivors(old, weights, step)
         new = self.method.update(old, weights, gradients, step, self._method_state)
         checkpoints.check_masks(new, weights, f"method {self.method.name}")
+        old, survivors, new = map(locals_of, (old, survivors, new))
         fresh = self._reconnect(old, survivors, new)
         self._begin(self._new_connections, fresh, gradients, step)
-        keeps = self.method.keeps_counts
-        self._finish_update(metrics.turnover(old, new, fresh, keeps_counts=keeps), step)
+        changes, keeps = map(self._owned, (old, new, fresh)), self.method.keeps_counts
+        self._finish_update(metrics.turnover(*changes, keeps_counts=keeps), step)
 
     def _finish_update(self, turnover: Tensors, step: int) -> None:
         self.num_updates += 1
-        self._last_update = dict(turnover)
+        self._last_update = dict(self._record(turnover))
         fraction = self.method.fraction_at(step)
         if fraction is not None:
             self._last_update["drop_fraction"] = fraction
-        self._explore()
         self._verify()
-
-    def _explore(self) -> None:
-        if self._explored is not None:
-            metrics.record_explored(self._explored, masks_of(self._gates, self._maskable))
-
-    def _verify(self) -> None:
-        if has_ranks():
-            verify_across_ranks(masks_of(self._gates, {n: self._weights[n] for n in self._gates}))
-        self._verified = True

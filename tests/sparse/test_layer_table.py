@@ -91,9 +91,27 @@ def test_what_is_not_prunable_counts_as_dense() -> None:
     assert 0 < found.layers[0].flops_share < 1
 
 
+def test_weights_that_were_included_and_other_inputs() -> None:
+    model = nn.Sequential(OrderedDict({"embed": nn.Embedding(9, 8), "lstm": nn.LSTM(8, 4)}))
+    options = {"include": ["lstm.weight_*", "embed"], "distribution": "uniform", "t_end": 9}
+    sparsifier = sparse.rigl(model, sgd(model), sparsity=0.5, dense_layers=[], **options)
+    tokens = torch.zeros(6, dtype=torch.long)
+    found = sparse.summary(sparsifier, inputs=[tokens])
+    shares = {layer.name: layer.flops_share for layer in found.layers}
+    assert list(shares) == ["embed.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+    assert shares["embed.weight"] == 0.0
+    assert sum(shares.values()) == pytest.approx(1.0)
+    plain = sparse.summary(model, include=["lstm.weight_*", "embed"])
+    assert [layer.num_active for layer in plain.layers] == [*sparsifier.num_active.values()]
+    with pytest.raises(ValueError, match="include has no effect with a sparsifier"):
+        sparse.summary(sparsifier, include=["embed"])
+
+
 def test_mistakes_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"must be \(channels, side, side\), got \(3, 8, 9\)"):
         sparse.summary(convnet(), (3, 8, 9))
+    with pytest.raises(ValueError, match=r"side\), without inputs, got \(3, 8, 8\)"):
+        sparse.summary(convnet(), (3, 8, 8), inputs=[torch.zeros(1)])
     with pytest.raises(ValueError, match="no convolution or linear layer"):
         sparse.summary(nn.ReLU())
     model = nn.Sequential(nn.Flatten(), weight_norm(nn.Linear(12, 2)))

@@ -52,7 +52,7 @@ def test_what_would_lose_weights_is_refused() -> None:
     assert_identical(untrained.state_dict(), before)
     for other, words in (
         (sparse.METHODS["set"](sparsity=0.8, t_end=9), "written by method 'rigl', this run uses"),
-        (sparse.METHODS["rigl"](sparsity=0.7, t_end=9), "active weights, this run"),
+        (sparse.METHODS["rigl"](sparsity=0.81, t_end=9), "active weights, this run"),
         (sparse.METHODS["rigl"](sparsity=0.8, t_end=9, dense_layers=["0.*"]), "has a mask for 0.w"),
     ):
         with pytest.raises(ValueError, match=words):
