@@ -10,15 +10,13 @@ from torch.optim import Optimizer
 from ..errors import check_choice
 from ..methods import METHODS, Allocated
 from ..methods.settings import settings_of
+from ..training.checkpoints import collected
 from ..training.resumption import resume
 from ..training.sparsifier import Sparsifier
 
 
 class Attachment:
-    """A method with its settings, and the sparsifier of the present or the last training.
-
-    Outside of training the model is a plain one, and the state of its weights waits here.
-    """
+    """A method, its settings, and the sparsifier of the present or the last training."""
 
     def __init__(self, method: str | Allocated, settings: Mapping[str, Any], fraction: float):
         if not 0 < fraction <= 1:
@@ -31,7 +29,7 @@ class Attachment:
         self._method, self._settings, self._fraction = method, dict(settings), fraction
         self.sparsifier: Sparsifier | None = None
         self._trained: Sparsifier | None = None  # the sparsifier, while it is attached
-        self._state: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}  # of the weights, between trainings
         self._reported = -1  # number of updates at the newest report
 
     def attach(self, model: nn.Module, optimizer: Optimizer, total_steps: float) -> None:
@@ -50,8 +48,8 @@ class Attachment:
             self._trained = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state of the weights; it is empty before the first training."""
-        return self._state if self._trained is None else self._trained.state_dict()
+        """Give the state, which is empty before the first training; all processes must ask."""
+        return collected(self._trained.state_dict()) if self._trained else self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a state over, now or when training begins."""
@@ -62,9 +60,9 @@ class Attachment:
     def metrics(self, *, after_updates_only: bool = False) -> dict[str, float]:
         """Give the metrics of the whole model, as sparse/<name>; none without another update."""
         assert self._trained is not None
-        if after_updates_only and self._reported == self._trained.num_updates:
+        last, self._reported = self._reported, self._trained.num_updates
+        if after_updates_only and last == self._reported:
             return {}
-        self._reported = self._trained.num_updates
         found = self._trained.metrics().items()
         return {
             f"sparse/{name}": value for name, value in found if not name.startswith("sparsity.")

@@ -50,9 +50,10 @@ class SparseCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the masks into the checkpoint, which the Trainer has just written."""
+        masks = self._attachment.state_dict()  # of all processes together
         if state.is_world_process_zero:
             path = _folder(args, state) / FILE
-            torch.save(self._attachment.state_dict(), path.with_suffix(".tmp"))
+            torch.save(masks, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -68,6 +68,12 @@ def part_like(whole: Tensor, like: Tensor) -> Tensor:
     return spread_as(whole.contiguous(), like)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Collect a tensor that is spread. All of its processes must call this together."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
 @dataclass(frozen=True)
 class Part:
     """Where the part of a tensor that lies here is in the whole.

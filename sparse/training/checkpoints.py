@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..topology.bits import pack, pack_rows, unpack
 from ..topology.flat import count_nonzero
-from ..topology.shards import is_sharded, local, part_like, part_of, spread_as
+from ..topology.shards import is_sharded, local, part_like, part_of, spread_as, whole
 
 Tensors = Mapping[str, Tensor]
 
@@ -56,6 +56,24 @@ def save(
         "method_state": json.dumps(numbers),
         "explored": None if explored is None else _rows_of(explored, masks),
     }
+
+
+def collected(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state whose tensors are whole and on the CPU, for a file that one process writes.
+
+    The processes over which the weights are spread must call this together.
+    """
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            found[name] = collected(value)
+        elif isinstance(value, Tensor) and is_sharded(value):
+            found[name] = whole(value).cpu()
+            if value.dtype == torch.bool:
+                found[name] = pack_rows(found[name])
+        else:
+            found[name] = value
+    return found
 
 
 def masks_alone(masks: Tensors) -> dict[str, Any]:

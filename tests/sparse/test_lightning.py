@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse.integrations.lightning import SparseCallback
 from sparse.methods import Rigl
+from sparse.topology.shards import whole
 from tests.sparse.nets import METHODS, assert_inactive_zero, convnet, images, make, sgd
 from tests.sparse.ranks import run
 from tests.sparse.test_checkpoints import assert_identical
@@ -213,22 +216,47 @@ def test_a_state_of_other_weights_is_refused(tmp_path: Path) -> None:
         fit(callback, tmp_path, module=Module(seed=1))
 
 
-def two_ranks(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+class Sharded(Module):
+    """The same, with weights that FSDP2 spreads over the processes."""
+
+    def configure_model(self) -> None:
+        for layer in (*self.network, self.network):
+            if any(True for _ in layer.parameters()):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def two_ranks(rank: int, world_size: int, folder: Path, strategy: str, method: str) -> Any:
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     logging.getLogger("lightning").setLevel(logging.ERROR)
     results = {}
     for name, epochs, resumed in (("whole", 2, False), ("cut", 1, False), ("cut", 2, True)):
-        callback = callback_of("rigl", t_end=20)
+        callback, module = callback_of(method, t_end=20), Module()
         path = folder / "cut" / "epoch=0.ckpt" if resumed else None
-        options: dict[str, Any] = {"strategy": "ddp", "devices": world_size, "ckpt_path": path}
-        module = fit(callback, folder / name, epochs=epochs, **options)
-        results[name] = {"weights": module.state_dict(), "sparse": callback.state_dict()}
+        options: dict[str, Any] = {"devices": world_size, "ckpt_path": path, "strategy": "ddp"}
+        if strategy != "ddp":
+            options["strategy"] = ModelParallelStrategy(
+                data_parallel_size=2,
+                tensor_parallel_size=1,
+                save_distributed_checkpoint=strategy == "fsdp, a checkpoint per process",
+            )
+            module = Sharded()
+        fit(callback, folder / name, epochs=epochs, module=module, **options)
+        # without the buffers of the norm, which each process has for itself
+        weights = {name: whole(weight.detach()) for name, weight in module.named_parameters()}
+        results[name] = {"weights": weights, "sparse": callback.state_dict()}
     return results
 
 
 @pytest.mark.distributed
-def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
-    one, other = run(2, functools.partial(two_ranks, folder=tmp_path), tmp_path)
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [("ddp", "rigl"), ("fsdp, a checkpoint per process", "rigl"), ("fsdp, a whole one", "snfs")],
+)
+def test_two_processes_train_one_network_and_resume(
+    strategy: str, method: str, tmp_path: Path
+) -> None:
+    work = functools.partial(two_ranks, folder=tmp_path, strategy=strategy, method=method)
+    one, other = run(2, work, tmp_path)
     assert one["whole"]["sparse"]["step"] == STEPS  # each process trains half of the batches
     assert one["whole"]["sparse"]["num_updates"] > 2
     for results in (one, other):
