@@ -41,12 +41,13 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 def _shard(module: nn.Module, dtype: torch.dtype | None) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    modules = [child for child in module.modules() if not is_sharded(child)]
-    norms: list[nn.Module] = [child for child in modules if isinstance(child, _BatchNorm)]
-    if dtype is not None and norms and norms != [module]:
-        own = MixedPrecisionPolicy(cast_forward_inputs=False)
+    own = MixedPrecisionPolicy(cast_forward_inputs=False)
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    inner = [child for child in module.modules() if child is not module and not is_sharded(child)]
+    norms: list[nn.Module] = [child for child in inner if isinstance(child, _BatchNorm)]
+    if dtype is not None and norms:
         fully_shard(norms, mp_policy=own, reshard_after_forward=True)
+    policy = own if isinstance(module, _BatchNorm) else mixed
     fully_shard(module, mp_policy=policy, reshard_after_forward=True)
 
 

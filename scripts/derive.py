@@ -150,6 +150,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from .training.sparsifier import Sparsifier
@@ -189,6 +190,8 @@ def _annotation(hint: Any) -> str:
         return f"Literal[{', '.join(map(_literal, typing.get_args(hint)))}]"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " | ".join(map(_annotation, typing.get_args(hint)))
+    if isinstance(hint, str):
+        return hint
     if hint is type(None):
         return "None"
     if hint is nn.Module:

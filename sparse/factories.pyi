@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from .training.sparsifier import Sparsifier
@@ -33,6 +34,7 @@ def gmp(
     prune_end: int,
     prune_every: int = 100,
     hooks: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Gradual magnitude pruning along a cubic ramp (Zhu & Gupta 2017).
 
@@ -51,6 +53,8 @@ def gmp(
         prune_end: Step of gmp's final sparsity.
         prune_every: Optimizer steps between gmp's prunings, at least 1.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def rigl(
@@ -75,6 +79,7 @@ def rigl(
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """RigL: drop by magnitude, grow by the dense gradient (Evci et al. 2020, algorithm 1).
 
@@ -100,6 +105,8 @@ def rigl(
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def rigl_reset(
@@ -121,6 +128,7 @@ def rigl_reset(
     drop_noise: float = 0.0,
     seed: int = 0,
     hooks: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Reset the weakest weights at every update and keep the masks: a control for RigL.
 
@@ -143,6 +151,8 @@ def rigl_reset(
         drop_noise: Standard deviation of noise on |w| when dropping.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def set(
@@ -166,6 +176,7 @@ def set(
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Sparse Evolutionary Training: drop by magnitude, grow at random (Mocanu et al. 2018).
 
@@ -190,6 +201,8 @@ def set(
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def snfs(
@@ -215,6 +228,7 @@ def snfs(
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Sparse Networks from Scratch: grow by gradient momentum (Dettmers & Zettlemoyer 2019).
 
@@ -248,6 +262,8 @@ def snfs(
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def snip(
@@ -262,6 +278,7 @@ def snip(
     include: Sequence[str] | None = None,
     scope: Literal["layer", "global"] = "layer",
     hooks: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """SNIP: prune once by |gradient * weight| of the first step's batch (Lee et al. 2019).
 
@@ -278,6 +295,8 @@ def snip(
         include: Globs of further weights to make sparse.
         scope: Rank weights within layers or over all (snip, gmp).
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def static(
@@ -292,6 +311,7 @@ def static(
     include: Sequence[str] | None = None,
     seed: int = 0,
     hooks: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Train with a random mask that never changes.
 
@@ -304,4 +324,6 @@ def static(
         include: Globs of further weights to make sparse.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
