@@ -37,11 +37,11 @@ def bert(seed: int = 0) -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
-def gpt2(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
+def gpt2(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, **options,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
@@ -176,18 +176,26 @@ def test_only_checkpoints_of_the_run_are_continued(tmp_path: Path) -> None:
 
 def test_what_of_gpt2_and_bert_is_prunable() -> None:
     """The blocks of GPT-2 are made of Conv1D, which is no linear layer of torch."""
-    assert list(sparse.prunable(gpt2())) == ["lm_head.weight"]
+    assert list(sparse.prunable(gpt2(tie_word_embeddings=False))) == ["lm_head.weight"]
+    with pytest.raises(ValueError, match="no convolution or linear layer to make sparse; to make"):
+        sparse.prunable(gpt2())
     layers = [name for name, module in bert().named_modules() if isinstance(module, nn.Linear)]
     assert list(sparse.prunable(bert())) == [f"{name}.weight" for name in layers]
 
 
-def test_gpt2_trains_with_a_sparse_head(tmp_path: Path) -> None:
+def test_gpt2_trains_and_resumes_with_sparse_blocks(tmp_path: Path) -> None:
     data = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows()]
-    callback = SparseCallback("rigl", sparsity=0.5, dense_layers=[], delta_t=4)
-    with pytest.warns(UserWarning, match="of the parameters stay dense: transformer.h.0"):
-        trainer = train(callback, tmp_path, model=gpt2(), rows=data)
-    head = trainer.model.lm_head.weight
-    assert (head == 0).sum() == head.numel() // 2
+    first, second = (
+        SparseCallback("rigl", sparsity=0.8, include=["transformer.h.*"], delta_t=2)
+        for _ in range(2)
+    )
+    whole = ends(train(first, tmp_path, model=gpt2(), rows=data), first)
+    path = str(tmp_path / "checkpoint-5")
+    resumed = train(second, tmp_path, resumed=path, model=gpt2(), rows=data)
+    assert_identical(ends(resumed, second), whole)
+    names = "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj".split()
+    assert list(second.sparsifier.num_active) == [f"transformer.h.0.{n}.weight" for n in names]
+    assert 0.79 < second.sparsifier.metrics()["sparsity"] < 0.81
 
 
 def test_records_have_the_sparsity(tmp_path: Path) -> None:
