@@ -1,14 +1,19 @@
 """`sparse.resume`: model and optimizer were loaded before there was a sparsifier."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import sparse
+from sparse.topology.shards import whole
+from sparse.training import checkpoints
 from tests.sparse.nets import METHODS, assert_inactive_zero, convnet, make, sgd, train
+from tests.sparse.ranks import run
 from tests.sparse.test_checkpoints import assert_identical
 
 
@@ -63,3 +68,29 @@ def test_what_would_lose_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="'version' is missing"):
         sparse.resume(model, optimizer, method, {})
     torch.testing.assert_close(sparse.summary(model).sparsity, 0.8, atol=0.01, rtol=0)
+
+
+def resume_sharded(rank: int, world_size: int) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for kind in ("whole", "resumed"):
+        model = convnet()
+        for layer in (*model, model):
+            if any(True for _ in layer.parameters()):
+                fully_shard(layer)
+        optimizer = sgd(model)
+        sparsifier = make("rigl", model, optimizer)
+        for step in train(model, optimizer, range(12)):
+            if step == 6 and kind == "resumed":
+                state = checkpoints.collected(sparsifier.state_dict())
+                sparsifier.remove()
+                sparsifier = sparse.resume(model, optimizer, sparsifier.method, state)
+        results[kind] = checkpoints.collected(sparsifier.state_dict())
+        results[kind]["weights"] = {n: whole(w.detach()) for n, w in model.named_parameters()}
+    return results
+
+
+@pytest.mark.distributed
+def test_sharded_weights_go_on(tmp_path: Path) -> None:
+    for results in run(2, resume_sharded, tmp_path):
+        assert results["whole"]["num_updates"] == 3
+        assert_identical(results["resumed"], results["whole"])
