@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from tests.sparse.test_batched import together
 
 pytestmark = pytest.mark.distributed
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 Model = Any  # an nn.Module, with the methods of FSDPModule where it is sharded
 
 
@@ -200,6 +202,11 @@ def pick(scores: Any, masks: Any, counts: dict[str, int]) -> list[dict[str, Tens
         replace(masks, drop=scores, num_dropped=counts, grow=scores, num_grown=grown),
         largest_in_layers(scores, more, masks),
         largest_together(dense, total, among),
+        {name: sparse.topk_mask(score, counts[name]) for name, score in dense.items()},
+        {
+            name: sparse.drop_and_grow(among[name], score, score, grown[name], active_first=False)
+            for name, score in dense.items()
+        },
     ]
 
 
@@ -363,6 +370,36 @@ def count_collectives(rank: int, world_size: int) -> dict[str, Any]:
         if rank == 1:  # one rank may ask alone
             sparsifier.metrics(), sparsifier.masks, sparsifier.state_dict(), sparsifier.num_active
     return found
+
+
+def count_of_methods(rank: int, world_size: int) -> dict[str, tuple[int, float]]:
+    """Give the collectives of an update of each method, and their KiB per layer."""
+    found = {}
+    for name in METHODS.keys() - {"static"}:
+        model = sharded(mlp())
+        optimizer = sgd(model)
+        sparsifier = make(name, model, optimizer, sparsity=0.6)
+        while sparsifier.num_updates < 1:
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            with Collectives() as collectives:
+                optimizer.step()
+        sent = sum(size for _, size in collectives.found)
+        found[name] = (len(collectives.found), sent / 1024 / len(sparsifier.maskable))
+    return found
+
+
+def test_an_update_takes_what_the_page_on_scaling_says(tmp_path: Path) -> None:
+    table = re.findall(
+        r"^\| ([a-z_, ]+) \| (\d+) \| ([\d.]+)(.*) \|$", PAGE.read_text(), re.MULTILINE
+    )
+    rows = {name: row for names, *row in table for name in names.split(", ")}
+    found = run(2, count_of_methods, tmp_path)[0]
+    assert found.keys() == rows.keys()
+    for name, (collectives, size) in found.items():
+        told, per_layer, in_all = rows[name]
+        assert collectives == int(told), name
+        assert size <= float(per_layer) + (4 / 3 if "4 in all" in in_all else 0), name
 
 
 def test_an_update_takes_few_small_collectives_and_other_steps_none(tmp_path: Path) -> None:
