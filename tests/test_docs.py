@@ -11,6 +11,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,10 @@ def test_the_commands_of_the_documents_are_found() -> None:
 def run_block(document: str, **names: object) -> dict[str, Any]:
     """Run the Python of a document with some names defined; return all that it defines."""
     (code,) = blocks((ROOT / document).read_text(), "python")
+    return run_code(code, **names)
+
+
+def run_code(code: str, **names: object) -> dict[str, Any]:
     namespace = {"__name__": "block", **names}
     exec(code, namespace)
     return namespace
@@ -298,6 +303,26 @@ def test_gradients_are_compressed_as_training_says() -> None:
         dist.destroy_process_group()
 
 
+def test_sharded_training_is_saved_and_goes_on_as_scaling_says(tmp_path: Path) -> None:
+    begin, go_on, bare = blocks((ROOT / "docs/scaling.md").read_text(), "python")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        batches = [(torch.randn(4, 20), torch.randint(0, 5, (4,))) for _ in range(3)]
+        model = torch.nn.Sequential(torch.nn.Linear(20, 9), torch.nn.Linear(9, 5))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of being alone
+            found = run_code(begin, model=model, batches=batches, folder=tmp_path / "saved")
+            assert found["sparsifier"].step == 3
+            found["folder"] = tmp_path / "saved"
+            run_code(go_on, **found)
+        model = torch.nn.Linear(20, 9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        names = {"model": model, "optimizer": optimizer, "sparse": sparse, "torch": torch}
+        assert run_code(bare, **names)["sparsifier"].step == 0
+    finally:
+        dist.destroy_process_group()
+
+
 def test_other_weights_are_sparse_and_counted_as_methods_says() -> None:
     found = run_block("docs/methods.md")
     counts = found["sparsifier"].num_active
@@ -317,7 +342,7 @@ def test_other_weights_are_sparse_and_counted_as_methods_says() -> None:
 def test_all_code_of_the_documents_is_run() -> None:
     """The tests above, tests/sparse/test_adding_a_method.py and tests/test_integrations.py."""
     found = {str(d.relative_to(ROOT)) for d in DOCUMENTS if blocks(d.read_text(), "python")}
-    pages = "adding_a_method getting_started integrations methods runtime training".split()
+    pages = "adding_a_method getting_started integrations methods runtime scaling training".split()
     assert found == {"README.md", *(f"docs/{page}.md" for page in pages)}
 
 

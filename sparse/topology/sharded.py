@@ -97,8 +97,8 @@ def _indices(layout: Layout, ranks: Ranks, device: torch.device) -> Tensor:
 class _Search:
     """The entries that are open: neither chosen nor out.
 
-    On a CPU they alone are looked at. On a device all entries are, because the host does not know
-    how many are open.
+    On a device all entries are looked at, because the host does not know how many are open. On a
+    CPU, from the second digit on, the open ones are listed.
 
     Attributes:
         chosen: Flat bool tensor.
@@ -106,14 +106,15 @@ class _Search:
 
     def __init__(self, candidates: Tensor, layout: Layout, ranks: Ranks, together: bool) -> None:
         self.chosen = torch.zeros_like(candidates)
-        self._ranks, self._together = ranks, together
+        self._layout, self._ranks, self._together = layout, ranks, together
         self._num_layers = len(layout.sizes)
-        self._owned = ranks.owned
-        self._layer = layout.spread(range(self._num_layers), candidates.device)
+        self._owned = vector(ranks.owned, candidates.device)
         self._open = candidates
-        # Places in the flat tensor of the entries looked at; None: all of them.
-        self._at = None if batched(candidates) else torch.arange(len(candidates))
-        self._forget_closed()
+        # Of each entry that is looked at the layer, and the place if these are not all.
+        self._layer, self._at = torch.empty(0), None  # type: Tensor, Tensor | None
+        self._listed = batched(candidates)
+        if self._listed:
+            self._layer = layout.spread(range(self._num_layers), candidates.device)
 
     def narrow(self, values: Tensor, bits: int, counts: Tensor) -> Tensor:
         """Choose the entries below a threshold, and close those above it.
@@ -129,21 +130,72 @@ class _Search:
         while bits > 0:
             bits = max(bits - _WIDTH, 0)
             seen = values if self._at is None else values[self._at]
-            digits = (seen >> bits).bitwise_and_(_BINS - 1).int()
-            until = self._count(digits).cumsum(1, dtype=torch.int32)
-            limits = (until < counts[:, None]).sum(1)  # the digit of the threshold
-            below = torch.nn.functional.pad(until, (1, 0)).gather(1, limits[:, None])
-            counts = counts - below[:, 0]
-            limit = self._of_pool(limits.int())
-            self._choose(digits < limit)
-            self._open = self._open & (digits == limit)
-            self._forget_closed()
+            digits = (seen >> bits).bitwise_and_(_BINS - 1)
+            counts = (self._compare if self._listed else self._compare_layers)(digits, counts)
         return counts
+
+    def _compare(self, digits: Tensor, counts: Tensor) -> Tensor:
+        bins = digits.int()
+        if not self._together:
+            bins = self._layer * _BINS + bins
+        pools = 1 if self._together else self._num_layers
+        if not all(self._ranks.owned):
+            owned = self._owned.index_select(0, self._layer)
+            bins = torch.where(owned > 0, bins, pools * _BINS)
+        limits, counts = self._threshold(
+            self._tally(bins, pools * _BINS).view(pools, _BINS), counts
+        )
+        limit = self._of_pool(limits.int())
+        self._choose(digits < limit)
+        self._open = self._open & (digits == limit)
+        if self._at is not None:
+            self._at, self._layer = self._at[self._open], self._layer[self._open]
+            self._open = torch.ones_like(self._at, dtype=torch.bool)
+        return counts
+
+    def _compare_layers(self, digits: Tensor, counts: Tensor) -> Tensor:
+        """Do the same layer by layer, with all entries, and list those that stay open."""
+        small, flats = digits.to(torch.uint8), (self._open, self.chosen)
+        layers = list(zip(*map(self._layout.entries, (small, *flats)), strict=True))
+        tallies = [torch.bincount(digit[open_], minlength=_BINS) for digit, open_, _ in layers]
+        found = torch.stack(tallies).int() * self._owned[:, None]
+        if self._together:
+            found = found.sum(0, keepdim=True, dtype=torch.int32)
+        limits, counts = self._threshold(found, counts)
+        places = []
+        for layer, (digit, open_, chosen) in enumerate(layers):
+            limit = int(limits[0 if self._together else layer])
+            if limit == _BINS:  # fewer than wanted
+                chosen.copy_(open_)
+            else:
+                torch.logical_and(open_, digit < limit, out=chosen)
+            tied = (open_ & (digit == min(limit, _BINS - 1)) & (limit < _BINS)).nonzero()
+            places.append(tied.flatten() + self._layout.starts[layer])
+        sizes = torch.tensor(list(map(len, places)))
+        self._at, self._listed = torch.cat(places), True
+        self._layer = torch.arange(self._num_layers, dtype=torch.int32).repeat_interleave(sizes)
+        self._open = torch.ones_like(self._at, dtype=torch.bool)
+        return counts
+
+    def _threshold(self, found: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the digit up to which entries are chosen.
+
+        Args:
+            found: int32 [pools, digits], how often each digit occurs here.
+            counts: int32, how many to choose in each pool.
+
+        Returns:
+            The digit in each pool, and how many of those with this digit remain to be chosen.
+        """
+        until = self._ranks.sum(found).cumsum(1, dtype=torch.int32)
+        limits = (until < counts[:, None]).sum(1)
+        below = torch.nn.functional.pad(until, (1, 0)).gather(1, limits[:, None])
+        return limits, counts - below[:, 0]
 
     def pick_ties(self, counts: Tensor, first: bool) -> None:
         """Choose so many of the open entries of each pool, in their order or from its end."""
         found = self._tally(self._layer, self._num_layers)
-        everyone = self._ranks.gather(found * vector(self._owned, found.device)).T
+        everyone = self._ranks.gather(found * self._owned).T
         before = everyone.reshape(-1).cumsum(0).view_as(everyone) - everyone
         totals = everyone.sum(1)
         if self._together:
@@ -164,16 +216,6 @@ class _Search:
         """Choose the one open entry of each pool that lacks one."""
         self._choose(self._of_pool(counts) > 0)
 
-    def _count(self, digits: Tensor) -> Tensor:
-        """Count how often each digit occurs in each pool, on all ranks: int32 [pools, digits]."""
-        pools, bins = 1 if self._together else self._num_layers, digits
-        if not self._together:
-            bins = self._layer * _BINS + digits
-        if not all(self._owned):
-            owned = vector(self._owned, digits.device).index_select(0, self._layer)
-            bins = torch.where(owned > 0, bins, pools * _BINS)
-        return self._ranks.sum(self._tally(bins, pools * _BINS)).view(pools, _BINS)
-
     def _tally(self, bins: Tensor, size: int) -> Tensor:
         """Count the open entries in every bin: int32."""
         bins = torch.where(self._open, bins, size)
@@ -191,8 +233,3 @@ class _Search:
             self.chosen |= picked
         else:
             self.chosen[self._at[picked]] = True
-
-    def _forget_closed(self) -> None:
-        if self._at is not None:
-            self._at, self._layer = self._at[self._open], self._layer[self._open]
-            self._open = torch.ones_like(self._at, dtype=torch.bool)

@@ -3,8 +3,11 @@
 The network has uneven shards and layers whose shard on the last rank is empty.
 """
 
+import contextlib
 import copy
 import functools
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -33,11 +36,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse
+from sparse.topology.rng import Draw
+from sparse.topology.selection import largest_in_layers, largest_together, replace
 from tests.sparse.nets import METHODS, make
 from tests.sparse.ranks import run
+from tests.sparse.test_batched import together
 
 pytestmark = pytest.mark.distributed
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 Model = Any  # an nn.Module, with the methods of FSDPModule where it is sharded
 
 
@@ -158,6 +165,85 @@ def test_every_method_on_two_ranks_does_what_one_process_does(tmp_path: Path) ->
     for found in run(2, train_all, tmp_path):
         for name in OPTIONS:
             assert_same(found[name], alone[name])
+
+
+# Selection ---------------------------------------------------------------------------------------
+
+SHAPES = [(7, 5), (1, 9), (6, 3, 2, 2), (33, 41), (2, 2)]
+ODD = (0.0, float("nan"), -0.0, float("-inf"))
+
+
+def layers(case: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, int]]:
+    """Make scores with ties and odd values, or draws; candidates; and how many to pick."""
+    generator = torch.Generator().manual_seed(case)
+    dtype = (torch.float32, torch.bfloat16, torch.float64)[case % 3]
+    scores: dict[str, Any] = {}
+    masks, counts = {}, {}
+    for layer in range(4):
+        name, shape = str(layer), SHAPES[(case + layer) % len(SHAPES)]
+        values = torch.randn(shape, generator=generator)
+        values = (2 * values).round() if case % 2 else values
+        values.view(-1)[::7] = ODD[case // 4 % 4]
+        drawn = (case + layer) % 4 == 3
+        scores[name] = Draw(shape, (case, layer)) if drawn else values.to(dtype)
+        masks[name] = torch.rand(shape, generator=generator) < 0.6
+        most = int(masks[name].sum())
+        counts[name] = int(torch.randint(0, most + 1, (), generator=generator))
+    return scores, masks, counts
+
+
+def pick(scores: Any, masks: Any, counts: dict[str, int]) -> list[dict[str, Tensor]]:
+    free = {name: math.prod(mask.shape) - int(whole(mask).sum()) for name, mask in masks.items()}
+    grown = {name: min(count, free[name]) for name, count in counts.items()}
+    more = {name: count + 3 for name, count in counts.items()}
+    dense = {name: score for name, score in scores.items() if isinstance(score, Tensor)}
+    among, total = {name: masks[name] for name in dense}, sum(counts[name] for name in dense)
+    return [
+        replace(masks, drop=scores, num_dropped=counts, grow=scores, num_grown=grown),
+        largest_in_layers(scores, more, masks),
+        largest_together(dense, total, among),
+        {name: sparse.topk_mask(score, counts[name]) for name, score in dense.items()},
+        {
+            name: sparse.drop_and_grow(among[name], score, score, grown[name], active_first=False)
+            for name, score in dense.items()
+        },
+    ]
+
+
+def select_shards(rank: int, world_size: int) -> int:
+    """Compare selections over shards with those on whole tensors; give how many there were."""
+    line, compared = init_device_mesh("cpu", (world_size,)), 0
+    meshes: list[tuple[DeviceMesh, list[Any]]] = [(line, [Shard(0)]), (line, [Shard(1)])]
+    if world_size == 4:
+        square = init_device_mesh("cpu", (2, 2))
+        meshes += [(square, [Shard(0), Shard(1)]), (square, [Replicate(), Shard(0)])]
+    for case in range(12):
+        scores, masks, counts = layers(case)
+        expected = pick(scores, masks, counts)
+        for mesh, placements in meshes:
+            spread = [dict(scores), dict(masks)]
+            for tensors in spread:
+                for name, tensor in tensors.items():
+                    alone = case % 5 == 0 and name == "2"  # a whole layer among sharded ones
+                    if isinstance(tensor, Tensor) and not alone:
+                        options = {"src_data_rank": None}
+                        tensors[name] = distribute_tensor(tensor, mesh, placements, **options)
+            with contextlib.ExitStack() as stack:
+                if case % 2:
+                    stack.enter_context(together())  # as on a device
+                found = pick(*spread, counts)
+            for masks_found, masks_expected in zip(found, expected, strict=True):
+                for name, mask in masks_found.items():
+                    assert torch.equal(whole(mask), masks_expected[name]), (case, placements, name)
+                    compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_entries_are_picked_over_shards_as_in_whole_tensors(
+    world_size: int, tmp_path: Path
+) -> None:
+    assert all(compared > 200 for compared in run(world_size, select_shards, tmp_path))
 
 
 # Every update is that of the method on whole tensors ---------------------------------------------
@@ -284,6 +370,36 @@ def count_collectives(rank: int, world_size: int) -> dict[str, Any]:
         if rank == 1:  # one rank may ask alone
             sparsifier.metrics(), sparsifier.masks, sparsifier.state_dict(), sparsifier.num_active
     return found
+
+
+def count_of_methods(rank: int, world_size: int) -> dict[str, tuple[int, float]]:
+    """Give the collectives of an update of each method, and their KiB per layer."""
+    found = {}
+    for name in METHODS.keys() - {"static"}:
+        model = sharded(mlp())
+        optimizer = sgd(model)
+        sparsifier = make(name, model, optimizer, sparsity=0.6)
+        while sparsifier.num_updates < 1:
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            with Collectives() as collectives:
+                optimizer.step()
+        sent = sum(size for _, size in collectives.found)
+        found[name] = (len(collectives.found), sent / 1024 / len(sparsifier.maskable))
+    return found
+
+
+def test_an_update_takes_what_the_page_on_scaling_says(tmp_path: Path) -> None:
+    table = re.findall(
+        r"^\| ([a-z_, ]+) \| (\d+) \| ([\d.]+)(.*) \|$", PAGE.read_text(), re.MULTILINE
+    )
+    rows = {name: row for names, *row in table for name in names.split(", ")}
+    found = run(2, count_of_methods, tmp_path)[0]
+    assert found.keys() == rows.keys()
+    for name, (collectives, size) in found.items():
+        told, per_layer, in_all = rows[name]
+        assert collectives == int(told), name
+        assert size <= float(per_layer) + (4 / 3 if "4 in all" in in_all else 0), name
 
 
 def test_an_update_takes_few_small_collectives_and_other_steps_none(tmp_path: Path) -> None:
