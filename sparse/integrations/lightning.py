@@ -37,7 +37,9 @@ class SparseCallback(Callback):
                 "call sparse.rigl or another method in configure_optimizers instead"
             )
         steps = trainer.estimated_stepping_batches
-        self._attachment.attach(pl_module, trainer.optimizers[0], steps)
+        # With DDP around it, the model tells which processes share it.
+        model = trainer.strategy.model or pl_module
+        self._attachment.attach(model, trainer.optimizers[0], steps)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Log at the first step and after each update."""
