@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .flat import Layout, batched, vector
+from .flat import Layout, batched, layout_of, vector
 from .radix import indices, ranks_of
 from .rng import Draw
-from .shards import Ranks, Tensors, local
+from .shards import Part, Ranks, Tensors, local
 
 _WIDTH = 8  # bits of a digit
 _BINS = 1 << _WIDTH
@@ -47,22 +47,47 @@ def select(
     Returns:
         Flat bool tensor of the parts.
     """
-    device, index = candidates.device, None
-    if isinstance(scores[0], Draw) or not ranks.line_up:
-        index = _indices(layout, ranks, device)
+    device, parts = candidates.device, list(ranks.parts.values())
     search = _Search(candidates, layout, ranks, together)
-    values = ranks_of(scores, layout, device, want_largest, index)
-    counts = search.narrow(values, torch.iinfo(values.dtype).bits - 1, counts)
+    values: Tensor | list[Tensor]
+    if batched(candidates):
+        values = _ranks_of(scores, parts, layout, device, want_largest)
+        bits = torch.iinfo(values.dtype).bits - 1
+    else:  # in pieces that stay in the cache
+        values = [
+            _ranks_of([score], [part], layout_of((size,)), device, want_largest)[:size]
+            for score, part, size in zip(scores, parts, layout.sizes, strict=True)
+        ]
+        bits = torch.iinfo(values[0].dtype).bits - 1
+    counts = search.narrow(values, bits, counts)
     if ranks.line_up:
         search.pick_ties(counts, want_largest)
-    else:
-        assert index is not None
-        order, bits = index if want_largest else index ^ torch.iinfo(torch.int32).max, 31
-        if together:
-            order = order.long() + (layout.spread(range(len(layout.sizes)), device).long() << bits)
-            bits += len(layout.sizes).bit_length()
-        search.pick_all(search.narrow(order, bits, counts))
+        return search.chosen
+    index, bits = _indices(parts, layout, device), 31
+    order = index if want_largest else index ^ torch.iinfo(torch.int32).max
+    if together:
+        order = order.long() + (layout.spread(range(len(parts)), device).long() << bits)
+        bits += len(parts).bit_length()
+    search.pick_all(search.narrow(search.of_entries(order), bits, counts))
     return search.chosen
+
+
+def _ranks_of(
+    scores: Sequence[Tensor | Draw],
+    parts: Sequence[Part],
+    layout: Layout,
+    device: torch.device,
+    want_largest: bool,
+) -> Tensor:
+    index = _indices(parts, layout, device) if isinstance(scores[0], Draw) else None
+    return ranks_of(scores, layout, device, want_largest, index)
+
+
+def _indices(parts: Sequence[Part], layout: Layout, device: torch.device) -> Tensor:
+    """List the indices that all entries have in the whole: flat int32 tensor."""
+    if all(part.has_whole_rows for part in parts):
+        return indices(layout, [part.start for part in parts], device)
+    return layout.flatten([part.index(device) for part in parts], torch.int32)
 
 
 def sums_of_magnitudes(tensors: Tensors) -> Tensor:
@@ -86,14 +111,6 @@ def sums_of_magnitudes(tensors: Tensors) -> Tensor:
     return sums.masked_fill(totals[:, 255] != 0, torch.nan)
 
 
-def _indices(layout: Layout, ranks: Ranks, device: torch.device) -> Tensor:
-    """List the indices that all entries have in the whole: flat int32 tensor."""
-    parts = list(ranks.parts.values())
-    if all(part.has_whole_rows for part in parts):
-        return indices(layout, [part.start for part in parts], device)
-    return layout.flatten([part.index(device) for part in parts], torch.int32)
-
-
 class _Search:
     """The entries that are open: neither chosen nor out.
 
@@ -112,15 +129,19 @@ class _Search:
         self._open = candidates
         # Of each entry that is looked at the layer, and the place if these are not all.
         self._layer, self._at = torch.empty(0), None  # type: Tensor, Tensor | None
-        self._listed = batched(candidates)
-        if self._listed:
+        if batched(candidates):
             self._layer = layout.spread(range(self._num_layers), candidates.device)
 
-    def narrow(self, values: Tensor, bits: int, counts: Tensor) -> Tensor:
+    def of_entries(self, flat: Tensor) -> Tensor:
+        """Give what a flat tensor has at the entries that are looked at."""
+        return flat if self._at is None else flat[self._at]
+
+    def narrow(self, values: Tensor | list[Tensor], bits: int, counts: Tensor) -> Tensor:
         """Choose the entries below a threshold, and close those above it.
 
         Args:
-            values: Flat integer tensor, not negative; the smallest are chosen.
+            values: Integers of the entries that are looked at, not negative; the smallest are
+                chosen. A list with those of every layer if none is listed yet.
             bits: How many of their bits can be set.
             counts: int32, how many to choose in each pool: in each layer, or in all together.
 
@@ -129,12 +150,15 @@ class _Search:
         """
         while bits > 0:
             bits = max(bits - _WIDTH, 0)
-            seen = values if self._at is None else values[self._at]
-            digits = (seen >> bits).bitwise_and_(_BINS - 1)
-            counts = (self._compare if self._listed else self._compare_layers)(digits, counts)
+            if isinstance(values, list):
+                values, counts = self._compare_layers(values, bits, counts)
+            else:
+                values, counts = self._compare(values, bits, counts)
         return counts
 
-    def _compare(self, digits: Tensor, counts: Tensor) -> Tensor:
+    def _compare(self, values: Tensor, bits: int, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare a digit of the entries; give the values of those still looked at, and counts."""
+        digits = (values >> bits).bitwise_and_(_BINS - 1)
         bins = digits.int()
         if not self._together:
             bins = self._layer * _BINS + bins
@@ -149,33 +173,37 @@ class _Search:
         self._choose(digits < limit)
         self._open = self._open & (digits == limit)
         if self._at is not None:
-            self._at, self._layer = self._at[self._open], self._layer[self._open]
+            keep = self._open
+            self._at, self._layer, values = self._at[keep], self._layer[keep], values[keep]
             self._open = torch.ones_like(self._at, dtype=torch.bool)
-        return counts
+        return values, counts
 
-    def _compare_layers(self, digits: Tensor, counts: Tensor) -> Tensor:
+    def _compare_layers(
+        self, values: list[Tensor], bits: int, counts: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Do the same layer by layer, with all entries, and list those that stay open."""
-        small, flats = digits.to(torch.uint8), (self._open, self.chosen)
-        layers = list(zip(*map(self._layout.entries, (small, *flats)), strict=True))
-        tallies = [torch.bincount(digit[open_], minlength=_BINS) for digit, open_, _ in layers]
+        digits, tallies = [], []
+        for value, candidate in zip(values, self._layout.entries(self._open), strict=True):
+            digit = (value >> bits).to(torch.int16).bitwise_and_(_BINS - 1)
+            digits.append(digit.masked_fill_(~candidate, _BINS))
+            tallies.append(torch.bincount(digit, minlength=_BINS + 1)[:_BINS])
         found = torch.stack(tallies).int() * self._owned[:, None]
         if self._together:
             found = found.sum(0, keepdim=True, dtype=torch.int32)
         limits, counts = self._threshold(found, counts)
+        limit_of = limits.expand(self._num_layers).tolist()
         places = []
-        for layer, (digit, open_, chosen) in enumerate(layers):
-            limit = int(limits[0 if self._together else layer])
-            if limit == _BINS:  # fewer than wanted
-                chosen.copy_(open_)
-            else:
-                torch.logical_and(open_, digit < limit, out=chosen)
-            tied = (open_ & (digit == min(limit, _BINS - 1)) & (limit < _BINS)).nonzero()
-            places.append(tied.flatten() + self._layout.starts[layer])
+        for limit, digit, chosen in zip(
+            limit_of, digits, self._layout.entries(self.chosen), strict=True
+        ):
+            torch.lt(digit, limit, out=chosen)
+            tied = digit == limit if limit < _BINS else digit < 0  # else there are too few
+            places.append(tied.nonzero().flatten())
         sizes = torch.tensor(list(map(len, places)))
-        self._at, self._listed = torch.cat(places), True
+        self._at = torch.cat([p + s for p, s in zip(places, self._layout.starts, strict=True)])
         self._layer = torch.arange(self._num_layers, dtype=torch.int32).repeat_interleave(sizes)
         self._open = torch.ones_like(self._at, dtype=torch.bool)
-        return counts
+        return torch.cat([v[p] for v, p in zip(values, places, strict=True)]), counts
 
     def _threshold(self, found: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Find the digit up to which entries are chosen.
