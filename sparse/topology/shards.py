@@ -170,7 +170,7 @@ class Ranks:
         ]
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """Add up numbers over the processes."""
+        """Add up numbers over the processes; may write to `numbers`."""
         if not self.groups:
             return numbers
         travelling = numbers if numbers.device.type == self._device else numbers.to(self._device)

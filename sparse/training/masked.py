@@ -224,8 +224,8 @@ class MaskedModel:
             SparsityError: A weight was replaced, or the masks differ between processes.
         """
         check_owned(self._modules, self._maskable)
-        masks = masks_of(self._gates, {name: self._weights[name] for name in self._gates})
         for group in self._copies:
+            masks = masks_of(self._gates, {name: self._weights[name] for name in self._gates})
             verify_across_ranks(locals_of(masks), group)
 
     def _reconnect(self, old: Tensors, survivors: Tensors, new: Tensors) -> dict[str, Tensor]:

@@ -32,10 +32,9 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse
+from benchmarks.sharded import Collectives
 from sparse.topology.rng import Draw
 from sparse.topology.selection import largest_in_layers, largest_together, replace
 from tests.sparse.nets import METHODS, make
@@ -333,20 +332,6 @@ def test_every_update_on_three_ranks_is_that_of_the_method_on_whole_tensors(
 
 
 # What travels ------------------------------------------------------------------------------------
-
-
-class Collectives(TorchDispatchMode):
-    """Lists the collectives that run, with the bytes that a rank sends or gets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
-        if "c10d" in function.namespace:
-            tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            self.found.append((str(function), sum(tensor.nbytes for tensor in tensors)))
-        return function(*args, **(kwargs or {}))
 
 
 def count_collectives(rank: int, world_size: int) -> dict[str, Any]:
