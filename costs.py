@@ -39,7 +39,8 @@ class Flags:
     prune_start: int = flag(10_000, "gmp: first step of the ramp")
     prune_end: int = flag(25_000, "gmp: end of the ramp")
     prune_every: int = flag(1_000, "gmp: steps between prunings")
-    total_steps: int = flag(32_000, "gmp: steps at length 1")
+    total_steps: int = flag(32_000, "gmp and acdc: steps at length 1")
+    epochs: int = flag(100, "acdc: epochs at length 1")
     convention: costs.Convention = flag("published", "how to count")
     rounding: Literal["floor", "ceil"] = flag("floor", "of ERK's budget; ceil: 2019")
     json: bool = flag(False, "print the report as one JSON object")
@@ -94,7 +95,7 @@ def report_flags(args: Flags) -> dict[str, Any]:
         raise ValueError(f"--method {method} does not go with --sparsity {args.sparsity}")
     if args.multiplier <= 0:
         raise ValueError(f"--multiplier must be above 0, got {args.multiplier}")
-    stretched = "prune_start", "prune_end", "total_steps"  # with the run
+    stretched = "prune_start", "prune_end", "total_steps", "epochs"  # with the run
     steps = {name: round(getattr(args, name) * args.multiplier) for name in stretched}
     return report_network(
         args.arch,

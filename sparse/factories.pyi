@@ -6,9 +6,10 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from .training.sparsifier import Sparsifier
+from sparse.training.sparsifier import Sparsifier
 
 __all__ = [
+    "acdc",
     "gmp",
     "rigl",
     "rigl_reset",
@@ -17,6 +18,51 @@ __all__ = [
     "snip",
     "static",
 ]
+
+def acdc(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    sparsity: float,
+    distribution: Literal["uniform", "er", "erk"] | None = None,
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    scope: Literal["layer", "global"] = "layer",
+    total_steps: int,
+    dense_warmup: int,
+    sparse_phase: int,
+    dense_phase: int,
+    last_dense: int,
+    last_sparse: int,
+    hooks: bool = True,
+    track_exploration: bool = False,
+) -> Sparsifier:
+    """AC/DC: train sparse and dense in turn, and sparse in the end (Peste et al. 2021).
+
+    A compression keeps the largest weights, a decompression makes all weights active again: the
+    pruned ones begin at 0, and the optimizer's state of all parameters is reset. Of n weights a
+    compression keeps ceil(n * (1 - s)) - 1, as the original does.
+
+    Attributes:
+        compressions: Step -> whether the network is sparse from this step on, or else dense.
+
+    Args:
+        sparsity: Fraction of zero weights, in [0, 1).
+        distribution: How sparsity is spread over layers; erk by default.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        sparsity_map: Layer globs and their sparsities.
+        scope: Rank weights within layers or over all (snip, gmp).
+        total_steps: Optimizer steps of acdc's run.
+        dense_warmup: Optimizer steps before acdc's first compression, at least 1.
+        sparse_phase: Optimizer steps from acdc's compression to decompression, at least 1.
+        dense_phase: Optimizer steps from acdc's decompression to compression, at least 1.
+        last_dense: Optimizer steps of acdc's last dense phase, at least 1.
+        last_sparse: Optimizer steps of acdc's last sparse phase, at least 1.
+        hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        track_exploration: Whether to record which weights were ever active.
+    """
 
 def gmp(
     model: nn.Module,

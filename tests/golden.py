@@ -10,6 +10,7 @@ exits with status 1 if any failed. The name of a file says what it holds:
   variables keep stale values; here they are 0, so weights and momenta are compared where active.
 * snfs_*.npz, snfs_index.json: TimDettmers/sparse_learning, one or several updates in a row.
 * rigl_erk_densities.{json,npz}: layer densities of ResNet-50 and MobileNet-v1.
+* acdc_{global,uniform,restore,run}*.npz, acdc_{schedules,resnet50_counts}.json: IST-DASLab/ACDC.
 """
 
 import re
@@ -26,6 +27,7 @@ from torch import nn
 import sparse
 from sparse.methods import Method, Rigl, RiglReset, Set, Snfs
 from sparse.methods.allocation import Allocation
+from tests.golden_acdc import acdc_cases, check_pruner, check_restore, check_run
 from tests.golden_compare import (
     MismatchError,
     close,
@@ -75,6 +77,8 @@ def cases(path: Path) -> Iterator[tuple[str, Check]]:
         yield from index_cases(path)
     elif path.name == "snfs_index.json":
         yield from prune_rate_cases(path)
+    elif path.suffix == ".json" and path.stem.startswith("acdc_"):
+        yield from acdc_cases(path)
     elif path.suffix == ".npz" and (check := _check_for(path.stem)) is not None:
         yield "update", partial(check, dict(np.load(path)), path)
     else:
@@ -91,6 +95,9 @@ def _check_for(stem: str) -> Callable[[Arrays, Path], None] | None:
         r"tf1_snip_": check_snip,
         r"tf1_gmp": check_gmp,
         r"snfs_": check_snfs,
+        r"acdc_(global|uniform)_": check_pruner,
+        r"acdc_restore_": check_restore,
+        r"acdc_run_": check_run,
     }
     return next((check for start, check in checks.items() if re.match(start, stem)), None)
 

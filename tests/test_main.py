@@ -115,6 +115,19 @@ def test_dry_run_is_the_plan_of_a_published_row() -> None:
     assert cost["training_ratio"] == pytest.approx(oracle["rigl"], rel=1e-6)
 
 
+@pytest.mark.parametrize(("epochs", "events"), [(100, 15), (200, 35)])
+def test_phases_of_acdc_are_given_in_epochs(epochs: int, events: int) -> None:
+    argv = "--arch resnet50 --sparse-method acdc --sparsity 0.9 --distribution uniform -b 256"
+    resolved = plan(*argv.split(), "--epochs", str(epochs), "--dense-layers", "conv1", "fc")
+    assert resolved["sparse"]["num_updates"] == events
+    active = {layer["name"]: layer["num_active"] for layer in resolved["sparse"]["layers"]}
+    assert (active["layer1.0.conv1.weight"], active["fc.weight"]) == (409, 2_048_000)
+    assert sum(active.values()) == 2_344_525 + 9_408 + 2_048_000
+    cost = resolved["cost"]
+    assert cost["training_ratio"] == pytest.approx((1 + cost["inference_ratio"]) / 2)
+    assert cost["training_ratio"] == pytest.approx(0.565, abs=2e-3)
+
+
 @pytest.mark.parametrize(
     ("argv", "updates"),
     [
@@ -125,6 +138,7 @@ def test_dry_run_is_the_plan_of_a_published_row() -> None:
         ("snip --scope global", 0),
         ("gmp --prune-start 10 --prune-end 60 --prune-every 20", 4),  # 10, 30, 50 and 60
         ("rigl_reset --t-start 100", 3),
+        ("acdc --dense-warmup-epochs 1 --last-sparse-epochs 1 --last-dense-epochs 1", 1),
     ],
 )
 def test_every_method_has_a_plan(argv: str, updates: int) -> None:

@@ -1,5 +1,6 @@
 """The methods of sparse training, one file each; `METHODS` has all that are imported here."""
 
+from .acdc import Acdc as Acdc
 from .base import Allocated as Allocated
 from .base import DropAndGrow as DropAndGrow
 from .base import Method as Method

@@ -40,6 +40,8 @@ class Method(ABC):
         gradient_decay: None: the method sees the dense gradient of the batch, except "after" the
             step, when inactive gradients are gone and it sees none. A number d in [0, 1): it sees
             the average G <- d * G + (1 - d) * gradient, kept over all steps (from 0, no debias).
+        gradient_steps: "After" the step, the method sees the mean of the dense gradients of so many
+            steps, the last one included; at most as many as there are from update to update.
         grows: Whether connections that were inactive can become active.
         grow_init: Weight of new connections, see `NewConnections`; also `initial_acc_scale`.
         seed: Seed of masks and of all other random choices; the same on all ranks.
@@ -50,6 +52,7 @@ class Method(ABC):
     paper: ClassVar[str] = "-"
     timing: ClassVar[Timing] = "after"
     gradient_decay: ClassVar[float | None] = None
+    gradient_steps: int = 0
     grows: ClassVar[bool] = False
     grow_init: GrowInit = "zeros"
     initial_acc_scale: float = 0.0
@@ -89,6 +92,10 @@ class Method(ABC):
     def survivors(self, masks: Tensors, weights: Tensors, step: int) -> Tensors:
         """Mark the connections whose weight and optimizer state an update leaves alone."""
         return masks
+
+    def restarts_optimizer(self, step: int) -> bool:
+        """Say whether an update at this step resets the optimizer's state of all parameters."""
+        return False
 
     def fraction_at(self, step: int) -> float | None:
         """Give the drop fraction of an update at this step, None if there is no such thing."""
@@ -158,6 +165,16 @@ class Allocated(Method):
     def num_active(self) -> Mapping[str, int]:
         """Layer name -> number of active weights to begin with, of all prunable layers in order."""
         return self.allocation.num_active
+
+    @property
+    def final_counts(self) -> Mapping[str, int] | None:
+        """Layer name -> active weights in the end; None: not known before training."""
+        return self.allocation.num_active if self.scope == "layer" else None
+
+    @property
+    def final_total(self) -> int:
+        """Active weights of all layers in the end."""
+        return sum((self.final_counts or self.allocation.num_active).values())
 
     @property
     def maskable(self) -> Collection[str]:

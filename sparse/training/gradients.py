@@ -2,23 +2,87 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SparsityError
+from ..methods.base import Method
 from ..topology.flat import batched, copy, layout_of, memory
 from ..topology.rng import is_fake
+from . import checkpoints
 from .clock import found_inf, inverse_scale
+
+
+class SeenGradients:
+    """The gradients that a method sees at an update.
+
+    Attributes:
+        averages: Name -> average of gradients, where the method has one.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.averages: dict[str, Tensor] = {}
+        self._method = method
+
+    def reads(self, step: int) -> bool:
+        """Say whether the gradients of a step have a part in the averages."""
+        return self._share(step) is not None
+
+    def asks(self, step: int) -> bool:
+        """Say whether it has to be known for sure that this is the step: averages begin and end."""
+        return self._method.gradient_decay is None and self.reads(step)
+
+    def _share(self, step: int) -> float | None:
+        """Give the share of a step's gradient in the average; None: it has no part in it."""
+        decay, number = self._method.gradient_decay, self._method.gradient_steps
+        if decay is not None:
+            return 1.0 - decay
+        left = next((n for n in range(number) if self._method.due(step + n)), None)
+        return None if left is None else 1.0 / min(number - left, step + 1)
+
+    def gather(
+        self, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
+    ) -> None:
+        """Take the gradients of a step into the averages."""
+        share = self._share(step)
+        if share is not None:
+            average_gradients(self.averages, weights, share, optimizer)
+
+    def at_update(
+        self, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> dict[str, Tensor]:
+        """Collect what the method sees of the gradients of some weights."""
+        if self._method.timing == "after" or self._method.gradient_decay is not None:
+            return {name: g for name, g in self.averages.items() if name in weights}
+        found = unscaled_gradients(weights, optimizer)
+        if self._method.timing == "once":
+            check_gradients(found, self._method.name)
+        return found
+
+    def forget(self) -> None:
+        """Begin anew after an update, unless the average is one over all steps."""
+        if self._method.gradient_decay is None:
+            self.averages.clear()
+
+    def load(self, state: Mapping[str, Any], weights: Mapping[str, nn.Parameter]) -> None:
+        """Read the averages of a saved state.
+
+        Raises:
+            ValueError: They are missing, or one fits no weight.
+        """
+        wanted, needed = self.reads(state["step"]), self._method.gradient_decay is not None
+        self.averages = checkpoints.load_averages(state, weights, wanted, needed)
 
 
 def average_gradients(
     averages: dict[str, Tensor],
     weights: Mapping[str, nn.Parameter],
-    decay: float,
+    share: float,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Blend the present gradients in: average <- decay * average + (1 - decay) * gradient.
+    """Blend the present gradients in: average <- (1 - share) * average + share * gradient.
 
     Averages start at 0 and are at least float32. If a GradScaler leaves the unscaling to a fused
     optimizer, the gradients are unscaled first. If it found an overflow, the averages do not
@@ -38,7 +102,7 @@ def average_gradients(
         groups[average.device, average.dtype, None if alike else name].append(name)
     for (_, _, alone), names in groups.items():
         pairs = [averages[name] for name in names], [found[name] for name in names]
-        (_blend_together if alone is None else _blend)(*pairs, 1.0 - decay, unscale, overflow)
+        (_blend_together if alone is None else _blend)(*pairs, share, unscale, overflow)
 
 
 def _blend(

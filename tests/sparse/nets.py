@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 import sparse
 
-# Short schedules: updates at 0, 4, 8, 12 of each method.
+# Short schedules: updates at 0, 4, 8, 12 of most methods.
+ACDC = {"total_steps": 20, "dense_warmup": 3, "sparse_phase": 2, "dense_phase": 2}
+ACDC |= {"last_dense": 3, "last_sparse": 4}  # sparse from 3, 7, 11, 16; dense from 5, 9, 13
 METHODS: dict[str, tuple[Callable[..., sparse.Sparsifier], dict[str, Any]]] = {
     "static": (sparse.static, {}),
     "set": (sparse.set, {"delta_t": 4, "t_end": 15}),
@@ -21,6 +23,16 @@ METHODS: dict[str, tuple[Callable[..., sparse.Sparsifier], dict[str, Any]]] = {
     "snip_global": (sparse.snip, {"scope": "global"}),
     "gmp": (sparse.gmp, {"prune_every": 4, "prune_start": 2, "prune_end": 14}),
     "gmp_global": (sparse.gmp, {"prune_every": 4, "prune_end": 14, "scope": "global"}),
+    "acdc": (sparse.acdc, ACDC),
+    "acdc_global": (sparse.acdc, {**ACDC, "scope": "global"}),
+}
+
+# The same for runs of 30 steps.
+LONGER: dict[str, dict[str, Any]] = {"acdc": {}, "acdc_global": {}}
+LONGER |= {name: {"prune_end": 30} for name in ("gmp", "gmp_global")}
+LONGER |= {
+    name: {"drop_anneal": "constant", "t_end": 30}
+    for name in ("set", "rigl", "rigl_reset", "snfs", "snfs_none")
 }
 
 

@@ -15,7 +15,7 @@ OPTIMIZERS: dict[str, Any] = {
     "sgd_fused": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-3, fused=True),
     "adamw_fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
 }
-METHODS = ["rigl", "set", "snfs", "snfs_none", "snip", "gmp"]
+METHODS = ["rigl", "set", "snfs", "snfs_none", "snip", "gmp", "acdc"]
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

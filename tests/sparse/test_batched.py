@@ -301,7 +301,7 @@ BYTES_PER_WEIGHT = 12
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet152"])
-@pytest.mark.parametrize("method", ["rigl", "gmp", "set", "snfs", "static"])
+@pytest.mark.parametrize("method", ["rigl", "gmp", "set", "snfs", "static", "acdc"])
 def test_few_operations_whatever_the_number_of_layers(method: str, arch: str) -> None:
     found = count(method, arch)
     limit = {"snfs": 330, "static": 3}.get(method, 200)

@@ -41,6 +41,10 @@ SCHEDULES: list[dict[str, Any]] = [
     {"prune_end": 400},
     {"prune_every": 1},
     {"prune_start": 8},
+    {"total_steps": 40},
+    {"sparse_phase": 1},
+    {"dense_warmup": 7, "dense_phase": 1},
+    {"last_dense": 1, "last_sparse": 9},
 ]
 KEEPS_COUNTS = ("static", "set", "rigl", "rigl_reset", "snfs_none")
 

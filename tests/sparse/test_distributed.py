@@ -16,7 +16,7 @@ from tests.sparse.ranks import run
 
 pytestmark = pytest.mark.distributed
 
-METHODS = ["rigl", "set", "snfs", "snfs_none", "snip", "snip_global", "gmp"]
+METHODS = ["rigl", "set", "snfs", "snfs_none", "snip", "snip_global", "gmp", "acdc"]
 STEPS = range(13)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sparse
-from tests.sparse.nets import METHODS, convnet, make, sgd
+from tests.sparse.nets import ACDC, METHODS, convnet, make, sgd
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "static": {},
@@ -18,6 +18,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "snfs": {"t_end": 100},
     "snip": {},
     "gmp": {"prune_end": 100},
+    "acdc": ACDC,
 }
 
 
@@ -79,7 +80,7 @@ def test_every_argument_of_a_factory_is_for_its_method() -> None:
     for name in REQUIRED:
         arguments = inspect.signature(getattr(sparse, name)).parameters
         assert ("drop_fraction" in arguments) == (name in ("set", "rigl", "rigl_reset", "snfs"))
-        assert ("seed" in arguments) == (name not in ("snip", "gmp"))
+        assert ("seed" in arguments) == (name not in ("snip", "gmp", "acdc"))
         assert ("grow_init" in arguments) == (name in ("set", "rigl", "snfs"))
 
 

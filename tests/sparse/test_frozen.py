@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparse
-from tests.sparse.nets import METHODS, assert_inactive_zero, convnet, make, sgd, train
+from tests.sparse.nets import LONGER, METHODS, assert_inactive_zero, convnet, make, sgd, train
 
 UPDATING = [name for name in METHODS if "snip" not in name and name != "static"]
 
@@ -41,8 +41,7 @@ def test_a_layer_frozen_from_the_start(method: str) -> None:
 def test_a_layer_frozen_for_a_while(method: str) -> None:
     model = convnet()
     optimizer = sgd(model)
-    options = {"prune_end": 30} if "gmp" in method else {"drop_anneal": "constant", "t_end": 30}
-    sparsifier = make(method, model, optimizer, sparsity=0.5, **options)
+    sparsifier = make(method, model, optimizer, sparsity=0.5, **LONGER[method])
     list(train(model, optimizer, range(6)))
     weight = model[3].weight.requires_grad_(False)
     weight.grad = None
