@@ -61,16 +61,42 @@ def sparse_flags(methods: Iterable[type[Allocated]] = METHODS.values()) -> type[
     A setting that several methods have is one flag. Its default is None where theirs differ, or
     where the setting must be given.
     """
-    found: dict[str, Setting] = {}
+    found: dict[str, dict[str, Setting]] = {}
     for method in methods:
         for name, known in settings_of(method).items():
-            if name in found and found[name].default != known.default:
-                known = dataclasses.replace(known, default=None)
-            found[name] = known
-    declared = [(flag_name(name, known), *_declare(name, known)) for name, known in found.items()]
+            found.setdefault(name, {})[method.name if hasattr(method, "name") else ""] = known
+    shared = {name: _shared(known) for name, known in found.items()}
+    declared = [(flag_name(name, known), *_declare(name, known)) for name, known in shared.items()]
     return dataclasses.make_dataclass(
         "SparseFlags", declared, bases=(SparseFlags,), frozen=True, kw_only=True
     )
+
+
+def _shared(users: Mapping[str, Setting]) -> Setting:
+    """Return the setting that stands for those of several methods: what most of them say first."""
+    known = list(users.values())[-1]
+    alike = all(other.default == known.default for other in users.values())
+    texts: dict[str, list[str]] = {}
+    for method, other in users.items():
+        text = _help(other)
+        if not alike and other.default is not None:
+            text += f"; by default {other.default}"
+        texts.setdefault(text, []).append(method)
+    most, *others = sorted(texts, key=lambda text: -len(texts[text]))
+    help = "; ".join([most, *(f"{', '.join(texts[text])}: {text}" for text in others)])
+    return dataclasses.replace(known, help=help, default=known.default if alike else None)
+
+
+def _help(known: Setting) -> str:
+    """Return what a setting means, and what it is in a run where it is not given."""
+    if known.epochs is not None:
+        return known.help.replace("optimizer steps", "epochs")
+    if known.is_end:
+        return f"{known.help}; by default --t-end-fraction of all steps"
+    if known.share is not None:
+        part = "all steps" if known.share == 1.0 else f"{known.share} of all steps"
+        return f"{known.help}; by default {part}"
+    return known.help
 
 
 def flag_name(name: str, known: Setting) -> str:
@@ -82,17 +108,13 @@ def _declare(name: str, known: Setting) -> tuple[Any, Any]:
     """Return type and dataclass field of the flag of a setting."""
     kind, help = known.type, known.help
     if known.epochs is not None:
-        return float, flag(known.epochs, help.replace("optimizer steps", "epochs"))
+        return float, flag(known.epochs, help)
     nargs: Literal["*"] | None = None
     default = None if known.default is MISSING else known.default
     if _is(kind, Mapping):
         kind, help = str, f"YAML file of {help}"
     elif _is(kind, Sequence) and kind is not str:
         kind, nargs = list[str], "*"
-    if known.is_end:
-        help += "; by default --t-end-fraction of all steps"
-    if known.share is not None:
-        help += f"; by default {'' if known.share == 1.0 else f'{known.share} of '}all of them"
     hint = kind if default is not None else kind | None
     return hint, flag(default, help, *SPELLINGS.get(name, ()), nargs=nargs)
 

@@ -72,10 +72,10 @@ def _check_schedule(length: int, entry: Mapping[str, Any]) -> None:
     method = Acdc(sparsity=0.5, **schedule_settings(*given))
     expected = dict.fromkeys(entry["compress_at"], True)
     expected |= dict.fromkeys(entry["decompress_at"], False)
-    require(method.compressions == expected, "the events are at other steps")
+    require(method.events == expected, "the events are at other steps")
     is_sparse, phases = False, ""
     for step in range(length):
-        is_sparse = method.compressions.get(step, is_sparse)
+        is_sparse = method.events.get(step, is_sparse)
         phases += "S" if is_sparse else "D"
     require(phases == entry["phases"], "the phases are others")
 
@@ -192,7 +192,7 @@ def check_run(data: Arrays, path: Path) -> None:
         allocation=Allocation(sparsities={f"{index}.weight": sparsity for index in pruned}),
         **schedule_settings(*times, times[0][-1] + 3),
     )
-    require(method.compressions == dict(events), "the events are at other epochs")
+    require(method.events == dict(events), "the events are at other epochs")
     for epoch, is_sparse in events:
         run = _Event(data, names, pruned, method, epoch, is_sparse)
         run.check_masks()
@@ -282,10 +282,3 @@ class _Event:
                     found = weight.detach() if what == "weights" else state
                     label = f"epoch {self._epoch}, {step}, {what} of {name}"
                     close(label, found, torch.from_numpy(value) * mask, 5e-8)
-
-
-def check_entry(path: Path, kept: Any) -> None:
-    """Check the number of weights that an index says of a file."""
-    data = np.load(path)
-    total = data.get("expected_kept_total_of_pruned", data.get("expected_kept"))
-    require(total is None or int(total) == kept, "the index says another number than the file")

@@ -23,7 +23,7 @@ class Acdc(Pruning):
     compression keeps ceil(n * (1 - s)) - 1, as the original does.
 
     Attributes:
-        compressions: Step -> whether the network is sparse from this step on, or else dense.
+        events: Step -> whether the network is sparse from this step on, or else dense.
     """
 
     name: ClassVar[str] = "acdc"
@@ -61,7 +61,7 @@ class Acdc(Pruning):
             )
 
     @functools.cached_property
-    def compressions(self) -> Mapping[int, bool]:
+    def events(self) -> Mapping[int, bool]:
         last = self.total_steps - self.last_sparse
         found, end = {}, last - self.last_dense
         period = self.sparse_phase + self.dense_phase
@@ -71,11 +71,27 @@ class Acdc(Pruning):
             found[step + self.sparse_phase if goes_on else end] = False
         return found | {last: True}
 
+    @property
+    def final_counts(self) -> Mapping[str, int] | None:
+        if self.scope == "global":
+            return None
+        zeros, sizes = self.allocation.sparsities, self.allocation.sizes
+        found = {n: self.num_final(sizes[n], zeros[n]) for n in self.allocation.maskable}
+        return {**sizes, **found}
+
+    @property
+    def final_total(self) -> int:
+        if self.final_counts is not None:
+            return sum(self.final_counts.values())
+        pruned = sum(self.allocation.sizes[name] for name in self.allocation.maskable)
+        whole = sum(self.allocation.sizes.values())
+        return whole - pruned + self.num_final(pruned, self.sparsity)
+
     def due(self, step: int) -> bool:
-        return step + 1 in self.compressions
+        return step + 1 in self.events
 
     def restarts_optimizer(self, step: int) -> bool:
-        return not self.compressions[step + 1]
+        return not self.events[step + 1]
 
     def num_final(self, numel: int, sparsity: float) -> int:
         return max(math.ceil(numel * (1.0 - sparsity)) - 1, 0) if sparsity > 0.0 else numel
@@ -83,13 +99,13 @@ class Acdc(Pruning):
     def update(
         self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
     ) -> Tensors:
-        if self.compressions[step + 1]:
+        if self.events[step + 1]:
             return self.prune(weights, masks, self.num_final)
         return all_true(masks)
 
     def step_flops(self, dense: float, sparse: float, total_steps: int | None = None) -> float:
         """Count dense phases as dense training and sparse phases as sparse training."""
-        events, num_sparse = sorted(self.compressions.items()), 0
+        events, num_sparse = sorted(self.events.items()), 0
         for (step, is_sparse), (until, _) in zip(
             events, [*events[1:], (self.total_steps, False)], strict=True
         ):

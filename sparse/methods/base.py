@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..topology import rng
 from ..topology.distributions import Distribution
 from ..topology.masks import drop_and_grow_layers
+from ..topology.rng import Draw
 from ..topology.schedules import Anneal, DropFraction, Window, num_dropped
-from ..topology.selection import Scores
+from ..topology.selection import Scores, largest_in_layers
 from .allocation import Allocation, allocate_layers
 from .settings import check_types, setting
 
@@ -67,6 +68,23 @@ class Method(ABC):
     def window(self) -> Window | None:
         """The steps at which the masks change; None if these are not evenly spread over a run."""
         return None
+
+    def first_masks(
+        self,
+        draws: Mapping[str, Draw],
+        num_active: Mapping[str, int],
+        among: Tensors,
+        weights: Tensors,
+    ) -> Tensors:
+        """Choose the first masks of layers that begin sparse, by a random number per weight.
+
+        Args:
+            draws: Layer name -> random numbers.
+            num_active: Layer name -> active weights.
+            among: Masks that are all True.
+            weights: The weights, for methods that begin with the largest ones.
+        """
+        return largest_in_layers(draws, num_active, among)
 
     @abstractmethod
     def due(self, step: int) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import SparsityError
 from ..methods.base import Method
-from ..topology.flat import batched, copy, layout_of, memory
+from ..topology.flat import batched, copy, layout_of, memory, zeros_like
 from ..topology.rng import is_fake
 from . import checkpoints
 from .clock import found_inf, inverse_scale
@@ -91,10 +91,7 @@ def average_gradients(
     unscale, overflow = inverse_scale(optimizer), found_inf(optimizer)
     gradients = {name: weight.grad for name, weight in weights.items()}
     found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    for name, gradient in found.items():
-        if name not in averages:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            averages[name] = torch.zeros_like(weights[name], dtype=dtype)
+    averages |= _zeros({n: g for n, g in found.items() if n not in averages}, weights)
     groups = defaultdict(list)
     for name, gradient in found.items():
         average = averages[name]
@@ -103,6 +100,23 @@ def average_gradients(
     for (_, _, alone), names in groups.items():
         pairs = [averages[name] for name in names], [found[name] for name in names]
         (_blend_together if alone is None else _blend)(*pairs, share, unscale, overflow)
+
+
+def _zeros(
+    gradients: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Make averages to begin with, of at least 32 bits and laid out as the weights are."""
+    groups = defaultdict(list)
+    for name, gradient in gradients.items():
+        dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        groups[weights[name].device, dtype].append(name)
+    made: dict[str, Tensor] = {}
+    for (_, dtype), names in groups.items():
+        if batched(weights[names[0]]):
+            made |= zip(names, zeros_like([weights[name] for name in names], dtype), strict=True)
+        else:
+            made |= {name: torch.zeros_like(weights[name], dtype=dtype) for name in names}
+    return {name: made[name].detach() for name in gradients}
 
 
 def _blend(

@@ -95,7 +95,7 @@ class Sparsifier(HookedModel):
         self._sets_up_state = False  # the step under way is not one of training
         self._withheld: list[tuple[Tensor, Tensor]] = []
         if masks is None:
-            masks = self._random_masks(num_active, seed)
+            masks = self._random_masks(method, num_active, seed)
         else:
             self._check_given(masks, num_active)
         self._begins_dense = not masks

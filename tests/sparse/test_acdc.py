@@ -23,7 +23,7 @@ def phases(method: Acdc, steps: int) -> str:
     for step in range(steps):
         found += "S" if is_sparse else "D"
         if method.due(step):
-            is_sparse = method.compressions[step + 1]
+            is_sparse = method.events[step + 1]
     return found
 
 
