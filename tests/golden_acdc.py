@@ -179,20 +179,18 @@ def check_restore(data: Arrays, path: Path) -> None:
 
 
 def check_run(data: Arrays, path: Path) -> None:
-    """Check the events of a run and the steps after them. An epoch stands for a step."""
-    names = _names(data, "e2_before_weights_")
+    """Check the events of a run and the steps after them, each event by itself."""
+    events = [(int(epoch), str(kind) == "compress") for epoch, kind in data["events"]]
+    names = _names(data, f"e{events[0][0]}_before_weights_")
     modules = [str(name) for name in data["modules"]]
     pruned = [index for index, name in enumerate(names) if name in modules]
-    events = [(int(epoch), str(kind) == "compress") for epoch, kind in data["events"]]
-    times = [[epoch for epoch, is_sparse in events if is_sparse is kind] for kind in (True, False)]
     sparsity = float(data["sparsity"])
     method = Acdc(
         sparsity=sparsity,
         scope="global" if "global" in path.stem else "layer",
         allocation=Allocation(sparsities={f"{index}.weight": sparsity for index in pruned}),
-        **schedule_settings(*times, times[0][-1] + 3),
+        **AT_ONCE,
     )
-    require(method.events == dict(events), "the events are at other epochs")
     for epoch, is_sparse in events:
         run = _Event(data, names, pruned, method, epoch, is_sparse)
         run.check_masks()
@@ -222,7 +220,9 @@ class _Event:
             index: data.get(key + names[index], np.ones(shape, dtype=bool))
             for index, shape in shapes.items()
         }
-        self._sparsifier = _attach(self._model, self._optimizer, method, masks, pruned, epoch - 1)
+        self._sparsifier = _attach(
+            self._model, self._optimizer, method, masks, pruned, 0 if is_sparse else 1
+        )
         self._put_momentum("step0_pre_momentum")
         for parameter in self._model.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -116,16 +116,18 @@ def _check_entry(path: Path, entry: Mapping[str, Any]) -> None:
 
 def check_granet(data: Arrays, path: Path) -> None:
     """Check all updates of a file."""
-    config, updates = _config(path)
+    entry = _entry(path)
+    config, updates = entry["config"], entry["updates"]
     names = [key.removeprefix("init_mask__") for key in data if key.startswith("init_mask__")]
     for number in range(len(data["step"])):
         _Update(data, names, number, config, updates[number]).check()
 
 
-def _config(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _entry(path: Path) -> dict[str, Any]:
     cases = json.loads(path.with_name("granet_index.json").read_text())["cases"]
-    (entry,) = (case for case in cases if case["file"] == path.name)
-    return entry["config"], entry["updates"]
+    (found,) = (case for case in cases if case["file"] == path.name)
+    assert isinstance(found, dict)
+    return found
 
 
 class _Update:

@@ -42,7 +42,7 @@ def _method(
     return Srigl(
         sparsity=0.5,
         delta_t=config.get("delta", 5),
-        t_end=config.get("t_end", 40),
+        t_end=config.get("T_end", config.get("t_end", 40)),
         drop_fraction=config.get("alpha", 0.3),
         min_salient=float(config["gamma"]) if ablates else 0.0,
         min_salient_of="sparse" if config.get("sparse_fan", True) else "dense",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import sparse
 from sparse.methods import Srigl
-from tests.sparse.nets import backward, convnet, images, make, sgd, train
+from tests.sparse.nets import backward, convnet, images, make, mlp, rows, sgd, train
 
 
 def fan_ins(sparsifier: sparse.Sparsifier) -> dict[str, list[int]]:
@@ -168,3 +168,28 @@ def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> N
 def test_costs() -> None:
     method = Srigl(sparsity=0.9, t_end=100, delta_t=10, gradient_steps=2)
     assert method.step_flops(1.0, 0.2) == pytest.approx((8 * 3 * 0.2 + 2 * (0.4 + 1.0)) / 10)
+
+
+def test_steps_that_a_scaler_skips_are_not_gathered() -> None:
+    """A fused step that overflowed has run its hooks; only the device knows that it was skipped."""
+    results = []
+    for planted in ({0, 1, 6}, set()):
+        model = mlp().float()
+        optimizer = sgd(model, fused=True)
+        options = {"delta_t": 4, "t_end": 20, "gradient_steps": 3}
+        sparsifier = make("srigl", model, optimizer, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1000)
+        step = 0
+        for attempt in range(12 + len(planted)):
+            optimizer.zero_grad()
+            inputs, labels = rows(step)
+            loss = nn.functional.cross_entropy(model(inputs.float()), labels)
+            scaler.scale(loss).backward()
+            if attempt in planted:
+                model[0].weight.grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            step += attempt not in planted
+        assert (sparsifier.step, sparsifier.num_updates) == (12, 3)
+        results.append([model.state_dict(), sparsifier.masks])
+    torch.testing.assert_close(results[0], results[1])
