@@ -33,6 +33,9 @@ class Flags:
     dense_layers: list[str] | None = flag(
         None, "layers kept dense (uniform: the first)", nargs="*", metavar="GLOB"
     )
+    include: list[str] | None = flag(
+        None, "further weights to make sparse", nargs="*", metavar="GLOB"
+    )
     method: str | None = flag(None, "of training, as main.py --sparse-method (rigl, or dense)")
     delta_t: int = flag(100, "rigl, granet and srigl: steps between updates")
     multiplier: float = flag(1.0, "training length")
@@ -104,6 +107,7 @@ def report_flags(args: Flags) -> dict[str, Any]:
         sparsity=args.sparsity,
         distribution=args.distribution,
         dense_layers=args.dense_layers,
+        include=args.include,
         rounding=args.rounding,
         method=method,
         settings={"delta_t": args.delta_t, "prune_every": args.prune_every, **steps},

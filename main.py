@@ -25,15 +25,16 @@ from cli.flags import RETIRED, create_method, of_command_line, resolve
 from cli.join import attach, report_costs, try_out
 from cli.metrics import FORMATS
 from cli.plan import cost_plan, sparse_plan
-from cli.program import fail, say
+from cli.program import DISTRIBUTION, fail, say
 from cli.resume import check_sparsity, saved_masks
 from image_classification import build, config, distributed
 from image_classification.config import Config
 from image_classification.data import DataError
 from image_classification.log import Logger, run_metadata
 from image_classification.preemption import Preempted
+from image_classification.trackers import open_tracker
 from image_classification.trainer import TrainingError
-from sparse import SparsityError
+from sparse import SparsityError, __version__
 
 DESCRIPTION = "Train a network, dense or sparse, on a directory of images."
 
@@ -67,10 +68,13 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     sections = Config, of_command_line(argv)
     c, flags = config.parse(argv, *sections, description=DESCRIPTION, retired=retired)
     if c.version:
-        return functools.partial(print, *(f"{k}: {v}" for k, v in run_metadata().items()), sep="\n")
+        facts = run_metadata(project=__version__, distribution=DISTRIBUTION)
+        return functools.partial(print, *(f"{k}: {v}" for k, v in facts.items()), sep="\n")
     c, set_by_fast = config.speed_up(c, has_gpu=torch.cuda.is_available())
     config.check(c)
     flags = resolve(flags)
+    if c.fsdp and flags.grad_compress != "none":
+        raise ValueError("--grad-compress is for the all-reduce of DDP: drop it, or --fsdp")
     if c.dry_run:
         return functools.partial(print, dry_run(c, flags))
     stack.enter_context(preemption.listening(c.preempt_grace))
@@ -87,12 +91,22 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         raport=Path(c.workspace) / c.raport_file,
         append=c.resume is not None,
         tensorboard=Path(c.tensorboard) if c.tensorboard else None,
+        open_tracker=functools.partial(
+            open_tracker,
+            c.log_to,
+            project=c.log_project,
+            folder=Path(c.workspace),
+            resumed=c.resume is not None,
+        )
+        if c.log_to
+        else None,
         console=c.console,
         formats=FORMATS,
         enabled=world.is_main,
     )
     stack.callback(logger.close)
-    logger.parameters({**run_metadata(), **distributed.environment(), **vars(c), **vars(flags)})
+    machine = run_metadata(project=__version__, distribution=DISTRIBUTION)
+    logger.parameters({**machine, **distributed.environment(), **vars(c), **vars(flags)})
     join: build.Attach = functools.partial(attach, flags=flags, epochs=c.epochs)
     if c.evaluate:
         join = functools.partial(
@@ -108,6 +122,8 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     stack.callback(run.close)
     if flags.grad_compress != "none" and world.world_size == 1:
         logger.message(f"--grad-compress {flags.grad_compress}: one process has nothing to send")
+    if c.fsdp and world.world_size == 1:
+        logger.message("--fsdp: one process has nothing to shard")
     return run.evaluate if c.evaluate else run.fit
 
 

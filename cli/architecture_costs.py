@@ -11,6 +11,8 @@ import sparse
 from cli.flags import find_method
 from image_classification import models
 from sparse import costs
+from sparse.methods.allocation import unless_included
+from sparse.methods.layers import included
 from sparse.methods.settings import settings_of
 from sparse.topology.distributions import count_active, layer_sparsities
 
@@ -23,6 +25,7 @@ def report_network(
     sparsity: float = 0.0,
     distribution: str = "erk",
     dense_layers: Sequence[str] | None = None,
+    include: Sequence[str] | None = None,
     rounding: str = "floor",
     reshaped: Mapping[str, tuple[int, ...]] | None = None,
     method: str = "dense",
@@ -36,12 +39,13 @@ def report_network(
         image_size: Side of the input; the architecture's own by default.
         num_classes: Length of the logits.
         sparsity, distribution, dense_layers, rounding: As for `sparse.allocate`.
+        include: As for `sparse.prunable`.
         reshaped: Shapes to give to the distribution in place of a layer's own.
         method: Of training, as main.py --sparse-method.
         settings: Of the method; those that it does not have are passed over.
         **options: Further arguments of `sparse.costs.report`.
     """
-    layers, shapes = _trace(arch, image_size, num_classes)
+    layers, shapes, extra = _trace(arch, image_size, num_classes, tuple(include or ()))
     if method != "dense":
         options["method"] = _method(method, {"sparsity": sparsity, **(settings or {})})
     if sparsity == 0:
@@ -50,7 +54,7 @@ def report_network(
         {**shapes, **(reshaped or {})},
         sparsity=sparsity,
         distribution=distribution,
-        dense_layers=dense_layers,
+        dense_layers=unless_included(dense_layers, shapes, extra),
         rounding=rounding,
     )
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -80,14 +84,15 @@ def _method(name: str, settings: Mapping[str, Any]) -> sparse.Allocated:
 
 @functools.cache
 def _trace(
-    arch: str, image_size: int | None, num_classes: int
-) -> tuple[list[costs.LayerCost], dict[str, tuple[int, ...]]]:
+    arch: str, image_size: int | None, num_classes: int, include: tuple[str, ...]
+) -> tuple[list[costs.LayerCost], dict[str, tuple[int, ...]], list[str]]:
     with torch.device("meta"):
         model = models.create_model(arch, num_classes=num_classes)
     side = image_size or models.default_image_size(arch)
     models.check_image_size(model, arch, side)
-    layers = costs.trace_layers(model, side)
-    return layers, {name: tuple(p.shape) for name, p in sparse.prunable(model).items()}
+    layers = costs.trace_layers(model, side, include=include)
+    shapes = {name: tuple(p.shape) for name, p in sparse.prunable(model, include).items()}
+    return layers, shapes, included(model, include)
 
 
 def format_report(report: Mapping[str, Any]) -> str:

@@ -125,7 +125,7 @@ def run(given: Flags) -> str:
     return describe(found, given.target, to=given.to)
 
 
-PROGRAM = Program("convert", Flags, run)
+PROGRAM = Program("python -m cli.convert", Flags, run)
 main = PROGRAM.main
 
 

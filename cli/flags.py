@@ -79,7 +79,7 @@ def _shared(users: Mapping[str, Setting]) -> Setting:
     texts: dict[str, list[str]] = {}
     for method, other in users.items():
         text = _help(other)
-        if not alike and other.default is not None:
+        if not alike and other.default is not None and "by default" not in text:
             text += f"; by default {other.default}"
         texts.setdefault(text, []).append(method)
     most, *others = sorted(texts, key=lambda text: -len(texts[text]))

@@ -1,6 +1,7 @@
 """Join a sparse method to the trainer: its log records, its checkpoint state, its costs."""
 
 import functools
+import glob
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 import sparse
 from cli.flags import create_method, record
-from image_classification import build
+from image_classification import build, distributed
 from image_classification.config import Config
 from image_classification.run import Extension
 from sparse import costs
@@ -55,7 +56,13 @@ def create_sparsifier(
     method = create_method(flags, total_steps, epochs, seed)
     if method is None:
         return None
-    return sparse.Sparsifier(model, optimizer, method, track_exploration=method.grows)
+    return sparse.Sparsifier(
+        model,
+        optimizer,
+        method,
+        track_exploration=method.grows,
+        process_group=distributed.replicas(model),
+    )
 
 
 def try_out(c: Config, flags: Any, model: nn.Module, total_steps: int) -> None:
@@ -117,8 +124,9 @@ class CheckpointCosts:
     SHOWN = ("inference_flops", "inference_ratio", "size_mb")
 
     def __init__(self, model: nn.Module, *, image_size: int, num_active: Mapping[str, int]) -> None:
-        self._layers = costs.trace_layers(model, image_size)
-        self._sizes = {name: p.numel() for name, p in sparse.prunable(model).items()}
+        masked = [glob.escape(name) for name in num_active]  # also those of --include
+        self._layers = costs.trace_layers(model, image_size, include=masked)
+        self._sizes = {name: p.numel() for name, p in sparse.prunable(model, masked).items()}
         self._active = {**self._sizes, **num_active}
 
     def metrics(self) -> dict[str, float]:

@@ -15,8 +15,9 @@ def sparse_plan(model: nn.Module, method: Allocated | None, *, total_steps: int)
     Where the counts of single layers are not known before training, they are null: with the global
     scope, for example.
     """
-    shapes = {name: tuple(p.shape) for name, p in sparse.prunable(model).items()}
-    sizes = {name: p.numel() for name, p in sparse.prunable(model).items()}
+    weights = sparse.prunable(model, include=None if method is None else method.include)
+    shapes = {name: tuple(p.shape) for name, p in weights.items()}
+    sizes = {name: p.numel() for name, p in weights.items()}
     counts: Mapping[str, int] | None = sizes
     total = sum(sizes.values())
     if method is not None:
@@ -57,7 +58,8 @@ def cost_plan(
     The training ratio is relative to dense training of the same length. Where the counts of single
     layers are not known before training, neither are the costs: None.
     """
-    layers = costs.trace_layers(model, image_size)
+    include = None if method is None else method.include
+    layers = costs.trace_layers(model, image_size, include=include)
     if method is None:
         return costs.report(layers)
     method = method.fitted_to(model)

@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from image_classification import flags
+from sparse import __version__
 
 Flags = TypeVar("Flags")
+
+DISTRIBUTION = None if __name__ == "cli.program" else "sparsetrain"
+"""The distribution to which this file belongs; its build renames the packages (setup.py)."""
 
 
 @dataclass(frozen=True)
 class Program(Generic[Flags]):
     """A program whose flags are one dataclass."""
 
-    name: str
-    """Its file, or the name of its module in cli/."""
+    command: str
+    """What the user types to start it: `costs.py`, `python -m cli.report`."""
     flags: type[Flags]
     """The docstring heads `--help`."""
     action: Callable[[Flags], str]
@@ -27,11 +31,19 @@ class Program(Generic[Flags]):
         Raises:
             ValueError: One line naming the flag and, where known, the remedy.
         """
-        command = self.name if self.name.endswith(".py") else f"python -m cli.{self.name}"
         given: list[Flags] = flags.parse(
-            command, argv, self.flags, description=str(self.flags.__doc__)
+            self.command,
+            argv,
+            self.flags,
+            description=str(self.flags.__doc__),
+            version=__version__,
         )
         return given[0]
+
+    @property
+    def name(self) -> str:
+        """What heads its errors: the command, or the last part of its module's name."""
+        return self.command.rpartition("cli.")[2]
 
     def main(self, argv: Sequence[str]) -> int:
         """Run the command line; return its exit status: 0, or 2 for a user's mistake."""

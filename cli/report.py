@@ -201,7 +201,7 @@ def run(given: Flags) -> str:
     return text
 
 
-PROGRAM = Program("report", Flags, run)
+PROGRAM = Program("python -m cli.report", Flags, run)
 main = PROGRAM.main
 
 

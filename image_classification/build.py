@@ -12,8 +12,18 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from image_classification import checkpoint, data, distributed, models, optim, optimizers, weights
+from image_classification import (
+    checkpoint,
+    data,
+    distributed,
+    models,
+    optim,
+    optimizers,
+    sharding,
+    weights,
+)
 from image_classification.config import Config, Steps, create_schedule, cut
 from image_classification.distributed import World
 from image_classification.log import Logger
@@ -298,6 +308,10 @@ def build(
     if config.pretrained_from_file:
         # `prepare` compared the names; only a new head may be missing here
         model.load_state_dict(start.pretrained["state_dict"], strict=False)
+    ema = optim.create_ema(model, config.use_ema) if config.use_ema else None
+    if config.fsdp and world.world_size > 1:
+        for network in [model] if ema is None else [model, ema.module]:
+            sharding.shard(network, _amp_dtype(config))
     steps = start.steps
     optimizer = create_optimizer(config, model, world.device)
     extension = attach(model, optimizer, config.epochs * steps.steps_per_epoch, seed)
@@ -305,7 +319,7 @@ def build(
     run = Run(
         config,
         _create_trainer(
-            config, model, optimizer, extension, steps, world, num_classes(config, dataset)
+            config, model, ema, optimizer, extension, steps, world, num_classes(config, dataset)
         ),
         train_loader=None if config.evaluate else data.create_train_loader(loading),
         val_loader=None if config.training_only else data.create_val_loader(loading),
@@ -393,16 +407,22 @@ def _precision_name(config: Config) -> str:
     return "tf32" if config.tf32 else "float32"
 
 
+def _amp_dtype(config: Config) -> torch.dtype | None:
+    """Return the type of mixed precision, None without --amp."""
+    types = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    return types[config.amp_dtype] if config.amp else None
+
+
 def _create_trainer(
     config: Config,
     model: nn.Module,
+    ema: AveragedModel | None,
     optimizer: Optimizer,
     extension: Extension,
     steps: Steps,
     world: World,
     classes: int,
 ) -> Trainer:
-    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[config.amp_dtype]
     scale = 65536.0 if config.dynamic_loss_scale else config.static_loss_scale
     return Trainer(
         model,
@@ -410,9 +430,9 @@ def _create_trainer(
         create_schedule(config, steps_per_epoch=steps.steps_per_epoch),
         optim.create_loss(config.label_smoothing),
         world=world,
-        precision=Precision(dtype if config.amp else None, scale),
+        precision=Precision(_amp_dtype(config), scale),
         accumulation=steps.accumulation,
-        ema=optim.create_ema(model, config.use_ema) if config.use_ema else None,
+        ema=ema,
         prepare_ema=extension.prepare_ema,
         max_bad_steps=config.max_bad_steps,
         mixup=optim.mixup(config.mixup, classes) if config.mixup else None,

@@ -16,6 +16,7 @@ from image_classification.optimizers import (
     users,
 )
 from image_classification.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Range
+from image_classification.trackers import TRACKERS, require
 
 ConsoleFormat = Literal["auto", "summary", "dllogger"]
 """What a run prints; auto is summary on a terminal and dllogger elsewhere."""
@@ -122,6 +123,9 @@ class Config:
         False,
         "algorithms that repeat bit for bit, maybe slower; an operation that has none ends the run",
     )
+    fsdp: bool = flag(
+        False, "shard weights, gradients and optimizer state over the processes (FSDP2)"
+    )
     cpu: bool = flag(False, "stay on the CPU where there is a GPU")
 
     # run
@@ -150,6 +154,10 @@ class Config:
     )
     raport_file: str = flag("experiment_raport.json", "log in DLLogger's format, in the workspace")
     tensorboard: str | None = flag(None, "directory of TensorBoard events")
+    log_to: str | None = flag(
+        None, "service that follows the run, too; its package must be installed", choices=TRACKERS
+    )
+    log_project: str = flag("image-classification", "project or experiment of --log-to")
     console: ConsoleFormat = flag(
         "auto",
         "summary: one line per epoch; dllogger: the lines of NVIDIA's harness; auto: the former on "
@@ -179,9 +187,10 @@ RANGES = {
 
 # Flags that say how an invocation runs, not what it trains.
 PER_INVOCATION = frozenset(
-    "workers prefetch run_epochs cpu seed resume preempt_grace evaluate training_only prof dry_run "
-    "version pretrained_from_file workspace save_checkpoints checkpoint_every_steps "
-    "checkpoint_filename gather_checkpoints raport_file tensorboard console print_freq".split()
+    "workers prefetch run_epochs cpu fsdp seed resume preempt_grace evaluate training_only prof "
+    "dry_run version pretrained_from_file workspace save_checkpoints checkpoint_every_steps "
+    "checkpoint_filename gather_checkpoints raport_file tensorboard log_to log_project console "
+    "print_freq".split()
 )
 
 # Flags of the originals that are refused -> what to use instead.
@@ -251,7 +260,13 @@ def check(config: Config) -> None:
             raise ValueError("DATA is missing: name the directory that holds train/ and val/")
     elif config.data is not None and not config.dry_run and not Path(config.data).is_dir():
         raise ValueError(f"DATA directory {config.data} does not exist")
+    if config.fsdp and config.memory_format == "nhwc":
+        raise ValueError("--fsdp shards contiguous weights only: leave --memory-format nhwc out")
+    if config.fsdp and not OPTIMIZERS[config.optimizer].shards:
+        raise ValueError(f"--optimizer {config.optimizer} takes no sharded weights: drop --fsdp")
     check_backend(config.data_backend, config.interpolation, config.augmentation)
+    if config.log_to is not None and not config.dry_run:
+        require(config.log_to)
     if lines := ineffective(config, [*_rules(config), *_optimizer_rules(config)]):
         raise ValueError("; ".join(lines))
     create_schedule(config, steps_per_epoch=1)
@@ -284,7 +299,9 @@ def speed_up(config: Config, *, has_gpu: bool) -> tuple[Config, str]:
         return config, ""
     if not has_gpu and not config.dry_run:
         raise ValueError("--fast needs a GPU, and torch finds none on this machine: leave it out")
-    wanted: dict[str, Any] = {"amp": True, "tf32": True, "memory_format": "nhwc"}
+    wanted: dict[str, Any] = {"amp": True, "tf32": True}
+    if not config.fsdp:
+        wanted["memory_format"] = "nhwc"
     if config.amp_dtype == "float16" and config.static_loss_scale == Config.static_loss_scale:
         wanted["dynamic_loss_scale"] = True
     asked_for = {config.interpolation, config.augmentation}
@@ -314,6 +331,7 @@ def _rules(c: Config) -> list[tuple[bool, str, str]]:
         (not reads_images, "synthetic_batches", "--data-backend synthetic"),
         (reads_images, "interpolation workers prefetch max_bad_files", "images to read"),
         (not c.cpu, "tf32 fast", "a GPU"),
+        (c.log_to is not None, "log_project", "--log-to"),
         (
             not c.evaluate,
             "gather_checkpoints checkpoint_every_steps run_epochs early_stopping_patience "

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from image_classification import sharding
+
 T = TypeVar("T")
 
 # Recorded with every run: what a reader of a log needs to tell two runs apart, and nothing secret.
@@ -178,6 +180,13 @@ def broadcast_buffers(module: nn.Module) -> None:
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def replicas(model: nn.Module) -> "dist.ProcessGroup | None":
+    """Return the processes that have a copy of the model each; None if this is the only one."""
+    if not dist.is_initialized() or sharding.is_sharded(model):
+        return None
+    return dist.group.WORLD
 
 
 def barrier() -> None:

@@ -62,6 +62,7 @@ def parse(
     *sections: type,
     description: str,
     config_file: bool = False,
+    version: str | None = None,
 ) -> list[Any]:
     """Return an instance of each of `sections`, made of a command line.
 
@@ -72,6 +73,7 @@ def parse(
             Each of several sections has a heading of its own in `--help`.
         description: Head of `--help`.
         config_file: Offer `--config FILE` and `--print_config`, too.
+        version: Offer `--version`, which prints the program and this.
 
     Raises:
         ValueError: One line naming the flag and, where known, the remedy.
@@ -82,6 +84,7 @@ def parse(
         exit_on_error=False,
         allow_abbrev=True,
         formatter_class=_Help,
+        version=version,
     )
     if config_file:
         parser.add_argument("--config", action="config", help="YAML file of flags")

@@ -1,7 +1,7 @@
 """The parts of a training step: loss, MixUp, learning rate, averaged weights."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Literal, get_args
@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
 from image_classification.ranges import Range
+from image_classification.sharding import local
 
 LrKind = Literal["step", "linear", "cosine"]
 LABEL_SMOOTHING = Range("in [0, 1)", lambda value: 0 <= value < 1)
@@ -138,8 +139,9 @@ class Ema(AveragedModel):
         self.n_averaged += 1
 
 
-def _tensors(model: nn.Module) -> chain[Tensor]:
-    return chain(model.parameters(), model.buffers())
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield what this process has of parameters and buffers."""
+    return map(local, chain(model.parameters(), model.buffers()))
 
 
 def create_ema(model: nn.Module, decay: float) -> Ema:

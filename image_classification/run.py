@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from image_classification import checkpoint, distributed, preemption
+from image_classification import checkpoint, distributed, preemption, sharding
 from image_classification.config import Config, changes
 from image_classification.data import DataError, Loader, share_bad_files
 from image_classification.evaluate import evaluate
@@ -128,22 +128,21 @@ class Run:
         record: dict[str, float] = {}
         for prefix, model in models.items():
             try:
-                record |= evaluate(
-                    model,
-                    self.val_loader,
-                    world=self.trainer.world,
-                    precision=self.trainer.precision,
-                    topk=self.config.topk,
-                    logger=self.logger,
-                    step=(epoch, self.steps_per_epoch * self.trainer.accumulation),
-                    print_freq=self.config.print_freq,
-                    limit=self.config.prof,
-                    prefix=prefix,
-                    after_batch=self._stop_if_agreed,
-                )
-            except (
-                DataError
-            ):  # no image is left: name the bad files, or say that there are too many
+                with sharding.whole_weights(model):
+                    record |= evaluate(
+                        model,
+                        self.val_loader,
+                        world=self.trainer.world,
+                        precision=self.trainer.precision,
+                        topk=self.config.topk,
+                        logger=self.logger,
+                        step=(epoch, self.steps_per_epoch * self.trainer.accumulation),
+                        print_freq=self.config.print_freq,
+                        limit=self.config.prof,
+                        prefix=prefix,
+                        after_batch=self._stop_if_agreed,
+                    )
+            except DataError:  # no image is left: name the bad files, or say there are too many
                 self._share_bad_files()
                 raise
         return record
@@ -171,8 +170,11 @@ class Run:
         """
         own = {"rng": checkpoint.rng_state(), "meter": self.trainer.meter.state_dict()}
         ranks = distributed.all_gather_object(own)
-        if self.trainer.world.is_main:
-            self._write(self._state(ranks), is_best=is_best)
+        is_main = self.trainer.world.is_main
+        if is_main or sharding.is_sharded(self.trainer.model):
+            state = sharding.collect(self._state(ranks), keep=is_main)
+        if is_main:
+            self._write(state, is_best=is_best)
         self._saved = distributed.broadcast_object(self._saved)  # waits until it is written
 
     @property

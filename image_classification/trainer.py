@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from image_classification import distributed
+from image_classification import distributed, sharding
 from image_classification.data import Loader
 from image_classification.distributed import World
 from image_classification.log import Logger, Verbosity
@@ -53,7 +53,8 @@ class Trainer:
     """One model in training: runs epochs and owns what changes on the way.
 
     Args:
-        model: The bare network on its device; DDP and torch.compile are put around it here.
+        model: The bare network on its device, sharded or whole; DDP and torch.compile are put
+            around it here.
         optimizer: Optimizer of the model's parameters.
         schedule: Learning rate as a function of the optimizer step.
         loss: Mean training loss from logits [n, classes] and targets ([n] or [n, classes]).
@@ -122,6 +123,8 @@ class Trainer:
         return loss.detach()
 
     def _local(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        if sharding.is_sharded(self.model):
+            sharding.sync_gradients(self.model, last=last)
         return self._ddp.no_sync() if self._ddp and not last else contextlib.nullcontext()
 
     def _sit_out(self, images: Tensor, *, last: bool) -> Tensor:
@@ -239,7 +242,7 @@ class Trainer:
 
 
 def _wrap(model: nn.Module, world: World) -> DistributedDataParallel | None:
-    if world.world_size == 1:
+    if world.world_size == 1 or sharding.is_sharded(model):
         return None
     ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

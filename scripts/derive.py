@@ -1,8 +1,9 @@
 """Write what derives from flags and methods: `python scripts/derive.py`.
 
-docs/options.md has the flags of main.py, README.md a table of the methods, and sparse/factories.pyi
-the signatures of their factories for editors and type checkers. Everything is read from where it is
-declared: the dataclasses of the flags, whose comments head the groups, and those of the methods.
+docs/options.md has the flags of main.py, README.md a table of the methods, sparse/factories.pyi
+the signatures of their factories for editors and type checkers, and sparse/version.py the version.
+Everything is read from where it is declared: the dataclasses of the flags, whose comments head the
+groups, those of the methods, and the newest heading of CHANGELOG.md.
 """
 
 import dataclasses
@@ -149,9 +150,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from sparse.training.sparsifier import Sparsifier
+from .training.sparsifier import Sparsifier
 """
 
 
@@ -188,6 +190,8 @@ def _annotation(hint: Any) -> str:
         return f"Literal[{', '.join(map(_literal, typing.get_args(hint)))}]"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " | ".join(map(_annotation, typing.get_args(hint)))
+    if isinstance(hint, str):
+        return hint
     if hint is type(None):
         return "None"
     if hint is nn.Module:
@@ -197,12 +201,31 @@ def _annotation(hint: Any) -> str:
     return str(hint.__name__)
 
 
+def version() -> str:
+    """Return sparse/version.py: the newest version of the change log.
+
+    A heading is "## 1.2.0 (2030-01-31)", or "## 1.2.0 (unreleased)", which is version 1.2.0.dev0.
+    """
+    text = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## (.*)$", text, re.MULTILINE)
+    parts = newest and re.fullmatch(r"(\d+\.\d+\.\d+) \((unreleased|\d{4}-\d\d-\d\d)\)", newest[1])
+    if not parts:
+        raise ValueError(f"CHANGELOG.md: the newest heading is no version and date: {newest}")
+    number = parts[1] + (".dev0" if parts[2] == "unreleased" else "")
+    return f'''\
+"""The version. Written by `python scripts/derive.py` from the newest heading of CHANGELOG.md."""
+
+__version__ = "{number}"
+'''
+
+
 def derived() -> dict[Path, str]:
     """Return what each file has to contain."""
     return {
         ROOT / "docs" / "options.md": options(),
         ROOT / "README.md": readme(),
         ROOT / "sparse" / "factories.pyi": stub(),
+        ROOT / "sparse" / "version.py": version(),
     }
 
 

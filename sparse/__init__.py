@@ -3,6 +3,7 @@
 from . import factories
 from .errors import SparsityError
 from .factories import *  # noqa: F403, a function per method
+from .layer_table import Summary, summary
 from .methods import METHODS, Allocated, DropAndGrow, Method
 from .methods.gmp import cubic_sparsity
 from .methods.layers import prunable
@@ -18,7 +19,9 @@ from .topology.schedules import (
 )
 from .training.compression import compress_gradients
 from .training.connections import NewConnections
+from .training.resumption import resume
 from .training.sparsifier import Sparsifier
+from .version import __version__
 
 __all__ = [
     "METHODS",
@@ -29,7 +32,9 @@ __all__ = [
     "NewConnections",
     "Sparsifier",
     "SparsityError",
+    "Summary",
     "Window",
+    "__version__",
     "allocate",
     "compress_gradients",
     "cubic_sparsity",
@@ -40,7 +45,9 @@ __all__ = [
     "pack",
     "prunable",
     "random_mask",
+    "resume",
     "setting",
+    "summary",
     "topk_mask",
     "unpack",
     "update_steps",

@@ -1,7 +1,7 @@
 """What a sparse network costs: FLOPs of a forward pass, FLOPs of a training run, bytes of a file.
 
-Operations are those of the weights of convolutions and linear layers, for one image. The geometry
-and the conventions of counting come from `sparse.geometry`.
+Operations are those of the weights of convolutions, linear and recurrent layers and attention, for
+one image. The geometry and the conventions of counting come from `sparse.geometry`.
 """
 
 from collections.abc import Mapping, Sequence

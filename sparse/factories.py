@@ -22,6 +22,8 @@ ARGUMENTS = {
     "hooks": "whether to hook the optimizer's steps; see `Sparsifier`",
     "track_exploration": "whether to record which weights were ever active",
     "seed": "seed of masks and all other random choices; the same on all ranks",
+    "process_group": "the processes that train this model, where neither DistributedDataParallel "
+    "nor sharded weights tell it; see `Sparsifier`",
 }
 """What is no setting -> its meaning."""
 
@@ -36,7 +38,8 @@ def factory(method: type[Allocated]) -> Callable[..., Sparsifier]:
 
     def make(*args: Any, **kwargs: Any) -> Sparsifier:
         given = dict(signature.bind(*args, **kwargs).arguments)
-        others = {n: given.pop(n) for n in ("hooks", "track_exploration") if n in given}
+        names = ("hooks", "track_exploration", "process_group")
+        others = {name: given.pop(name) for name in names if name in given}
         model, optimizer = given.pop("model"), given.pop("optimizer")
         return Sparsifier(model, optimizer, method(**given), **others)
 
@@ -64,6 +67,9 @@ def signature_of(method: type[Allocated]) -> Signature:
     for name, default in others.items():
         kind = type(default)
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    group = "ProcessGroup | None"  # not importable in builds without distributed
+    name = "process_group"
+    parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=group))
     return Signature(parameters, return_annotation=Sparsifier)
 
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from sparse.training.sparsifier import Sparsifier
+from .training.sparsifier import Sparsifier
 
 __all__ = [
     "acdc",
@@ -31,6 +32,7 @@ def acdc(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     scope: Literal["layer", "global"] = "layer",
     total_steps: int,
     dense_warmup: int,
@@ -40,6 +42,7 @@ def acdc(
     last_sparse: int,
     hooks: bool = True,
     track_exploration: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """AC/DC: train sparse and dense in turn, and sparse in the end (Peste et al. 2021).
 
@@ -56,6 +59,7 @@ def acdc(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         scope: Rank weights within layers or over all (snip, gmp).
         total_steps: Optimizer steps of acdc's run.
         dense_warmup: Optimizer steps before acdc's first compression, at least 1.
@@ -65,6 +69,8 @@ def acdc(
         last_sparse: Optimizer steps of acdc's last sparse phase, at least 1.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def gap(
@@ -76,6 +82,7 @@ def gap(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     partitions: Sequence[str] | None = None,
     phase: int,
     mask_init: Literal["random", "magnitude"] = "random",
@@ -83,6 +90,7 @@ def gap(
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """GaP: one partition of the layers is dense at a time, in turn (Ma et al. 2022, C-GaP).
 
@@ -99,6 +107,7 @@ def gap(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         partitions: Globs of gap's partitions in turn, those of one joined by commas; by default the
             stages of a ResNet.
         phase: Optimizer steps that gap trains with a partition dense, at least 1.
@@ -107,6 +116,8 @@ def gap(
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def gmp(
@@ -118,11 +129,13 @@ def gmp(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     scope: Literal["layer", "global"] = "layer",
     prune_start: int = 0,
     prune_end: int,
     prune_every: int = 100,
     hooks: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Gradual magnitude pruning along a cubic ramp (Zhu & Gupta 2017).
 
@@ -135,11 +148,14 @@ def gmp(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         scope: Rank weights within layers or over all (snip, gmp).
         prune_start: Optimizer step at which gmp starts.
         prune_end: Step of gmp's final sparsity.
         prune_every: Optimizer steps between gmp's prunings, at least 1.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def granet(
@@ -150,6 +166,7 @@ def granet(
     distribution: Literal["uniform", "er", "erk"] | None = "erk",
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
+    include: Sequence[str] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -162,6 +179,7 @@ def granet(
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """GraNet: prune all layers together along a ramp, and regrow in each (Liu et al. 2021).
 
@@ -174,6 +192,7 @@ def granet(
         distribution: How sparsity is spread over layers; erk by default.
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        include: Globs of further weights to make sparse.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -186,6 +205,8 @@ def granet(
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def rigl(
@@ -197,6 +218,7 @@ def rigl(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -209,6 +231,7 @@ def rigl(
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """RigL: drop by magnitude, grow by the dense gradient (Evci et al. 2020, algorithm 1).
 
@@ -221,6 +244,7 @@ def rigl(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -233,6 +257,8 @@ def rigl(
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def rigl_reset(
@@ -244,6 +270,7 @@ def rigl_reset(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -253,6 +280,7 @@ def rigl_reset(
     drop_noise: float = 0.0,
     seed: int = 0,
     hooks: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Reset the weakest weights at every update and keep the masks: a control for RigL.
 
@@ -265,6 +293,7 @@ def rigl_reset(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -274,6 +303,8 @@ def rigl_reset(
         drop_noise: Standard deviation of noise on |w| when dropping.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def set(
@@ -285,6 +316,7 @@ def set(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -296,6 +328,7 @@ def set(
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Sparse Evolutionary Training: drop by magnitude, grow at random (Mocanu et al. 2018).
 
@@ -308,6 +341,7 @@ def set(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -319,6 +353,8 @@ def set(
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def snfs(
@@ -330,6 +366,7 @@ def snfs(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -343,6 +380,7 @@ def snfs(
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Sparse Networks from Scratch: grow by gradient momentum (Dettmers & Zettlemoyer 2019).
 
@@ -362,6 +400,7 @@ def snfs(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -375,6 +414,8 @@ def snfs(
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def snip(
@@ -386,8 +427,10 @@ def snip(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     scope: Literal["layer", "global"] = "layer",
     hooks: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """SNIP: prune once by |gradient * weight| of the first step's batch (Lee et al. 2019).
 
@@ -401,8 +444,11 @@ def snip(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         scope: Rank weights within layers or over all (snip, gmp).
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def srigl(
@@ -414,6 +460,7 @@ def srigl(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -427,6 +474,7 @@ def srigl(
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """SRigL: RigL with as many weights in every row of a layer (Lasby et al. 2024).
 
@@ -444,6 +492,7 @@ def srigl(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -458,6 +507,8 @@ def srigl(
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """
 
 def static(
@@ -469,8 +520,10 @@ def static(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     seed: int = 0,
     hooks: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
     """Train with a random mask that never changes.
 
@@ -480,6 +533,9 @@ def static(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
     """

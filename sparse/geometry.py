@@ -16,10 +16,15 @@ and matrix products is costed without a table and without computing anything. Th
 
 Normalization, pooling, residual additions, softmax and products of two activations (attention) are
 never counted. Everything is for one image.
+
+A weight is counted as often as it is applied: the projections of attention once per token, those of
+a recurrent layer once per time step. A parameter that enters no product as it is costs 0 operations
+and only bytes: embeddings, which are looked up, parameters that are added or multiplied entry by
+entry, and those from which a weight is computed first.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
@@ -27,12 +32,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from .methods.layers import included
 
 Convention = Literal["published", "true", "macs"]
 CONVENTIONS: tuple[Convention, ...] = ("published", "true", "macs")
 
 _BITS_PER_VALUE = 32
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_ATEN = torch.ops.aten
+_PRODUCTS = (_ATEN.mm, _ATEN.bmm, _ATEN.addmm, _ATEN.baddbmm, _ATEN.mv, _ATEN.addmv)
+_COPIES = (_ATEN.clone, _ATEN._to_copy)  # as einsum makes them of a weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +92,32 @@ class LayerCost:
 
 
 def trace_layers(
-    model: nn.Module, image_size: int = 224, *, in_channels: int = 3
+    model: nn.Module,
+    image_size: int = 224,
+    *,
+    in_channels: int = 3,
+    inputs: Sequence[Any] | None = None,
+    include: Sequence[str] | None = None,
 ) -> list[LayerCost]:
-    """Return the geometry of every convolution and linear weight, in the order of execution.
+    """Return the geometry of every weight that enters a product, in the order of execution.
 
-    A copy of the model without storage runs once, in evaluation mode, on the meta device: nothing
-    is computed and `model` is not touched. Weights that take no part in it (auxiliary heads) come
-    last, with zero operations.
+    These are the weights of convolutions, linear and recurrent layers and attention. A copy of the
+    model without storage runs once, in evaluation mode, on the meta device: nothing is computed and
+    `model` is not touched. Weights of convolutions and linear layers that take no part in it
+    (auxiliary heads) and those that only `include` names come last, with zero operations.
 
     Args:
-        model: Any module that maps images (1, in_channels, image_size, image_size).
+        model: Any module that maps images (1, in_channels, image_size, image_size), or `inputs`.
         image_size: Side of the input in pixels.
         in_channels: Channels of the input.
+        inputs: Positional arguments in place of an image, such as the tokens of one text; only the
+            shapes and types of tensors matter. "One image" is one call with them.
+        include: Globs of further weights to list, see `prunable`.
+
+    Raises:
+        ValueError: A glob matches nothing.
     """
+    extra = included(model, include)
     # Filling the memo makes deepcopy take these tensors instead of copying the real ones.
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -102,33 +126,39 @@ def trace_layers(
         memo[id(parameter)] = nn.Parameter(memo[id(parameter)], requires_grad=False)
     shadow = copy.deepcopy(model, memo).eval()
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
-    image = torch.empty(1, in_channels, image_size, image_size, dtype=dtype, device="meta")
-    recorder = _Recorder(shadow)
+    if inputs is None:
+        inputs = [torch.empty(1, in_channels, image_size, image_size, dtype=dtype, device="meta")]
+    recorder = _Recorder(shadow, extra)
     with torch.no_grad(), recorder:
-        shadow(image)
+        shadow(*tree_map_only(Tensor, lambda tensor: tensor.to("meta"), list(inputs)))
     return recorder.layers()
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the geometry of every product of an activation with a parameter."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, extra: Collection[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls: dict[str, list[tuple[int, int, int, int]]] = {}
         self._modules = dict(model.named_modules())
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         # A transposed or sliced weight is still recognized by its storage.
         self._names = {_storage(p): name for name, p in model.named_parameters() if p.dim() >= 2}
+        self._extra = extra
+        self._copies: list[Tensor] = []  # kept, because a storage that is freed lends its address
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
-        if packet is torch.ops.aten.convolution:
+        if packet is _ATEN.convolution:
             self._note_convolution(out, *args[:2], *args[3:9])
-        elif packet in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+        elif packet in _PRODUCTS:
             self._note_product(out, *args[-2:])
+        elif packet in _COPIES and (name := self._names.get(_storage(args[0]))):
+            self._names[_storage(out)] = name
+            self._copies.append(out)
         return out
 
     def _note(self, weight: Tensor, macs: int, outs: int, quirky: tuple[int, int]) -> None:
@@ -163,10 +193,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note(weight, macs, out.numel(), (quirky_macs, quirky_outs))
 
     def layers(self) -> list[LayerCost]:
+        known = dict.fromkeys(self._names.values())
         unused = [
             name
-            for name in self._names.values()
-            if name not in self._calls and self._is_layer(name)
+            for name in known
+            if name not in self._calls and (self._is_layer(name) or name in self._extra)
         ]
         return [self._layer(name) for name in (*self._calls, *unused)]
 
@@ -174,14 +205,25 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         module = self._modules[name.rpartition(".")[0]]
         return isinstance(module, (nn.Linear, *_CONVOLUTIONS))
 
+    def _num_biases(self, name: str) -> int:
+        module, dot, own = name.rpartition(".")
+        bias = own.replace("weight", "bias")
+        shape = self._shapes.get(module + dot + bias, (0,))
+        if own in ("q_proj_weight", "k_proj_weight", "v_proj_weight") and shape == (0,):
+            # nn.MultiheadAttention holds the biases of all three in one parameter.
+            return self._shapes.get(f"{module}{dot}in_proj_bias", (0,))[0] // 3
+        return 0 if bias == own else torch.Size(shape).numel()
+
     def _layer(self, name: str) -> LayerCost:
         shape = self._shapes[name]
         module = self._modules[name.rpartition(".")[0]]
         transposed = getattr(module, "transposed", False)
         channels = module.out_channels if transposed else shape[0]
         depthwise = isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels
-        bias = self._shapes.get(name.removesuffix("weight") + "bias")
+        num_biases = self._num_biases(name)
         calls = self._calls.get(name, [])
+        if not calls and not self._is_layer(name):
+            channels = 0
         macs, outs, quirky_macs, quirky_outs = (sum(c[i] for c in calls) for i in range(4))
         return LayerCost(
             name=name,
@@ -190,8 +232,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out_elements=outs,
             published_macs=quirky_macs,
             published_out_elements=quirky_outs,
-            num_biases=channels if bias else 0,
-            published_num_biases=1 if depthwise else channels,
+            num_biases=num_biases,
+            published_num_biases=1 if depthwise else num_biases or channels,
         )
 
 

@@ -20,7 +20,13 @@ import torch
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The first of all tests that fork starts the server, so the list has what any of them needs.
 _CONTEXT.set_forkserver_preload(
-    ["main", "image_classification.data.dali_graph", "tests.sparse.ranks", "tests.sparse.nets"]
+    [
+        "main",
+        "image_classification.data.dali_graph",
+        "lightning.pytorch",
+        "tests.sparse.ranks",
+        "tests.sparse.nets",
+    ]
 )
 
 

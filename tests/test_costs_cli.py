@@ -56,6 +56,22 @@ def test_json_equals_the_original_counter_for_every_distribution(
             assert ours[name] == pytest.approx(config[theirs], rel=1e-12), (key, name)
 
 
+def test_included_weights_are_counted_sparse(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--arch vit_b_32 --sparsity 0.9 --distribution uniform --include".split()
+    attention = report(capsys, *flags, "*.in_proj_weight")
+    embedding = report(capsys, *flags, "*.in_proj_weight", "*pos_embedding")
+    first = next(layer for layer in attention["layers"] if layer["name"] == "conv_proj.weight")
+    assert first["density"] == 1.0  # uniform keeps it dense
+    total = sum(layer["num_weights"] for layer in attention["layers"])
+    wanted = 0.9 * (1 - first["num_weights"] / total)
+    assert attention["overall_sparsity"] == pytest.approx(wanted, abs=1e-5)
+    (added,) = [x for x in embedding["layers"] if x["name"] == "encoder.pos_embedding"]
+    assert (added["num_active"], added["flops"], added["dense_flops"]) == (3840, 0, 0)
+    assert embedding["inference_flops"] == attention["inference_flops"]
+    assert costs.main([*flags, "nothing"]) == 2
+    assert "include: 'nothing' matches no parameter" in capsys.readouterr().err
+
+
 TOTALS = ("inference_flops", "inference_ratio", "size_mb", "overall_sparsity")
 
 

@@ -11,6 +11,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ RULES: dict[str, Rule] = {
     r"python costs\.py": run_costs,
     r"python (export\.py|classify\.py|-m cli\.(convert|combine))": parse,
     r"python (benchmarks/\w+\.py|-m cli\.report)": helped,
-    r"python -m sparse\.native": build_kernels,
+    r"python -m sparse(train)?\.native": build_kernels,
     r"python scripts/derive\.py": write_derived,
     r"python scripts/rows\.py": "tests/test_rows.py",
     r"python -m tests\.golden tests/golden": "tests/sparse/test_golden.py",
@@ -189,6 +190,7 @@ RULES: dict[str, Rule] = {
     r"bash scripts/constraints\.sh": "tests/test_requirements.py",
     r"bash \.ci/run": ".github/workflows/ci.yml",
     r"sbatch .*scripts/slurm/train\.sbatch scripts/\S+\.sh": "tests/test_slurm.py",
+    r"python -m build": "tests/test_distribution.py",
     r"pytest": paths_exist,
     LAUNCHERS: launcher_flags,
     r"docker (run|load|build|stop)|enroot import|kill|scancel|scontrol|pip install": not_ours,
@@ -247,6 +249,10 @@ def test_the_commands_of_the_documents_are_found() -> None:
 def run_block(document: str, **names: object) -> dict[str, Any]:
     """Run the Python of a document with some names defined; return all that it defines."""
     (code,) = blocks((ROOT / document).read_text(), "python")
+    return run_code(code, **names)
+
+
+def run_code(code: str, **names: object) -> dict[str, Any]:
     namespace = {"__name__": "block", **names}
     exec(code, namespace)
     return namespace
@@ -298,11 +304,47 @@ def test_gradients_are_compressed_as_training_says() -> None:
         dist.destroy_process_group()
 
 
+def test_sharded_training_is_saved_and_goes_on_as_scaling_says(tmp_path: Path) -> None:
+    begin, go_on, bare = blocks((ROOT / "docs/scaling.md").read_text(), "python")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        batches = [(torch.randn(4, 20), torch.randint(0, 5, (4,))) for _ in range(3)]
+        model = torch.nn.Sequential(torch.nn.Linear(20, 9), torch.nn.Linear(9, 5))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of being alone
+            found = run_code(begin, model=model, batches=batches, folder=tmp_path / "saved")
+            assert found["sparsifier"].step == 3
+            found["folder"] = tmp_path / "saved"
+            run_code(go_on, **found)
+        model = torch.nn.Linear(20, 9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        names = {"model": model, "optimizer": optimizer, "sparse": sparse, "torch": torch}
+        assert run_code(bare, **names)["sparsifier"].step == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def test_other_weights_are_sparse_and_counted_as_methods_says() -> None:
+    found = run_block("docs/methods.md")
+    counts = found["sparsifier"].num_active
+    assert [name for name in counts if name.startswith("lstm")] == [
+        f"lstm.weight_{kind}_l{layer}" for layer in (0, 1) for kind in ("ih", "hh")
+    ]
+    sizes = {name: weight.numel() for name, weight in found["sparsifier"].maskable.items()}
+    assert 1 - sum(counts.values()) / sum(sizes.values()) == pytest.approx(0.9, abs=1e-3)
+    assert {layer.name: layer.macs for layer in found["layers"]} == {
+        "lstm.weight_ih_l0": 20 * 512 * 64,
+        **{f"lstm.weight_{name}": 20 * 512 * 128 for name in ("hh_l0", "ih_l1", "hh_l1")},
+        "head.weight": 20 * 10 * 128,
+        "embed.weight": 0,
+    }
+
+
 def test_all_code_of_the_documents_is_run() -> None:
-    """The tests above, and tests/sparse/test_adding_a_method.py."""
+    """The tests above, tests/sparse/test_adding_a_method.py and tests/test_integrations.py."""
     found = {str(d.relative_to(ROOT)) for d in DOCUMENTS if blocks(d.read_text(), "python")}
-    pages = {"getting_started.md", "runtime.md", "training.md", "adding_a_method.md"}
-    assert found == {"README.md", *(f"docs/{page}" for page in pages)}
+    pages = "adding_a_method getting_started integrations methods runtime scaling training".split()
+    assert found == {"README.md", *(f"docs/{page}.md" for page in pages)}
 
 
 # Figures, options, links.
@@ -393,6 +435,6 @@ def test_the_reading_path_of_rigl_is_short() -> None:
     rooms = [ROOT / "sparse" / room for room in ("methods", "topology")]
     decides = {str(path.relative_to(ROOT)) for path in map(Path, ran) if path.parent in rooms}
     assert {"sparse/methods/base.py", "sparse/topology/masks.py"} < decides
-    topology = {f"sparse/topology/{name}.py" for name in ("flat", "rng", "selection")}
+    topology = {f"sparse/topology/{name}.py" for name in ("flat", "rng", "selection", "shards")}
     aside = {"sparse/methods/layers.py", *topology}
     assert decides - aside <= set(listed)

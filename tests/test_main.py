@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import main
+from cli import networks
+from sparse import runtime
 from tests import forks
 from tests.pictures import write
 
@@ -167,6 +169,53 @@ def test_sparsity_map(tmp_path: Path) -> None:
     assert (done.returncode, "nothing*" in done.stderr) == (2, True)
 
 
+def test_the_attention_of_a_vision_transformer_is_sparse_where_include_names_it() -> None:
+    flags = "--data-backend synthetic --arch vit_b_16 -b 4 --epochs 1".split()
+    flags += "--sparse-method rigl --sparsity 0.9".split()
+    without, named = plan(*flags), plan(*flags, "--include", "*.in_proj_weight")
+    assert without["cost"]["overall_sparsity"] < 0.7
+    assert named["cost"]["overall_sparsity"] == pytest.approx(0.9, abs=1e-5)
+    assert named["sparse"]["overall_sparsity"] == named["cost"]["overall_sparsity"]
+    assert len(named["sparse"]["layers"]) == len(without["sparse"]["layers"]) + 12
+    projection = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
+    for part in ("sparse", "cost"):
+        (layer,) = [layer for layer in named[part]["layers"] if layer["name"] == projection]
+        assert (layer["shape"], layer["density"] < 0.2) == ([2304, 768], True)
+    assert layer["flops"] < 0.2 * layer["dense_flops"]
+
+
+def test_included_weights_are_trained_resumed_evaluated_and_exported(tmp_path: Path) -> None:
+    flags = "--data-backend synthetic --synthetic-batches 2 --cpu --num-classes 4 -b 4 --seed 0"
+    model = "--arch mobilenet_v1 --width 0.25 --image-size 32 --workspace".split()
+    sparse = "--sparse-method rigl --sparsity 0.8 --distribution uniform --delta-t 2".split()
+    flags = [*flags.split(), *model, str(tmp_path), *sparse, "--epochs", "2"]
+    ema = ["--use-ema", "0.9"]
+    assert run(*flags, *ema, "--include", "*.dw", "--run-epochs", "1").returncode == 0
+    refused = the_mistake(*flags, *ema, "--resume", "auto")
+    assert "cannot go on with --include ['*.dw'] -> None: sparse state: it has a mask" in refused
+    done = run(*flags, *ema, "--include", "*.dw", "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "checkpoint.pth.tar"
+    state = weights(tmp_path)
+    masked = [name for name in state["sparse"]["masks"] if name.endswith(".dw.weight")]
+    assert len(masked) == 13
+    zeros = sum(int((state["state_dict"][name] == 0).sum()) for name in masked)
+    assert zeros >= 0.79 * sum(state["state_dict"][name].numel() for name in masked)
+    evaluation = [*flags[: -len(sparse) - 2], "--resume", str(path), "--evaluate"]
+    assert run(*evaluation, "--workspace", str(tmp_path / "e")).returncode == 0
+    log = records(tmp_path / "e")
+    assert last(log, "sparse.sparsity.blocks.3.dw") == pytest.approx(0.8, abs=0.01)
+    assert last(log, "sparse.sparsity") == pytest.approx(0.8, abs=0.01)
+    trained = networks.read(path)
+    networks.write_compact(trained, tmp_path / "net", dtype="float32", fold=False)
+    stored = runtime.read(tmp_path / "net").masks()
+    assert all(torch.equal(stored[name], trained.masks[name]) for name in masked)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = runtime.load(tmp_path / "net", backend="torch")(images)
+        torch.testing.assert_close(found, trained.model()(images), rtol=1e-4, atol=1e-5)
+
+
 def test_flags_of_the_earlier_port_are_understood() -> None:
     old = plan(
         *"--dense-allocation 0.1 --delta 50 --alpha 0.2 --T-end-percent 0.8".split(),
@@ -220,6 +269,8 @@ def test_plan_counts_the_images_of_the_data(pictures: Path) -> None:
             "DATA --sparse-method snfs --sparsity 0.9 --grad-compress active+bf16",
             "use none or bf16",
         ),
+        ("DATA --sparse-method static --sparsity 0.9 --include fc lstm", "include: 'lstm' matches"),
+        ("DATA --include '*'", "--include has no effect"),
         ("DATA --arch resnet51", "resnet51"),
         ("DATA --arch vit_b_16", "--image-size 32 does not suit vit_b_16, whose own is 224"),
         ("DATA --arch vit_b_16 --dry-run", "--image-size 32 does not suit vit_b_16"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from image_classification.versions import OLDEST
+from image_classification.versions import OLDEST, OTHERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = sorted(
@@ -87,6 +87,21 @@ def test_an_environment_without_torch_is_told_how_to_get_it(tmp_path: Path) -> N
     result = subprocess.run([python, ROOT / "main.py"], capture_output=True, text=True)
     assert result.returncode == 2
     assert re.fullmatch(rf"main.py: error: {python} has no torch: pip install .*\n", result.stderr)
+
+
+def test_a_missing_package_is_told_like_an_old_one(tmp_path: Path) -> None:
+    """As where only the requirements of the library are installed."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    (packages,) = tmp_path.glob("lib/python*/site-packages")
+    for missing in (*OLDEST, *OTHERS):
+        result = subprocess.run(
+            [tmp_path / "bin" / "python", ROOT / "costs.py"], capture_output=True, text=True
+        )
+        assert result.returncode == 2
+        assert f" has no {missing}: pip install " in result.stderr
+        assert result.stderr.count("\n") == 1
+        pretend(packages, missing, "99.0")
+    assert {*OTHERS} < {*requirements("requirements.txt")}
 
 
 def test_the_check_agrees_with_the_requirements() -> None:

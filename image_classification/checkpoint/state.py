@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from image_classification import sharding
+
 # Exact types: subclasses such as numpy.float64 and enumerations are pickled as code.
 _PLAIN_TYPES = (str, bytes, int, float, bool, type(None), torch.Tensor, torch.nn.Parameter)
 
@@ -56,6 +58,9 @@ def restore(targets: Mapping[str, Loadable], state: Mapping[str, Any], path: Pat
         try:
             if isinstance(target, Optimizer):
                 _load_optimizer(target, entries[name])
+            elif isinstance(target, nn.Module):
+                own = target.state_dict()
+                target.load_state_dict(sharding.spread_state(entries[name], own))
             else:
                 target.load_state_dict(entries[name])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -145,7 +150,7 @@ def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         for group in optimizer.param_groups
     ]
     before = {parameter: dict(values) for parameter, values in optimizer.state.items()}
-    optimizer.load_state_dict(dict(saved))
+    optimizer.load_state_dict({**saved, "state": _spread_state(optimizer, saved)})
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     for parameter, values in before.items():  # made before the first step, as fused SGD needs it
@@ -155,6 +160,17 @@ def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 values[name] = _laid_out_like(parameter, value)
+
+
+def _spread_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[int, Any]:
+    """Spread the saved state of every parameter as the parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in saved["param_groups"] for n in group["params"]]
+    like = dict(zip(numbers, parameters, strict=True))
+    return {
+        number: {name: sharding.spread_like(value, like[number]) for name, value in values.items()}
+        for number, values in saved["state"].items()
+    }
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The logger of a run: raport file, console, TensorBoard and progress bars behind one object."""
+"""The logger of a run: raport file, console, TensorBoard, a tracker, progress bars in one."""
 
 import contextlib
 import sys
@@ -17,7 +17,8 @@ from image_classification.log.records import (
     open_console,
     open_raport,
 )
-from image_classification.log.views import Progress, Summary, TensorBoard
+from image_classification.log.views import Progress, Summary, TensorBoard, curves
+from image_classification.trackers import Tracker
 
 Value = float | int | str | None
 
@@ -42,6 +43,8 @@ class Logger:
         raport: File of JSON lines, or None.
         append: Continue the file of the run that is resumed; otherwise the file is replaced.
         tensorboard: Directory of TensorBoard events, or None.
+        open_tracker: Begins the run at a service that follows runs; called where the log is
+            written. The service gets what TensorBoard gets, and the summary of the run.
         console: What standard output shows. `dllogger` shows every record as a line. `summary`
             shows one line per epoch (see `headline`). `auto` is `summary` on a terminal and
             `dllogger` elsewhere. None shows neither records nor messages.
@@ -49,8 +52,8 @@ class Logger:
         enabled: False on the ranks that do not write. All methods may be called there, too.
 
     Raises:
-        ValueError: In one line: the raport or the directory cannot be written, or `tensorboard` is
-            not installed.
+        ValueError: In one line: the raport or the directory cannot be written, `tensorboard` is not
+            installed, or the run of the tracker cannot begin.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Logger:
         raport: Path | None,
         append: bool,
         tensorboard: Path | None = None,
+        open_tracker: Callable[[], Tracker] | None = None,
         console: ConsoleFormat | None = "auto",
         formats: Formats | None = None,
         enabled: bool = True,
@@ -73,14 +77,25 @@ class Logger:
         self._checkpoint: Path | None = None
         self._raport: Backend | None = None
         self._tensorboard: TensorBoard | None = None
-        if enabled and raport is not None:
-            self._raport = open_raport(raport, append=append)
-        if enabled and console is not None:
+        self._tracker: Tracker | None = None
+        if not enabled:
+            return
+        try:
+            if open_tracker is not None:  # before the raport of an earlier run is replaced
+                self._tracker = open_tracker()
+            if raport is not None:
+                self._raport = open_raport(raport, append=append)
+            if tensorboard is not None:
+                self._tensorboard = TensorBoard(tensorboard, resumed=append)
+        except ValueError:
+            self.close()
+            raise
+        if console is not None:
             if console == "summary" or (console == "auto" and sys.stdout.isatty()):
                 self._summary = Summary(raport)
             self._console = self._summary or open_console()
-        if enabled and tensorboard is not None:
-            self._tensorboard = TensorBoard(tensorboard, resumed=append)
+        if self._tracker is not None:
+            self.message(f"tracked as {self._tracker.address}")
 
     def metadata(self, metric: str, *, unit: str | None, format: str | None) -> None:
         """Declare a metric's unit and format (such as ":.2f"), before its first record.
@@ -102,6 +117,7 @@ class Logger:
         self._write(lambda out, now, elapsed: out.log(now, elapsed, "PARAMETER", plain))
         if self._tensorboard:
             self._tensorboard.parameters(plain)
+        self._track(lambda tracker: tracker.parameters(plain))
 
     def log(
         self,
@@ -118,7 +134,8 @@ class Logger:
                 summary of an epoch, or () for the summary of the run.
             data: Metric name -> value. An empty record is not written.
             verbosity: Where the record goes.
-            global_step: Optimizer step. TensorBoard shows only records that have one.
+            global_step: Optimizer step. TensorBoard and trackers show only records that have one,
+                trackers also the summary of a run that has not trained.
         """
         if not data or verbosity == Verbosity.OFF or not self._enabled:
             return
@@ -134,6 +151,8 @@ class Logger:
         )
         if self._tensorboard and global_step is not None:
             self._tensorboard.scalars(step, data, global_step)
+        if (global_step is not None or not step) and (numbers := curves(step, data)):
+            self._track(lambda tracker: tracker.log(numbers, global_step or 0))
 
     def message(self, text: str) -> None:
         """Write a line to the console."""
@@ -171,7 +190,18 @@ class Logger:
                 close_raport(self._raport)
         if self._tensorboard:
             self._tensorboard.close()
-        self._console = self._summary = self._raport = self._tensorboard = None
+        self._track(lambda tracker: tracker.close())
+        self._console = self._summary = self._raport = self._tensorboard = self._tracker = None
+
+    def _track(self, act: Callable[[Tracker], None]) -> None:
+        """Let the tracker do something. After a fault, training goes on without it."""
+        if self._tracker is None:
+            return
+        try:
+            act(self._tracker)
+        except Exception as error:  # of a kind that only its package knows
+            self._tracker = None
+            self.warning(f"--log-to: the tracker fails and gets no more records: {error}")
 
     def _write(
         self, write: Callable[[Backend, datetime, float], None], *, on_console: bool = True

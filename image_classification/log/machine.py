@@ -1,5 +1,6 @@
 """The software and hardware of a run, and the load of its GPU."""
 
+import json
 import platform
 import re
 import shlex
@@ -16,16 +17,21 @@ _ROOT = Path(__file__).resolve().parents[2]
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali")
 
 
-def run_metadata() -> dict[str, str]:
+def run_metadata(*, project: str | None = None, distribution: str | None = None) -> dict[str, str]:
     """Return the facts that a reader needs to repeat a run. Unknown facts are left out.
 
     These are versions (this project, Python, torch, torchvision, DALI, CUDA, cuDNN, NCCL), the
-    commit of the checkout, host, operating system, CPU, GPUs, and the command line. The commit ends
-    in "+dirty" if files differ from it.
+    commit of the checkout, or that from which pip installed the project, host, operating system,
+    CPU, GPUs, and the command line. The commit ends in "+dirty" if files of the checkout differ
+    from it.
+
+    Args:
+        project: The version of this project.
+        distribution: The name under which pip installed the project; None in a checkout.
     """
     facts = {
-        "project": _project_version(),
-        "git_commit": _commit(),
+        "project": project,
+        "git_commit": _installed_commit(distribution) if distribution else _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
@@ -94,14 +100,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _project_version() -> str | None:
-    """Return the version that CITATION.cff states: no other file holds it."""
-    citation = _ROOT / "CITATION.cff"
-    text = citation.read_text(encoding="utf-8") if citation.is_file() else ""
-    match = re.search(r"^version:\s*[\"']?([\w.+-]+)", text, re.MULTILINE)
-    return match[1] if match else None
-
-
 def _commit() -> str | None:
     built = _ROOT / "COMMIT"  # the Dockerfile writes it, because an image has no .git
     if built.is_file():
@@ -109,6 +107,16 @@ def _commit() -> str | None:
     commit = _git("rev-parse", "HEAD")
     is_dirty = commit and _git("status", "--porcelain", "--untracked-files=no")
     return f"{commit}+dirty" if is_dirty else commit
+
+
+def _installed_commit(distribution: str) -> str | None:
+    """Return the commit that pip took from a repository; None for other sources."""
+    try:
+        origin = metadata.distribution(distribution).read_text("direct_url.json")  # of PEP 610
+    except metadata.PackageNotFoundError:  # its files were copied without pip
+        return None
+    commit: str | None = json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
+    return commit
 
 
 def _git(*arguments: str) -> str | None:

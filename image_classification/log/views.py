@@ -115,8 +115,21 @@ def _joined(fields: list[str], *, indent: int) -> str:
     ).replace("\0", " ")
 
 
+def curves(step: tuple[int, ...], data: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a record under the names of their curves.
+
+    These are train/loss and so on, epoch/train.loss for whole epochs, and summary/train.loss for
+    the run.
+    """
+    numbers = {name: value for name, value in data.items() if isinstance(value, int | float)}
+    if len(step) < 2:
+        whole = "epoch" if step else "summary"
+        return {f"{whole}/{name}": value for name, value in numbers.items()}
+    return {name.replace(".", "/", 1): value for name, value in numbers.items()}
+
+
 class TensorBoard:
-    """Curves over optimizer steps: `train/loss` and so on; `epoch/train.loss` for whole epochs.
+    """Curves over optimizer steps, by the names of `curves`.
 
     Args:
         directory: Where the event files go.
@@ -157,10 +170,8 @@ class TensorBoard:
             self._writer = self._open(purge_step=global_step if self._resumed else None)
             text = json.dumps(self._parameters, indent=4)
             self._writer.add_text("parameters", textwrap.indent(text, "    "), global_step)
-        for name, value in data.items():
-            if isinstance(value, int | float):
-                tag = f"epoch/{name}" if len(step) == 1 else name.replace(".", "/", 1)
-                self._writer.add_scalar(tag, value, global_step)
+        for name, value in curves(step, data).items():
+            self._writer.add_scalar(name, value, global_step)
 
     def close(self) -> None:
         """Write everything out."""

@@ -7,6 +7,7 @@ import torch
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from image_classification.optimizers.spec import OptimizerSpec
+from image_classification.sharding import any_spread
 
 Groups = list[dict[str, Any]]
 FUSED = ("cuda", "cpu")
@@ -23,7 +24,9 @@ def create_sgd(
 ) -> Optimizer:
     """Return torch's SGD."""
     _check_nesterov(momentum, nesterov)
-    fused = device.type in FUSED
+    # Torch's fused SGD knows no sharded weights.
+    spread = any_spread(parameter for group in groups for parameter in group["params"])
+    fused = device.type in FUSED and not spread
     sgd = SGD(groups, momentum=momentum, nesterov=nesterov, fused=fused, **options)
     if momentum > 0:
         _start_momentum_at_zero(sgd)
@@ -100,5 +103,9 @@ RMSPROP_SPEC = OptimizerSpec(
 )
 ADAMW_SPEC = OptimizerSpec(create=create_adamw)
 APEX_SGD_SPEC = OptimizerSpec(
-    create=create_apex_sgd, settings=_OF_SGD, description="apex's FusedSGD", equivalent="sgd"
+    create=create_apex_sgd,
+    settings=_OF_SGD,
+    description="apex's FusedSGD",
+    equivalent="sgd",
+    shards=False,
 )

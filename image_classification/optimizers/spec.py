@@ -18,5 +18,7 @@ class OptimizerSpec:
     the help calls them."""
     description: str = ""
     """What the help says of it, where the name does not say enough."""
+    shards: bool = True
+    """Whether it takes the sharded weights of --fsdp."""
     equivalent: str | None = None
     """An optimizer with the same state that can be created on any device."""

@@ -1,13 +1,13 @@
 """Turn a sparsity into numbers of active weights of the layers of a model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..topology.distributions import count_active, fixed_sparsities, layer_sparsities
-from .layers import parameters_only, prunable_modules, weight_of
+from .layers import included, parameters_only, prunable_modules, weight_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,19 @@ class Allocation:
     maskable: tuple[str, ...] = ()
 
 
+def unless_included(
+    dense_layers: Sequence[str] | None, names: Iterable[str], extra: Collection[str]
+) -> Sequence[str] | None:
+    """Give `dense_layers`; none where its default would keep dense what `include` names.
+
+    Args:
+        dense_layers: Globs, or None.
+        names: All prunable weights in order; the default may keep the first one dense.
+        extra: Those that only `include` names.
+    """
+    return () if dense_layers is None and next(iter(names)) in extra else dense_layers
+
+
 def allocate_layers(
     model: nn.Module,
     sparsity: float,
@@ -34,6 +47,7 @@ def allocate_layers(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
     *,
     scope: str = "layer",
 ) -> Allocation:
@@ -46,13 +60,15 @@ def allocate_layers(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs.
         sparsity_map: Glob -> sparsity.
+        include: Globs of further weights, see `prunable`.
         scope: "layer", or "global" for methods that rank the weights of all layers together. With
             "global" all layers share one sparsity, and arguments about single layers are refused.
 
     Raises:
         ValueError: An argument is out of range or has no effect.
     """
-    weights = {name: weight_of(name, m) for name, m in prunable_modules(model).items()}
+    extra = included(model, include)
+    weights = {name: weight_of(name, m) for name, m in prunable_modules(model, extra).items()}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     if scope == "global":
         if distribution is not None or power_scale != 1.0 or sparsity_map:
@@ -62,6 +78,7 @@ def allocate_layers(
             )
         distribution, dense_layers = "uniform", dense_layers or ()
     distribution = distribution or "erk"
+    dense_layers = unless_included(dense_layers, weights, extra)
     sparsities = layer_sparsities(
         shapes,
         sparsity=sparsity,

@@ -21,6 +21,7 @@ from ..topology.masks import drop_and_grow_layers
 from ..topology.rng import Draw
 from ..topology.schedules import Anneal, DropFraction, Window, num_dropped
 from ..topology.selection import Scores, largest_in_layers
+from ..topology.shards import part_like
 from .allocation import Allocation, allocate_layers
 from .settings import check_types, setting
 
@@ -164,6 +165,7 @@ class Allocated(Method):
         None, "globs of layers kept dense; by default uniform's first layer"
     )
     sparsity_map: Mapping[str, float] | None = setting(None, "layer globs and their sparsities")
+    include: Sequence[str] | None = setting(None, "globs of further weights to make sparse")
     allocation: Allocation = field(default_factory=Allocation, repr=False)
 
     def __post_init__(self) -> None:
@@ -175,7 +177,7 @@ class Allocated(Method):
         Raises:
             ValueError: A setting does not fit the layers, or has no effect.
         """
-        names = "sparsity distribution power_scale dense_layers sparsity_map scope".split()
+        names = "sparsity distribution power_scale dense_layers sparsity_map include scope".split()
         settings = {name: getattr(self, name) for name in names}
         return dataclasses.replace(self, allocation=allocate_layers(model, **settings))
 
@@ -278,7 +280,7 @@ class DropNoise(Dropping):
         # Noise never exceeds six deviations: the offset makes scores non-negative, so that ranking
         # them by magnitude is ranking them by value.
         noise = rng.normal(weight.shape, key, weight.device).add_(6.0).mul_(self.drop_noise)
-        return noise.add_(weight.abs())
+        return part_like(noise, weight).add_(weight.abs())
 
 
 @dataclass(frozen=True, kw_only=True)

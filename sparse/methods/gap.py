@@ -16,7 +16,7 @@ from ..topology.rng import Draw
 from ..topology.selection import largest_in_layers, largest_together
 from .allocation import allocate_layers
 from .base import Allocated, Tensors
-from .layers import prunable_modules
+from .layers import included, prunable_modules
 from .settings import setting
 
 Init = Literal["random", "magnitude"]
@@ -64,7 +64,7 @@ class Gap(Allocated):
             raise ValueError(f"partitions must be two globs or more, got {self.partitions!r}")
 
     def fitted_to(self, model: nn.Module) -> Self:
-        names = prunable_modules(model)
+        names = prunable_modules(model, included(model, self.include))
         members = [_matches(globs, names) for globs in self.partitions or STAGES]
         seen = [name for part in members for name in part]
         for name in seen:
@@ -73,7 +73,8 @@ class Gap(Allocated):
         dense = self.dense_layers
         if not isinstance(dense, str):  # which is refused with what else it might be
             dense = [*(dense or ()), *(name for name in names if name not in seen)]
-        settings = {n: getattr(self, n) for n in ("distribution", "power_scale", "sparsity_map")}
+        others = "distribution power_scale sparsity_map include".split()
+        settings = {name: getattr(self, name) for name in others}
         found = allocate_layers(model, self.sparsity, dense_layers=dense, **settings)
         counts, count = dict(found.sizes), num_random if self.mask_init == "random" else num_kept
         for name in found.maskable:

@@ -57,7 +57,7 @@ class Granet(AfterSteps):
         return False
 
     def fitted_to(self, model: nn.Module) -> Self:
-        names = "distribution power_scale dense_layers".split()
+        names = "distribution power_scale dense_layers include".split()
         settings = {name: getattr(self, name) for name in names}
         allocation = allocate_layers(model, self.initial_sparsity, **settings)
         return dataclasses.replace(self, allocation=allocation)

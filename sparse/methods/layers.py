@@ -1,7 +1,8 @@
 """Find the prunable weights of a model, under the names the bare model gives them."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,70 +12,113 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
 from ..errors import SparsityError
+from ..topology.distributions import matches
+from ..topology.shards import is_sharded
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGE = 0.05  # share of the parameters
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 
 
-def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
+def prunable(model: nn.Module, include: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """List the weights that sparsity applies to, in traversal order.
 
-    These are the weights of convolutions (transposed ones too) and linear layers. Left out: bare
-    parameters such as the input projection of nn.MultiheadAttention, biases, normalization layers,
-    embeddings, depthwise convolutions (as many groups as input channels), and any weight shared
-    with a module that is not prunable. A weight shared by several prunable layers is listed once,
-    under its first name. The prefixes of DistributedDataParallel, DataParallel, AveragedModel and
-    torch.compile are left out of the names. Works on the meta device.
+    These are the weights of convolutions (transposed ones too) and linear layers. Left out, unless
+    `include` names them: parameters of other modules, such as the input projection of
+    nn.MultiheadAttention and the weights of recurrent layers, normalization layers, embeddings,
+    depthwise convolutions (as many groups as input channels), and any weight shared with a module
+    that is not prunable. Biases and other vectors are always left out. A shared weight is listed
+    once, under its first name. The prefixes of DistributedDataParallel, DataParallel, AveragedModel
+    and torch.compile are left out of the names. Works on the meta device.
+
+    Args:
+        model: The model.
+        include: Globs of names of further floating-point parameters with two or more dimensions,
+            with or without a trailing ".weight": ["lstm.weight_*", "embed"].
 
     Returns:
         Name, for example "layer1.0.conv1.weight" -> parameter.
 
     Raises:
-        ValueError: The model has no such weight, or one that is sharded, not yet created, computed
-            from other parameters, or no floating-point tensor of 16, 32 or 64 bits.
+        ValueError: The model has no such weight, a glob matches none, or a weight is not yet
+            created, computed from other parameters, or no floating-point tensor of 16, 32 or 64
+            bits.
     """
-    modules = prunable_modules(model)
+    modules = prunable_modules(model, included(model, include))
     return parameters_only({name: weight_of(name, module) for name, module in modules.items()})
 
 
-def prunable_modules(model: nn.Module) -> dict[str, nn.Module]:
+def included(model: nn.Module, include: Sequence[str] | None) -> list[str]:
+    """List the weights that are prunable only because `include` names them; see `prunable`.
+
+    Raises:
+        ValueError: A glob matches nothing, or a weight that cannot be masked.
+    """
+    if isinstance(include, str) or not all(isinstance(glob, str) for glob in include or ()):
+        raise ValueError(f"include must be a sequence of globs, got {include!r}")
+    if not include:
+        return []
+    model = unwrap(model)
+    usual = _find(model, ())
+    slots = _nameable(model, usual)
+    extra: dict[str, _Slot] = {}
+    for glob in include:
+        found = [slot for name, slot in slots.items() if matches(glob, name)]
+        if not found:
+            others = [n for n, s in slots.items() if s.weight is not None and s.name not in usual]
+            known = f"; it could name {', '.join(others[:3])}" if others else ""
+            raise ValueError(
+                f"include: {glob!r} matches no parameter of two or more dimensions{known}"
+            )
+        extra |= {slot.name: slot for slot in found if slot.name not in usual}
+    for slot in extra.values():
+        _refuse_included(slot)
+    return list(extra)
+
+
+def prunable_modules(model: nn.Module, extra: Collection[str] = ()) -> dict[str, nn.Module]:
     """List the modules that own the weights of `prunable`, under the names of the weights.
 
     Modules whose weight is computed from other parameters are among them.
 
+    Args:
+        model: The model.
+        extra: Names of further weights, as `included` gives them.
+
     Raises:
-        ValueError: The model has none, or is sharded.
+        ValueError: The model has none, or is sharded by FSDP's first version.
     """
-    model = unwrap(model)
-    owners = _owners(model)
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        _refuse_fsdp(name, module)
-        if not _is_prunable(module):
-            continue
-        weight = module._parameters.get("weight")
-        if id(weight) not in seen and all(map(_is_prunable, owners.get(id(weight), ()))):
-            found[clean_name(f"{name}.weight" if name else "weight")] = module
-            if weight is not None:
-                seen.add(id(weight))
+    found = _find(unwrap(model), extra)
     if not found:
-        raise ValueError("the model has no convolution or linear layer to make sparse")
+        raise ValueError(
+            "the model has no convolution or linear layer to make sparse; to make other weights "
+            "sparse, name them in include"
+        )
     return found
 
 
+def owners_of(
+    model: nn.Module, weights: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that hold weights, each with the name of the weight; shared ones, too."""
+    names = {id(weight): name for name, weight in weights.items()}
+    for module in unwrap(model).modules():
+        for parameter in module._parameters.values():
+            if id(parameter) in names:
+                yield names[id(parameter)], module
+
+
 def weight_of(name: str, module: nn.Module) -> Tensor:
-    """Give the weight of a module: a parameter, or a stand-in where it is computed from others.
+    """Give a weight of its module: a parameter, or a stand-in where it is computed from others.
 
     The stand-in has the shape of the weight and takes no memory. The weight is not computed,
     because computing it may change the state it is computed from, as in spectral normalization.
 
     Raises:
-        ValueError: The weight is sharded, not yet created, or no floating-point tensor of 16, 32 or
+        ValueError: The weight is not yet created, or no floating-point tensor of 16, 32 or
             64 bits.
     """
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(_own(name))
     if weight is None:
         like = next(module.parameters())
         return torch.zeros((), dtype=like.dtype, device=like.device).expand(_weight_shape(module))
@@ -84,8 +128,10 @@ def weight_of(name: str, module: nn.Module) -> Tensor:
         )
     if weight.dtype not in _DTYPES:
         raise ValueError(f"{name} has dtype {weight.dtype}; masks need 16, 32 or 64-bit floats")
-    if _is_dtensor(weight):
-        raise ValueError(f"{name} is a DTensor; sharded parameters are not supported, use DDP")
+    if is_sharded(weight) and weight.is_meta:
+        raise ValueError(
+            f"{name} has no values yet; make it sparse after to_empty and the initialization"
+        )
     return weight
 
 
@@ -113,23 +159,28 @@ def check_owned(modules: Mapping[str, nn.Module], weights: Mapping[str, nn.Param
         SparsityError: Names the first one.
     """
     for name, module in modules.items():
-        if module._parameters.get("weight") is not weights[name]:
+        if module._parameters.get(_own(name)) is not weights[name]:
             raise SparsityError(
                 f"{name} was replaced by another tensor since it was made sparse; make optimizer "
-                "and sparsifier when the model is complete"
+                "and sparsifier when the model is complete (after fully_shard, too, whose "
+                "set_reshard_after_backward must stay on)"
             )
 
 
-def warn_of_dense_weights(model: nn.Module) -> None:
+def warn_of_dense_weights(model: nn.Module, sparse: Collection[str]) -> None:
     """Warn if a large share of the parameters stays dense though nobody asked for it.
 
     Embeddings and depthwise convolutions do not count: they are dense in all published work.
+
+    Args:
+        model: The model.
+        sparse: Names of the weights that sparsity applies to.
     """
     model, left = unwrap(model), {}
     for prefix, module in model.named_modules():
         if not isinstance(module, (nn.Linear, _ConvNd, nn.Embedding, ParametrizationList)):
             for name, parameter in module.named_parameters(prefix, recurse=False):
-                if parameter.dim() > 1:
+                if parameter.dim() > 1 and clean_name(name) not in sparse:
                     left[clean_name(name)] = parameter.numel()
     share = sum(left.values()) / sum(parameter.numel() for parameter in model.parameters())
     if share < _LARGE:
@@ -138,7 +189,7 @@ def warn_of_dense_weights(model: nn.Module) -> None:
     others = f" and {len(left) - 3} others" if len(left) > 3 else ""
     warnings.warn(
         f"{share:.0%} of the parameters stay dense: {', '.join(largest)}{others} belong neither to "
-        "a convolution nor to a linear layer, and only these become sparse",
+        "a convolution nor to a linear layer; to make them sparse, name them in include",
         stacklevel=4,
     )
 
@@ -165,19 +216,113 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def _is_prunable(module: nn.Module) -> bool:
+@dataclass(frozen=True)
+class _Slot:
+    """A place for a parameter in a module.
+
+    Attributes:
+        weight: The parameter; None for a layer's weight that is computed from other parameters.
+    """
+
+    name: str
+    module: nn.Module
+    weight: nn.Parameter | None
+
+    @property
+    def key(self) -> int:
+        """The same number for all places of a shared weight."""
+        return id(self.module if self.weight is None else self.weight)
+
+    @property
+    def is_weight_of_layer(self) -> bool:
+        return _own(self.name) == "weight" and _is_layer(self.module)
+
+    @property
+    def whole(self) -> str | None:
+        """The name of the weight that is computed from this parameter and others, if one is.
+
+        Both forms of weight normalization and their like: torch's parametrizations, and hooks that
+        replace `weight` by `weight_g` and `weight_v` or by `weight_orig`.
+        """
+        module, _, own = self.name.rpartition(".")
+        if isinstance(self.module, ParametrizationList):
+            return "".join(module.rpartition("parametrizations.")[::2])
+        whole = own.rpartition("_")[0]
+        if isinstance(vars(self.module).get(whole), Tensor):
+            return f"{module}.{whole}" if module else whole
+        return None
+
+
+def _slots(model: nn.Module) -> Iterator[_Slot]:
+    """Yield the places of all parameters in traversal order."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        _refuse_fsdp(prefix, module)
+        computed = {"weight": None} if _is_layer(module) else {}
+        for own, parameter in {**computed, **module._parameters}.items():
+            slot = _Slot(clean_name(f"{prefix}.{own}" if prefix else own), module, parameter)
+            if parameter is not None or slot.is_weight_of_layer:
+                yield slot
+
+
+def _find(model: nn.Module, extra: Collection[str]) -> dict[str, nn.Module]:
+    """List weights with their modules: those of layers and nothing else, and `extra` ones."""
+    shared: dict[int, list[_Slot]] = {}
+    for slot in _slots(model):
+        shared.setdefault(slot.key, []).append(slot)
+    return {
+        slots[0].name: slots[0].module
+        for slots in shared.values()
+        if slots[0].name in extra or all(slot.is_weight_of_layer for slot in slots)
+    }
+
+
+def _nameable(model: nn.Module, usual: Collection[str]) -> dict[str, _Slot]:
+    """List all names that `include` may have, shared weights under each of theirs.
+
+    Returns:
+        Name -> the first place of the weight. Places of computed weights have no parameter; the
+        parameters that they are computed from are not listed.
+    """
+    slots: dict[str, _Slot] = {}
+    first: dict[int, _Slot] = {}
+    for slot in _slots(model):
+        found = first.setdefault(slot.key, slot)
+        if whole := slot.whole:
+            slots.setdefault(whole, _Slot(whole, slot.module, None))
+        elif found.name in usual or _is_matrix(slot.weight):
+            slots[slot.name] = found
+    return slots
+
+
+def _own(name: str) -> str:
+    """Give the name of a parameter within its module."""
+    return name.rpartition(".")[2]
+
+
+def _is_matrix(weight: Tensor | None) -> bool:
+    if isinstance(weight, nn.UninitializedParameter):
+        return True
+    return weight is not None and weight.is_floating_point() and weight.dim() >= 2
+
+
+def _refuse_included(slot: _Slot) -> None:
+    if slot.weight is None:
+        raise ValueError(
+            f"include: {slot.name} is computed from other parameters; remove its parametrization, "
+            "or do not name it"
+        )
+    if isinstance(slot.module, (nn.Embedding, nn.EmbeddingBag)) and slot.module.sparse:
+        raise ValueError(
+            f"include: {slot.name} gets sparse gradients; make its module with sparse=False, or do "
+            "not name it"
+        )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Say whether a module is a layer whose weight is prunable without being named."""
     if isinstance(module, _ConvNd):
         return not 1 < module.in_channels == module.groups
     return isinstance(module, nn.Linear)
-
-
-def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """List the modules that hold each parameter, by the parameter's id."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(module)
-    return owners
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
@@ -190,17 +335,10 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     return module.out_features, module.in_features
 
 
-def _is_dtensor(weight: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # not importable in builds without distributed
-
-    return isinstance(weight, DTensor)
-
-
 def _refuse_fsdp(name: str, module: nn.Module) -> None:
     # By name: the class flattens the weights, so there is nothing to find by looking at them.
     if type(module).__name__ == "FullyShardedDataParallel":
         raise ValueError(
-            f"{name or 'the model'} is sharded by FSDP, which is not supported, use DDP"
+            f"{name or 'the model'} is sharded by FullyShardedDataParallel, which hides the "
+            "weights; use fully_shard (FSDP2)"
         )

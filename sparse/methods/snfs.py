@@ -16,6 +16,8 @@ from torch import Tensor
 from ..topology import rng
 from ..topology.flat import batched, by_device, count_nonzero, gather, layout_of, vector
 from ..topology.selection import Scores, replace
+from ..topology.sharded import sums_of_magnitudes
+from ..topology.shards import any_sharded, part_like
 from .base import DropAndGrow, Tensors
 from .settings import setting
 
@@ -108,7 +110,7 @@ class Snfs(DropAndGrow):
         kept = replace(masks, drop=weights, num_dropped=num_dropped)
         for name, mask in kept.items():
             key = self.key(name, step, rng.GROW_SCORE)
-            uniform = self.draw(tuple(mask.shape), key, mask.device)
+            uniform = part_like(self.draw(tuple(mask.shape), key, mask.device), mask)
             kept[name] = bernoulli_growth(mask, num_grown[name], uniform)
         return kept
 
@@ -121,7 +123,8 @@ def bernoulli_growth(kept: Tensor, expected: Tensor, uniform: Tensor) -> Tensor:
         expected: 0-dim tensor, the number of entries to activate.
         uniform: Numbers uniform on [0, 1), of the shape of `kept`.
     """
-    return kept | (uniform < expected / (~kept).sum())
+    share = expected / count_nonzero({"": ~kept})[0]
+    return kept | (uniform < share)
 
 
 def layer_shares(masks: Tensors, weights: Tensors, momenta: Tensors, redistribution: str) -> Tensor:
@@ -146,6 +149,10 @@ def layer_shares(masks: Tensors, weights: Tensors, momenta: Tensors, redistribut
 def _magnitudes(masks: Tensors, sources: Tensors) -> Tensor:
     """Add up the magnitudes of every layer where its mask is True: float64, 0 without a source."""
     found = {name: sources[name] for name in masks if name in sources}
+    if any_sharded(masks.values()):
+        zero = {name: masks[name] for name in masks if name not in found}
+        active = {n: found[n] * masks[n] if n in found else zero[n] & ~zero[n] for n in masks}
+        return sums_of_magnitudes(active)
     totals = dict.fromkeys(masks, next(iter(masks.values())).new_zeros((), dtype=torch.float64))
     for names in by_device(found):
         if batched(found[names[0]]):

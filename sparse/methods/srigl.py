@@ -14,9 +14,10 @@ from ..topology.flat import all_true, count_nonzero, vector
 from ..topology.rng import Draw
 from ..topology.rows import by_layer, count_in_rows, fill_rows, per_row, within_rows
 from ..topology.selection import largest_in_layers
+from ..topology.shards import any_sharded
 from .after import AfterSteps
 from .base import Tensors
-from .layers import prunable_modules, weight_of
+from .layers import included, prunable_modules, weight_of
 from .settings import setting
 
 FanIn = Literal["sparse", "dense"]
@@ -69,8 +70,11 @@ class Srigl(AfterSteps):
 
     def fitted_to(self, model: nn.Module) -> Self:
         fitted = super().fitted_to(model)
-        allocation, modules = fitted.allocation, prunable_modules(model)
-        rows = {name: weight_of(name, module).shape[0] for name, module in modules.items()}
+        modules = prunable_modules(model, included(model, self.include))
+        weights = {name: weight_of(name, module) for name, module in modules.items()}
+        if any_sharded(weights.values()):
+            raise ValueError("srigl cannot count the rows of weights that are sharded; use DDP")
+        allocation, rows = fitted.allocation, {n: len(weight) for n, weight in weights.items()}
         budgets, counts = {}, {}
         for name, size in allocation.sizes.items():
             budgets[name] = size - math.ceil(allocation.sparsities[name] * size)

@@ -25,12 +25,41 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Undo `pack`.
 
+    Bytes of `pack_rows` are unpacked, too.
+
     Raises:
         ValueError: The number of bytes does not fit the shape.
     """
+    if packed.dim() == 2:
+        return _unpack_rows(packed, tuple(shape))
     numel = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != ((numel + 7) // 8,):
         raise ValueError(f"{tuple(packed.shape)} bytes do not hold a mask of {tuple(shape)}")
     bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
     flat = (packed[:, None] >> bits).bitwise_and_(1).view(torch.bool).view(-1)
     return flat[:numel].view(*shape)
+
+
+def pack_rows(mask: Tensor) -> Tensor:
+    """Pack a mask so that rows, the entries of an index of dimension 0, begin with a byte.
+
+    Whoever has some rows of a mask, as a process of several does, can pack them alone.
+
+    Returns:
+        2-dim uint8 tensor [rows, ceil(entries of a row / 8)] on the same device.
+    """
+    rows, width = _rows_of(mask.shape)
+    flat = torch.nn.functional.pad(mask.reshape(rows, width), (0, -width % 8))
+    return pack(flat).view(rows, -(-width // 8))
+
+
+def _unpack_rows(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    rows, width = _rows_of(shape)
+    if packed.dtype != torch.uint8 or packed.shape != (rows, -(-width // 8)):
+        raise ValueError(f"{tuple(packed.shape)} bytes do not hold a mask of {shape}")
+    padded = unpack(packed.reshape(-1), (rows, -(-width // 8) * 8))
+    return padded[:, :width].reshape(shape)
+
+
+def _rows_of(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)

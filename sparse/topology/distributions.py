@@ -153,17 +153,18 @@ def fixed_sparsities(
     return dict.fromkeys(dense, 0.0) | mapped
 
 
+def matches(glob: str, name: str) -> bool:
+    """Say whether a glob matches a name, with or without its trailing ".weight"."""
+    return fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
+
+
 def match_layers(glob: str, names: Mapping[str, object], source: str) -> list[str]:
     """List the names that a glob matches, with or without their trailing ".weight".
 
     Raises:
         ValueError: Nothing matches. The message names `source`, the argument that had the glob.
     """
-    found = [
-        name
-        for name in names
-        if fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
-    ]
+    found = [name for name in names if matches(glob, name)]
     if not found:
         raise ValueError(
             f"{source}: {glob!r} matches no prunable layer; the first ones are "

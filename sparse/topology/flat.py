@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .rng import is_fake
+from .shards import Ranks, any_sharded, locals_of, spread_all
 
 _ONE_BY_ONE = frozenset({"cpu"})  # types of device on which layers are treated one by one
 LANES = 1 << 12  # a flat tensor can be looked at as rows of so many entries
@@ -146,6 +147,8 @@ def each(numbers: Tensor) -> list[Tensor]:
 
 def all_true(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Make masks, all True, by the names and in the shapes of others; on a CPU of no size."""
+    if any_sharded(like.values()):
+        return spread_all(all_true(locals_of(like)), like)
     made: dict[str, Tensor] = {}
     for names in by_device(like):
         if batched(like[names[0]]):
@@ -175,7 +178,13 @@ def gather(numbers: Sequence[Tensor]) -> Tensor:
 
 
 def count_nonzero(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Count the entries of each tensor that are not 0: int64, on the device of the first one."""
+    """Count the entries of each tensor that are not 0: int64, on the device of the first one.
+
+    The processes over which tensors are spread count together.
+    """
+    if any_sharded(tensors.values()):
+        ranks, counted = Ranks.of(tensors), count_nonzero(locals_of(tensors))
+        return ranks.sum(counted * vector(ranks.owned, counted.device))
     counts: dict[str, Tensor] = {}
     for names in by_device(tensors):
         found = [tensors[name] for name in names]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .flat import count_nonzero
 from .rng import Draw
 from .selection import Counts, Scores, largest, replace
 
@@ -38,8 +39,8 @@ def topk_mask(scores: Scores, num_active: int | Tensor, among: Tensor | None = N
     `num_active`, all of them are active.
     """
     if among is None:
-        device = scores.device if isinstance(scores, Tensor) else torch.device("cpu")
-        among = torch.ones(scores.shape, dtype=torch.bool, device=device)
+        like = scores if isinstance(scores, Tensor) else torch.empty(scores.shape)
+        among = torch.ones_like(like, dtype=torch.bool)
     return largest(scores, num_active, among)
 
 
@@ -74,7 +75,8 @@ def drop_and_grow(
         return drop_and_grow_layers(*given)[""]
     if isinstance(drop_scores, Draw):
         raise ValueError("active_first=False needs drop scores that can be 0, not a random draw")
-    kept = largest(drop_scores * mask, mask.sum() - num_dropped, torch.ones_like(mask))
+    num_kept = count_nonzero(given[0])[0] - num_dropped
+    kept = largest(drop_scores * mask, num_kept, torch.ones_like(mask))
     return replace({"": kept}, grow=given[2], num_grown=given[3])[""]
 
 

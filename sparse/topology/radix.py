@@ -60,7 +60,7 @@ def select(
     bases = [layer * _BINS for layer in range(len(layout.sizes))]
     used = len(bases) * _BINS
     lanes = torch.arange(used, used + LANES, dtype=torch.int32, device=device)
-    for digit in _digits(_ranks(scores, layout, device, want_largest)):
+    for digit in _digits(ranks_of(scores, layout, device, want_largest)):
         # Entries that are decided are counted behind all layers, spread over many bins: adding to
         # a single one would take turns.
         bins = layout.add(digit, bases).view(-1, LANES)
@@ -113,14 +113,18 @@ def _running(tied: Tensor, limits: Tensor, totals: Tensor, layout: Layout) -> Te
     return running.cumsum_(0)
 
 
-def _ranks(
-    scores: Sequence[Tensor | Draw], layout: Layout, device: torch.device, want_largest: bool
+def ranks_of(
+    scores: Sequence[Tensor | Draw],
+    layout: Layout,
+    device: torch.device,
+    want_largest: bool,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """Make the ranks of all entries: int32 or int64, not negative."""
+    """Make the ranks of all entries: int32 or int64, not negative. `index` is that of `drawn`."""
     draws = [found for found in scores if isinstance(found, Draw)]
     tensors = [found for found in scores if isinstance(found, Tensor)]
     if draws:
-        ranks = drawn(draws, layout, device)
+        ranks = drawn(draws, layout, device, index)
     elif (dtype := kind(tensors[0])) in _FLOATS:
         integer, nan = _FLOATS[dtype]
         ranks = layout.flatten(tensors, dtype).view(integer)
@@ -131,15 +135,29 @@ def _ranks(
     return ranks.bitwise_xor_(torch.iinfo(ranks.dtype).max) if want_largest else ranks
 
 
-def drawn(draws: Sequence[Draw], layout: Layout, device: torch.device) -> Tensor:
-    """Compute the elements of draws: flat int32 tensor."""
+def drawn(
+    draws: Sequence[Draw], layout: Layout, device: torch.device, index: Tensor | None = None
+) -> Tensor:
+    """Compute elements of draws: flat int32 tensor.
+
+    Args:
+        draws: A draw per layer.
+        layout: The layers.
+        device: Where to compute.
+        index: Flat int32 tensor, which elements; by default all of every draw, in order.
+    """
     keys = [words(draw.key) for draw in draws]
-    index = torch.arange(layout.numel, dtype=torch.int32, device=device)
-    index = layout.add(index, [-start for start in layout.starts])
+    index = indices(layout, [0] * len(keys), device) if index is None else index.clone()
     index ^= layout.spread([first for first, _ in keys], device)
     index = first_half(index)
     index ^= layout.spread([second for _, second in keys], device)
     return second_half(index)
+
+
+def indices(layout: Layout, begins: Sequence[int], device: torch.device) -> Tensor:
+    """Number the entries of each layer from a number on: flat int32 tensor."""
+    index = torch.arange(layout.numel, dtype=torch.int32, device=device)
+    return layout.add(index, [b - s for b, s in zip(begins, layout.starts, strict=True)])
 
 
 def _digits(ranks: Tensor) -> Iterator[Tensor]:

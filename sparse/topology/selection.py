@@ -3,7 +3,8 @@
 The rule is the same everywhere. Entries are ranked by |score|. NaN ranks above every number. Of
 equal scores the one with the lower flat index (row-major, whatever the memory layout) ranks higher.
 
-On a device all layers are handled together (`radix`). On a CPU every layer is handled by itself: a
+Layers that are spread over processes are handled together, by all of them (`sharded`). On a device
+all layers are handled together, too (`radix`). On a CPU every layer is handled by itself: a
 bound is estimated from a sample. One pass collects the entries beyond the bound, and the k entries
 are selected among these few. If fewer than k are beyond the bound, the pass is repeated without it.
 """
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import radix
+from . import radix, sharded
 from .flat import Layout, batched, layout_of, vector
 from .rng import CHUNK, Draw
+from .shards import Ranks, any_sharded, local, part_like, spread_as
 
 Scores = Tensor | Draw
 Counts = Mapping[str, int] | Mapping[str, Tensor] | Mapping[str, int | Tensor]
@@ -68,8 +70,8 @@ def largest_in_layers(
     new: dict[str, Tensor] = {}
     for names in _groups(among, scores):
         flat, layout = _flatten(among, names)
-        chosen = _select(names, scores, counts, flat, layout, want_largest=True)
-        new |= layout.by_layer(chosen, names, among)
+        chosen = _select(names, scores, counts, flat, layout, among, want_largest=True)
+        new |= _by_layer(chosen, layout, names, among)
     return {name: new[name] for name in among}
 
 
@@ -85,6 +87,13 @@ def largest_together(
         k: How many entries in all.
         among: Layer name -> candidates.
     """
+    if any_sharded(among.values()):
+        names = list(among)
+        flat, layout = _flatten(among, names)
+        given = [_part(scores[name].float(), among[name]) for name in names]
+        count, ranks = _vector([k], flat.device), Ranks.of(among)
+        chosen = sharded.select(given, count, flat, layout, ranks, want_largest=True, together=True)
+        return _by_layer(chosen, layout, names, among)
     flat = torch.cat([scores[name].reshape(-1).float() for name in among])
     marks = torch.cat([mask.reshape(-1) for mask in among.values()])
     parts = torch.split(largest(flat, k, marks), [mask.numel() for mask in among.values()])
@@ -124,12 +133,12 @@ def replace(
     for names in _groups(masks, *(scores for scores in (drop, grow) if scores is not None)):
         flat, layout = _flatten(masks, names)
         if drop is not None and num_dropped is not None:
-            flat ^= _select(names, drop, num_dropped, flat, layout, want_largest=False)
+            flat ^= _select(names, drop, num_dropped, flat, layout, masks, want_largest=False)
         if grow is not None and num_grown is not None:
             free = layout.clear_gaps(flat.logical_not_())
-            chosen = _select(names, grow, num_grown, free, layout, want_largest=True)
+            chosen = _select(names, grow, num_grown, free, layout, masks, want_largest=True)
             flat = free.logical_not_().logical_or_(chosen)
-        made |= layout.by_layer(flat, names, masks)
+        made |= _by_layer(flat, layout, names, masks)
     return {name: made[name] for name in masks}
 
 
@@ -146,8 +155,18 @@ def _groups(masks: Mapping[str, Tensor], *scores: Mapping[str, Scores]) -> list[
 
 
 def _flatten(masks: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Layout]:
-    layout = layout_of(tuple(masks[name].numel() for name in names))
-    return layout.flatten([masks[name] for name in names], torch.bool), layout
+    """Put masks, or what of them lies here, into a flat tensor."""
+    parts = [local(masks[name]) for name in names]
+    layout = layout_of(tuple(part.numel() for part in parts))
+    return layout.flatten(parts, torch.bool), layout
+
+
+def _by_layer(
+    flat: Tensor, layout: Layout, names: list[str], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Undo `_flatten`."""
+    parts = layout.by_layer(flat, names, {name: local(like[name]) for name in names})
+    return {name: spread_as(part, like[name]) for name, part in parts.items()}
 
 
 def _select(
@@ -156,11 +175,19 @@ def _select(
     counts: Counts,
     candidates: Tensor,
     layout: Layout,
+    masks: Mapping[str, Tensor],
     want_largest: bool,
 ) -> Tensor:
-    given = [scores[name] for name in names]
+    given = [_part(scores[name], masks[name]) for name in names]
     wanted = _vector([counts[name] for name in names], candidates.device)
-    return radix.select(given, wanted, candidates, layout, want_largest)
+    ranks = Ranks.of({name: masks[name] for name in names})
+    if not ranks.groups:
+        return radix.select(given, wanted, candidates, layout, want_largest)
+    return sharded.select(given, wanted, candidates, layout, ranks, want_largest=want_largest)
+
+
+def _part(scores: Scores, mask: Tensor) -> Scores:
+    return scores if isinstance(scores, Draw) else local(part_like(scores, mask))
 
 
 def _vector(counts: list[int | Tensor], device: torch.device) -> Tensor:

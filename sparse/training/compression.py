@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from .consistency import has_ranks, verify_across_ranks
+from .consistency import verify_across_ranks
 from .sparsifier import Sparsifier
 
 if TYPE_CHECKING:  # not importable in builds without distributed
@@ -54,8 +54,8 @@ def compress_gradients(
     for name, weight in sparsifier.maskable.items():
         if id(weight) not in held:
             raise ValueError(f"{name} of the sparsifier is no parameter of the wrapped model")
-    if has_ranks():
-        verify_across_ranks(sparsifier.masks)
+    if model.process_group.size() > 1:
+        verify_across_ranks(sparsifier.masks, model.process_group)
     compression = GradientCompression(sparsifier, model.process_group, dtype)
     model.register_comm_hook(compression, lambda state, bucket: state.reduce(bucket))
     return compression

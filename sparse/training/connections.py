@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 from ..methods.base import GrowInit, Method
 from ..methods.layers import named_parameters
 from ..topology import rng
+from ..topology.flat import count_nonzero
+from ..topology.sharded import sums_of_magnitudes
+from ..topology.shards import is_sharded, local, part_like
 from .gates import Gate, update_gates, zero_inactive
 from .invariant import held
 from .optimizers import (
@@ -67,8 +70,8 @@ class NewConnections:
         New connections are 0 already, so "zeros" and a momentum scale of 0 need no work.
         """
         if self.init == "random":
-            deviation = (weight.square().sum() / (weight != 0).sum().clamp(min=1)).sqrt()
-            _put(weight, fresh, rng.normal(weight.shape, key, weight.device) * deviation)
+            values = rng.normal(weight.shape, key, weight.device) * _deviation(weight)
+            _put(weight, fresh, part_like(values, weight))
         elif self.init == "gradient" and gradient is not None:
             _put(weight, fresh, gradient * -learning_rate(optimizer, weight))
         if self.momentum_scale and gradient is not None and holds_state(optimizer, weight):
@@ -103,14 +106,24 @@ def mask_module(module: nn.Module, gates: Mapping[str, Gate]) -> None:
         weight = parameters.get(name)
         if weight is None:
             raise ValueError(f"the module to mask has no parameter {name}")
-        if weight.shape != gate.inactive.shape:
+        if local(weight).shape != gate.inactive.shape:
             raise ValueError(
-                f"{name} has shape {tuple(weight.shape)} in the module to mask, "
+                f"{name} has shape {tuple(local(weight).shape)} in the module to mask, "
                 f"its mask {tuple(gate.inactive.shape)}"
             )
         pairs.append((weight, gate))
     zero_inactive(pairs)
 
 
+def _deviation(weight: Tensor) -> Tensor:
+    """Compute the standard deviation of the active weights: 0-dim, the same on all ranks."""
+    if is_sharded(weight):
+        squares, count = sums_of_magnitudes({"": weight.square()}), count_nonzero({"": weight})
+        return (squares / count.clamp(min=1)).sqrt()[0]
+    return (weight.square().sum() / (weight != 0).sum().clamp(min=1)).sqrt()
+
+
 def _put(target: Tensor, where: Tensor, values: Tensor) -> None:
-    target.copy_(torch.where(where, values.to(target.dtype), target))
+    """Write values where a mask of the part that lies here is True."""
+    target = local(target)
+    target.copy_(torch.where(where, local(values).to(target.dtype), target))

@@ -1,53 +1,72 @@
-"""Check that all ranks of a distributed run hold the same masks."""
+"""Check that the processes that share a model hold the same masks."""
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import SparsityError
 from ..topology.flat import WORD, batched, by_device, gather, layout_of, sums_until
 from ..topology.rng import Draw, drawn_at
+from ..topology.shards import Ranks
 
 _KEY = (0,)
 
 
-def has_ranks() -> bool:
-    """Say whether this process is one of several."""
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
-
-
 def is_first_rank() -> bool:
     """Say whether this process is rank 0, or the only process."""
-    return not has_ranks() or distributed.get_rank() == 0
+    known = distributed.is_available() and distributed.is_initialized()
+    return not known or distributed.get_rank() == 0
 
 
-def verify_across_ranks(masks: Mapping[str, Tensor]) -> None:
-    """Compare a digest of every mask across ranks.
+def groups_with_copies(
+    model: nn.Module, ranks: Ranks, process_group: "distributed.ProcessGroup | None"
+) -> "list[distributed.ProcessGroup]":
+    """List the groups of processes that hold the same masks as this one.
+
+    Args:
+        model: The model, perhaps in DistributedDataParallel, which knows its group.
+        ranks: The processes that share its weights.
+        process_group: The group where model and weights do not tell it.
+
+    Raises:
+        ValueError: The group is given though the weights tell it.
+    """
+    copies = list(dict.fromkeys(group for part in ranks.parts.values() for group in part.copies))
+    if ranks.groups or copies:
+        if process_group is not None:
+            raise ValueError("process_group has no effect on sharded weights: their mesh has it")
+        return copies
+    if process_group is None and distributed.is_available():
+        wrappers = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
+        process_group = next((wrapper.process_group for wrapper in wrappers), None)
+    return [] if process_group is None or process_group.size() == 1 else [process_group]
+
+
+def verify_across_ranks(masks: Mapping[str, Tensor], group: "distributed.ProcessGroup") -> None:
+    """Compare a digest of every mask across the ranks of a group.
 
     All ranks must call this function together. The host reads the result. This is the only place
     where an update waits for the device.
 
     Raises:
-        SparsityError: A mask differs from that of rank 0; names the layer and the ranks.
+        SparsityError: A mask differs from that of the first rank; names the layer and the ranks.
     """
     if not masks:
         return
     mine = digests(masks)
-    everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(everyone, mine)
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    distributed.all_gather(everyone, mine, group=group)
     differs = torch.stack(everyone).ne(everyone[0]).cpu()
     if not differs.any():
         return
+    members = distributed.get_process_group_ranks(group)
     for layer, name in enumerate(masks):
-        ranks = differs[:, layer].nonzero().flatten().tolist()
+        ranks = [str(members[place]) for place in differs[:, layer].nonzero().flatten()]
         if ranks:
             raise SparsityError(
-                f"the mask of {name} on rank {', '.join(map(str, ranks))} differs from rank 0: "
+                f"the mask of {name} on rank {', '.join(ranks)} differs from rank {members[0]}: "
                 "weights, gradients or seeds are not the same on all ranks"
             )
 

@@ -35,6 +35,7 @@ from ..topology.flat import (
     layout_of,
     memory,
 )
+from ..topology.shards import any_sharded, local, locals_of, spread_all
 
 Tensors = Mapping[str, Tensor]
 
@@ -80,13 +81,13 @@ class Gate:
     """The gate of one weight, laid out in memory as the weight is."""
 
     def __init__(self, mask: Tensor, weight: Tensor) -> None:
-        self._join(_Group([weight]), 0)
+        self._join(_Group([local(weight)]), 0)
         update_gates({"": self}, {"": mask})
 
     @classmethod
     def together(cls, weights: Tensors) -> dict[str, "Gate"]:
         """Make gates of weights, all of them open, which lie in one tensor on a device."""
-        made = {}
+        made, weights = {}, locals_of(weights)
         for names in by_device(weights):
             shared = batched(weights[names[0]])
             for members in [names] if shared else [[name] for name in names]:
@@ -129,6 +130,7 @@ class Gate:
 
     def serves(self, weight: Tensor) -> bool:
         """Say whether a weight still is where it was, on its device and in its memory layout."""
+        weight = local(weight)
         return self.fits(weight) and self.inactive.device == weight.device
 
     def layer(self, tensor: Tensor) -> "_Layer":
@@ -147,6 +149,7 @@ def update_gates(gates: Mapping[str, Gate], masks: Tensors) -> None:
         gates: Name -> gate.
         masks: Name -> mask, for every gate.
     """
+    masks = locals_of(masks)
     for names in by_device({name: gate.inactive for name, gate in gates.items()}):
         for name in names:
             gates[name]._bits = None
@@ -163,7 +166,7 @@ def update_gates(gates: Mapping[str, Gate], masks: Tensors) -> None:
 def zero_inactive(pairs: Iterable[tuple[Tensor, Gate]]) -> None:
     """Set the inactive entries of tensors of the weights' shapes to exactly 0, in place."""
     layers, others = [], []
-    for tensor, gate in pairs:
+    for tensor, gate in ((local(tensor), gate) for tensor, gate in pairs):
         if _is_compiled(tensor, gate):
             layers.append(gate.layer(tensor))
             torch.autograd.graph.increment_version(tensor)
@@ -189,7 +192,7 @@ def count_violations(pairs: Iterable[tuple[Tensor, Gate]]) -> Tensor:
     Returns:
         int64, one number per pair, on the device of the first tensor. Waits for no device.
     """
-    pairs = [(tensor.detach(), gate) for tensor, gate in pairs]
+    pairs = [(local(tensor).detach(), gate) for tensor, gate in pairs]
     loops = _compiled_loop() if all(_is_compiled(tensor, gate) for tensor, gate in pairs) else None
     if loops is not None:
         counts = torch.zeros(len(pairs), dtype=torch.int64)
@@ -236,6 +239,8 @@ def _closed(gates: Sequence[Gate]) -> tuple[Layout, Tensor]:
 
 def masks_of(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, Tensor]:
     """Give the masks of weights, all True where there is no gate."""
+    if any_sharded(weights.values()):
+        return spread_all(masks_of(gates, locals_of(weights)), weights)
     masks = all_true({name: weight for name, weight in weights.items() if name not in gates})
     for names in by_device({name: weights[name] for name in weights if name in gates}):
         found = [gates[name].inactive for name in names]
@@ -258,12 +263,12 @@ def count_active(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, int]:
 
 
 def active_positions(gate: Gate, weight: Tensor) -> Tensor:
-    """List the active entries as offsets into the weight's memory: int64, ascending.
+    """List the active entries as offsets into the weight's memory here: int64, ascending.
 
     The memory of a weight with gaps is taken to be contiguous, as DistributedDataParallel lays out
     its gradient. Waits for the device.
     """
-    inactive = gate.inactive
+    inactive, weight = gate.inactive, local(weight)
     if inactive.stride() != weight.stride():  # the weight has gaps, or changed its layout since
         laid_out = torch.empty_like(weight, dtype=torch.bool)
         if laid_out.stride() != weight.stride():

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import SparsityError
 from ..methods.base import Method
-from ..topology.flat import batched, copy, layout_of, memory, zeros_like
+from ..topology.flat import batched, copy, count_nonzero, layout_of, memory, zeros_like
 from ..topology.rng import is_fake
+from ..topology.shards import local, spread_all
 from . import checkpoints
 from .clock import found_inf, inverse_scale
 
@@ -25,6 +26,12 @@ class SeenGradients:
     def __init__(self, method: Method) -> None:
         self.averages: dict[str, Tensor] = {}
         self._method = method
+
+    @property
+    def kept(self) -> dict[str, Tensor] | None:
+        """The averages that a state must hold; None: none lasts from step to step."""
+        lasts = self._method.gradient_decay is not None or self._method.gradient_steps > 1
+        return self.averages if lasts else None
 
     def reads(self, step: int) -> bool:
         """Say whether the gradients of a step have a part in the averages."""
@@ -55,11 +62,12 @@ class SeenGradients:
     ) -> dict[str, Tensor]:
         """Collect what the method sees of the gradients of some weights."""
         if self._method.timing == "after" or self._method.gradient_decay is not None:
-            return {name: g for name, g in self.averages.items() if name in weights}
-        found = unscaled_gradients(weights, optimizer)
+            found = {name: g for name, g in self.averages.items() if name in weights}
+            return spread_all(found, weights)
+        gradients = unscaled_gradients(weights, optimizer)
         if self._method.timing == "once":
-            check_gradients(found, self._method.name)
-        return found
+            check_gradients(gradients, self._method.name)
+        return gradients
 
     def forget(self) -> None:
         """Begin anew after an update, unless the average is one over all steps."""
@@ -84,14 +92,15 @@ def average_gradients(
 ) -> None:
     """Blend the present gradients in: average <- (1 - share) * average + share * gradient.
 
-    Averages start at 0 and are at least float32. If a GradScaler leaves the unscaling to a fused
-    optimizer, the gradients are unscaled first. If it found an overflow, the averages do not
-    change.
+    Of a weight that is spread over processes there is the average of the part here. Averages start
+    at 0 and are at least float32. If a GradScaler leaves the unscaling to a fused optimizer, the
+    gradients are unscaled first. If it found an overflow, the averages do not change.
     """
     unscale, overflow = inverse_scale(optimizer), found_inf(optimizer)
     gradients = {name: weight.grad for name, weight in weights.items()}
-    found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    averages |= _zeros({n: g for n, g in found.items() if n not in averages}, weights)
+    found = {name: local(grad) for name, grad in gradients.items() if grad is not None}
+    missing = {name: grad for name, grad in found.items() if name not in averages}
+    averages |= _zeros(missing, {name: local(weights[name]) for name in missing})
     groups = defaultdict(list)
     for name, gradient in found.items():
         average = averages[name]
@@ -102,9 +111,7 @@ def average_gradients(
         (_blend_together if alone is None else _blend)(*pairs, share, unscale, overflow)
 
 
-def _zeros(
-    gradients: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
+def _zeros(gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Make averages to begin with, of at least 32 bits and laid out as the weights are."""
     groups = defaultdict(list)
     for name, gradient in gradients.items():
@@ -180,8 +187,10 @@ def check_gradients(gradients: Mapping[str, Tensor], method: str) -> None:
     Raises:
         SparsityError: All gradients of a layer are 0; names the layer.
     """
-    for name, gradient in gradients.items():
-        if not is_fake(gradient) and not gradient.is_meta and not gradient.any():
+    if any(is_fake(local(g)) or g.is_meta for g in gradients.values()):
+        return
+    for name, count in zip(gradients, count_nonzero(gradients).tolist(), strict=True):
+        if not count:
             raise SparsityError(
                 f"method {method!r} ranks {name} by a gradient that is 0 everywhere: take the "
                 "first step after a batch, do not start residual branches at 0, or keep the layer "

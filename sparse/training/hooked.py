@@ -14,12 +14,12 @@ class HookedModel(MaskedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles of modules and optimizers lose torch's hooks.
-        state = dict(self.__dict__)
+        state = super().__getstate__()
         state["_hooks"] = None if self._hooks is None else self._hooks.on_steps
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         if self._hooks is not None:
             self._hook(steps=state["_hooks"])
 
@@ -50,7 +50,7 @@ class HookedModel(MaskedModel):
     def _hook(self, *, steps: bool) -> None:
         self._hooks = Hooks(
             self._optimizer,
-            self._modules,
+            self._owners,
             steps=steps,
             before=self._before_step,
             after=self._after_step,

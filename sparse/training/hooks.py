@@ -6,7 +6,7 @@ times. Only this file has to know this.
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class Hooks:
 
     Args:
         optimizer: The optimizer whose steps and loads the hooks follow.
-        modules: Name of a weight -> the module that owns it.
+        owners: Names of weights and the modules that own them, all of them for a shared weight.
         steps: Whether to follow steps, too.
         before: Called before an optimizer step, when the gradients are complete.
         after: Called after an optimizer step.
@@ -67,7 +67,7 @@ class Hooks:
     def __init__(
         self,
         optimizer: Optimizer,
-        modules: Mapping[str, nn.Module],
+        owners: Sequence[tuple[str, nn.Module]],
         *,
         steps: bool,
         before: Callable[[], None],
@@ -79,8 +79,9 @@ class Hooks:
         self._optimizer = optimizer
         self._before, self._after, self._optimizer_loaded = before, after, optimizer_loaded
         self._handles = [optimizer.register_load_state_dict_post_hook(self._loaded)]
-        for name, module in modules.items():
+        for _, module in owners:
             _LoadHook.remove_from(module)
+        for name, module in owners:
             hook = _LoadHook(weight_loaded, name)
             handle = module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
             self._handles.append(handle)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -43,6 +44,15 @@ class Invariant:
             pairs.append((tensor, gate))
         if pairs:
             self._unread.append((names, count_violations(pairs)))
+
+    @property
+    def counts(self) -> Tensor:
+        """All counts since `read`, one after the other."""
+        return torch.cat([counts for _, counts in self._unread] or [torch.zeros(0).long()])
+
+    def replace(self, counts: Tensor) -> None:
+        """Put others, as those of several processes, in the place of `counts`."""
+        self._unread = [([name for names, _ in self._unread for name in names], counts)]
 
     @property
     def is_known(self) -> bool:

@@ -1,20 +1,23 @@
 """Hold the masks of a model, and keep what they leave inactive at exactly 0."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..methods.base import Method
-from ..methods.layers import check_owned, parameters_only, prunable_modules, weight_of
+from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weight_of
 from ..topology import rng
-from ..topology.flat import all_true
+from ..topology.flat import all_true, count_nonzero, vector
+from ..topology.shards import Ranks, local, locals_of, part_like
 from .checkpoints import check_counts, check_masks
 from .connections import NewConnections, disconnect, mask_module
+from .consistency import groups_with_copies, verify_across_ranks
 from .gates import Gate, active_positions, count_active, masks_of, zero_inactive
 from .invariant import Invariant, held
-from .metrics import fresh_marks
+from .metrics import count_explored, fresh_marks, record_explored
 from .optimizers import check_optimizer, lay_out_state, moments_of, state_of
 
 Tensors = Mapping[str, Tensor]
@@ -27,6 +30,7 @@ class MaskedModel:
     masked at once.
 
     Attributes:
+        model: The model, as it was given.
         masks_version: Changes whenever the masks may have changed. Code that caches something
             computed from the masks compares it.
     """
@@ -37,13 +41,16 @@ class MaskedModel:
         optimizer: Optimizer,
         num_active: Mapping[str, int],
         maskable: Collection[str] | None,
+        process_group: "distributed.ProcessGroup | None",
+        track_exploration: bool,
     ) -> None:
         """Find the weights; the arguments are those of `Sparsifier`.
 
         Raises:
             ValueError: An argument does not fit the model or the optimizer.
         """
-        modules = prunable_modules(model)
+        self.model = model
+        modules = prunable_modules(model, num_active)
         # A weight that is computed from parameters stays dense; a stand-in tells its size.
         self._weights = {name: weight_of(name, module) for name, module in modules.items()}
         if list(num_active) != list(self._weights):
@@ -54,14 +61,27 @@ class MaskedModel:
             {name: weight for name, weight in self._weights.items() if name in maskable}
         )
         self._modules = {name: modules[name] for name in self._maskable}
+        self._owners = list(owners_of(model, self._maskable))
         check_optimizer(optimizer, self._maskable)
         self._optimizer = optimizer
         self.masks_version = 0
         self._gates: dict[str, Gate] = {}
         self._counts: dict[str, int] | None = None
+        self._explored: dict[str, Tensor] | None = {} if track_exploration else None
+        self._num_explored = 0
         # Tensors that were loaded and masked since the last step: tensor, gate, the loaded values.
         self._loaded: list[tuple[Tensor, Gate, Tensor]] = []
         self._invariant = Invariant()
+        self._ranks = Ranks.of(self._maskable)
+        self._copies = groups_with_copies(model, self._ranks, process_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Groups of processes cannot be copied. A copy of a model is on its own.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_ranks", "_copies")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ranks, self._copies = Ranks.of(self._maskable), []
 
     @property
     def maskable(self) -> dict[str, nn.Parameter]:
@@ -81,7 +101,7 @@ class MaskedModel:
         return dict(self._counts)
 
     def active_positions(self, name: str) -> Tensor | None:
-        """List the active entries of a weight as offsets into its memory; None: all are active.
+        """List the active entries of a weight as offsets into its memory here; None: all are.
 
         int64 and ascending. Waits for the device.
         """
@@ -136,12 +156,16 @@ class MaskedModel:
         """Take masks over, in place of any others, and zero what they leave inactive.
 
         Loaded values that the former masks zeroed come back where the new ones are active.
+
+        Args:
+            masks: Spread as their weights, or whole.
         """
         for tensor, gate, values in self._loaded:
             tensor.copy_(torch.where(gate.inactive & (tensor == 0), values, tensor))
         self._loaded.clear()
         self._invariant.forget()
         weights = {name: self._maskable[name] for name in masks}
+        masks = {name: part_like(mask, weights[name]) for name, mask in masks.items()}
         if list(self._gates) != list(masks) or not all(
             gate.serves(weights[name]) for name, gate in self._gates.items()
         ):
@@ -149,6 +173,66 @@ class MaskedModel:
         disconnect(self._optimizer, self._maskable, self._gates, masks)
         self._counts = None
         self.masks_version += 1
+        self._record({})
+
+    def _record(self, numbers: Tensors) -> Mapping[str, Tensor | int]:
+        """Record the masks as they are now; add up numbers of the processes that share the weights.
+
+        These processes also add up how many weights are active or explored, and the violations of
+        the invariant, in one all-reduce. Each of them can tell these numbers alone after it.
+
+        Args:
+            numbers: 0-dim int64 tensors.
+
+        Returns:
+            Their sums.
+
+        Raises:
+            SparsityError: One of the processes found a violation.
+        """
+        if self._explored is None and not self._ranks.groups:
+            return numbers
+        masks = locals_of(masks_of(self._gates, self._maskable))
+        if self._explored is not None:
+            record_explored(self._explored, masks)
+        if not self._ranks.groups:
+            return numbers
+        active = count_nonzero(masks)
+        counts = [
+            torch.stack(list(numbers.values())) if numbers else active[:0],
+            active * vector(self._ranks.owned, active.device),
+            active.new_zeros(1).add_(count_explored(self._owned(self._explored or {}))),
+            self._invariant.counts.to(active.device),
+        ]
+        sums = torch.split(self._ranks.sum(torch.cat(counts)), list(map(len, counts)))
+        known = dict(zip(self._maskable, sums[1].tolist(), strict=True))
+        self._counts = {name: w.numel() for name, w in self._weights.items()} | known
+        self._num_explored = int(sums[2])
+        self._invariant.replace(sums[3])
+        self._invariant.read(self._optimizer)
+        return dict(zip(numbers, sums[0].tolist(), strict=True))
+
+    def _count_explored(self) -> int:
+        """Count the weights that were ever active. May wait for the device."""
+        if self._ranks.groups:
+            return self._num_explored
+        return count_explored(self._explored or {})
+
+    def _owned(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Leave out what another of the processes that share the weights counts."""
+        owned = dict(zip(self._maskable, self._ranks.owned, strict=True))
+        return {name: tensor for name, tensor in tensors.items() if owned[name]}
+
+    def _verify(self) -> None:
+        """Check that model and processes agree about weights and masks.
+
+        Raises:
+            SparsityError: A weight was replaced, or the masks differ between processes.
+        """
+        check_owned(self._modules, self._maskable)
+        masks = masks_of(self._gates, {name: self._weights[name] for name in self._gates})
+        for group in self._copies:
+            verify_across_ranks(locals_of(masks), group)
 
     def _reconnect(self, old: Tensors, survivors: Tensors, new: Tensors) -> dict[str, Tensor]:
         """Change masks, and zero what they leave inactive; return the marks of new connections.
@@ -200,6 +284,7 @@ class MaskedModel:
 
         The masks that belong to these values may be loaded after them.
         """
+        pairs = [(local(tensor), gate) for tensor, gate in pairs]
         self._loaded += [(tensor, gate, tensor.detach().clone()) for tensor, gate in pairs]
         zero_inactive(pairs)
 

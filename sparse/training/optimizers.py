@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..topology.flat import count_nonzero
 from ..topology.rng import is_fake
+from ..topology.shards import any_sharded, local
 
 # Optimizers that move a weight which is zero, with a gradient and a state that are zero too.
 _REFUSED = {
@@ -26,6 +28,10 @@ _REFUSED = {
 _MOMENTS = frozenset(
     "momentum_buffer exp_avg exp_avg_sq max_exp_avg_sq square_avg grad_avg acc_delta sum".split()
 )
+
+# Optimizers whose second moment has one of these names and is above 0 also where all gradients
+# were 0. It only divides, so that it moves no weight either.
+_ABOVE_ZERO = {"Adafactor": "exp_avg_sq", "RMSpropTF": "square_avg"}
 
 
 def check_optimizer(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
@@ -43,6 +49,8 @@ def check_optimizer(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -
             raise ValueError(
                 f"{kind} with eps=0 turns inactive weights into NaN; use a positive eps"
             )
+        if kind == "SGD" and group.get("fused") and any_sharded(group["params"]):
+            raise ValueError("fused SGD cannot train sharded weights; use foreach=True")
     check_held(optimizer, weights)
 
 
@@ -91,7 +99,8 @@ def state_of(optimizer: Optimizer, weight: Tensor) -> dict[str, Tensor]:
 def moments_of(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
     """Give the state tensors that stay 0 where a weight and its gradient were always 0."""
     state = state_of(optimizer, weight).items()
-    return {key: value for key, value in state if key in _MOMENTS}
+    known = _MOMENTS - {_ABOVE_ZERO.get(type(optimizer).__name__)}
+    return {key: value for key, value in state if key in known}
 
 
 def lay_out_state(optimizer: Optimizer) -> None:
@@ -119,8 +128,12 @@ def only_sets_up_state(optimizer: Optimizer) -> bool:
     rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
     if any((isinstance(rate, Tensor) and not rate.is_cpu) or rate != 0 for rate in rates):
         return False
-    gradients = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
-    return not any(is_fake(gradient) or bool(gradient.any()) for gradient in gradients)
+    found = enumerate(parameters_of(optimizer))
+    gradients = {str(i): p.grad for i, p in found if p.grad is not None}
+    if any(is_fake(local(gradient)) for gradient in gradients.values()):
+        return False
+    # The processes that share the weights decide together.
+    return not count_nonzero(gradients).any()
 
 
 def learning_rate(optimizer: Optimizer, weight: nn.Parameter) -> float | Tensor:

@@ -4,16 +4,17 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..methods.base import Allocated, Method, Tensors
 from ..methods.layers import warn_of_dense_weights
 from ..topology.flat import all_true
+from ..topology.shards import locals_of
 from . import checkpoints, metrics, optimizers
 from .clock import Clock, found_inf
 from .connections import NewConnections
-from .consistency import has_ranks, is_first_rank, verify_across_ranks
+from .consistency import is_first_rank
 from .gates import masks_of
 from .gradients import SeenGradients
 from .hooked import HookedModel
@@ -45,6 +46,7 @@ class Sparsifier(HookedModel):
         seed: int | None = None,
         hooks: bool = True,
         track_exploration: bool = False,
+        process_group: "distributed.ProcessGroup | None" = None,
     ) -> None:
         """Mask the model's weights and hook the optimizer.
 
@@ -54,8 +56,8 @@ class Sparsifier(HookedModel):
                 zeroed.
             method: The method.
             num_active: Name -> number of active weights to begin with, for each weight that
-                `prunable` lists, in that order (see `allocate`). By default what the method
-                computes from its sparsity and its distribution.
+                `prunable` lists with an `include` of your choice, in that order (see `allocate`).
+                By default what the method computes from its sparsity and its distribution.
             maskable: Names of the weights that may have a mask; by default what the method says,
                 or with `num_active` those that begin with less than all weights active.
             masks: Masks to begin with, by name, with the counts of `num_active`; random ones by
@@ -65,6 +67,8 @@ class Sparsifier(HookedModel):
             hooks: Whether to hook the optimizer's steps; if not, call `before_step` and
                 `after_step` around each step that is really taken (with a GradScaler, use hooks).
             track_exploration: Whether to record which weights were ever active (1 bit per weight).
+            process_group: The processes that train this model together, and compare their masks, if
+                neither the model (DistributedDataParallel) nor its weights (DTensors) tell it.
 
         Raises:
             ValueError: An argument does not fit the model or the optimizer.
@@ -77,7 +81,7 @@ class Sparsifier(HookedModel):
             method = method.fitted_to(model)
             num_active = method.num_active
             maskable = method.maskable if maskable is None else maskable
-        super().__init__(model, optimizer, num_active, maskable)
+        super().__init__(model, optimizer, num_active, maskable, process_group, track_exploration)
         self.method = method
         self.num_updates = 0
         seed = method.seed if seed is None else seed
@@ -99,14 +103,12 @@ class Sparsifier(HookedModel):
         else:
             self._check_given(masks, num_active)
         self._begins_dense = not masks
-        if masks:  # a layer that begins full may get its mask at an update, but is saved before
+        if masks:  # also of layers that begin full, so that all gates lie together from the start
             masks = {**all_true(self._maskable), **masks}
         self._install(masks)
-        self._explored: dict[str, Tensor] | None = {} if track_exploration else None
-        self._explore()
         self._hook(steps=hooks)
         if not next(iter(self._weights.values())).is_meta and is_first_rank():
-            warn_of_dense_weights(model)
+            warn_of_dense_weights(model, self._weights)
 
     @property
     def step(self) -> int:
@@ -146,7 +148,7 @@ class Sparsifier(HookedModel):
         found.update({name: float(value) for name, value in self._last_update.items()})
         if self._explored is not None:
             maskable = sum(sizes[name] for name in self._maskable)
-            found["exploration_rate"] = metrics.count_explored(self._explored) / max(maskable, 1)
+            found["exploration_rate"] = self._count_explored() / max(maskable, 1)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,8 +163,8 @@ class Sparsifier(HookedModel):
             step=self.step,
             num_updates=self.num_updates,
             last_update={name: float(value) for name, value in self._last_update.items()},
-            masks={name: gate.mask() for name, gate in self._gates.items()},
-            averages=self._seen.averages,
+            masks=masks_of(self._gates, self._maskable),
+            averages=self._seen.kept,
             method_state=self._method_state,
             explored=self._explored,
         )
@@ -178,15 +180,14 @@ class Sparsifier(HookedModel):
         """
         checkpoints.check(state, self.method.name)
         still_dense = self._begins_dense and state["num_updates"] == 0
-        masks = checkpoints.load_masks(state, {} if still_dense else self._maskable)
+        masks = {} if still_dense else checkpoints.load_masks(state, self._maskable)
         if self.method.keeps_counts:
             checkpoints.check_counts(masks, self.num_active)
         self._seen.load(state, self._maskable)
         if self._explored is not None:
             self._explored = checkpoints.load_explored(state, self._maskable)
         device = next(iter(self._weights.values())).device
-        self._method_state = {name: v.to(device) for name, v in state["method_state"].items()}
-        self._last_update = dict(state["last_update"])
+        self._method_state, self._last_update = checkpoints.load_numbers(state, device)
         self.num_updates = state["num_updates"]
         self._clock = Clock(state["step"])
         self._install(masks)
@@ -199,6 +200,7 @@ class Sparsifier(HookedModel):
         self._loaded.clear()
         if not self._verified:
             self._verify()
+            self._verified = True
         overflow = found_inf(self._optimizer)
         if overflow is not None and optimizers.has_momentum(self._optimizer):
             optimizers.create_momentum_buffers(self._optimizer)
@@ -253,33 +255,24 @@ class Sparsifier(HookedModel):
         weights = {name: weight.detach() for name, weight in trained.items()}
         old = masks_of(self._gates, weights)
         gradients = self._seen.at_update(trained, self._optimizer)
-        if has_ranks() or self._invariant.is_known:
+        if not self._ranks.groups and (self._copies or self._invariant.is_known):
             self._invariant.read(self._optimizer)
         survivors = self.method.survivors(old, weights, step)
         new = self.method.update(old, weights, gradients, step, self._method_state)
         checkpoints.check_masks(new, weights, f"method {self.method.name}")
+        old, survivors, new = map(locals_of, (old, survivors, new))
         fresh = self._reconnect(old, survivors, new)
         self._begin(self._new_connections, fresh, gradients, step)
         if self.method.restarts_optimizer(step):
             optimizers.restart(self._optimizer)
-        keeps = self.method.keeps_counts
-        self._finish_update(metrics.turnover(old, new, fresh, keeps_counts=keeps), step)
+        changes, keeps = map(self._owned, (old, new, fresh)), self.method.keeps_counts
+        self._finish_update(metrics.turnover(*changes, keeps_counts=keeps), step)
 
     def _finish_update(self, turnover: Tensors, step: int) -> None:
         self.num_updates += 1
-        self._last_update = dict(turnover)
+        self._last_update = dict(self._record(turnover))
         self._seen.forget()
         fraction = self.method.fraction_at(step)
         if fraction is not None:
             self._last_update["drop_fraction"] = fraction
-        self._explore()
         self._verify()
-
-    def _explore(self) -> None:
-        if self._explored is not None:
-            metrics.record_explored(self._explored, masks_of(self._gates, self._maskable))
-
-    def _verify(self) -> None:
-        if has_ranks():
-            verify_across_ranks(masks_of(self._gates, {n: self._weights[n] for n in self._gates}))
-        self._verified = True

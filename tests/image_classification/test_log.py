@@ -405,6 +405,27 @@ def test_run_metadata_names_versions_commit_and_command() -> None:
         assert "git_commit" not in facts
 
 
+def test_run_metadata_of_an_installed_project_names_the_commit_of_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    origins = {
+        "repository": {"url": "https://x.org/y", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+        "folder": {"url": "file:///y", "dir_info": {}},
+        "index": None,
+    }
+    for name, origin in origins.items():
+        information = tmp_path / f"{name}-1.0.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
+        if origin:
+            (information / "direct_url.json").write_text(json.dumps(origin))
+    found = {name: run_metadata(project="1.0", distribution=name) for name in [*origins, "copied"]}
+    assert all(next(iter(facts.items())) == ("project", "1.0") for facts in found.values())
+    commits = {name: facts["git_commit"] for name, facts in found.items() if "git_commit" in facts}
+    assert commits == {"repository": "abc"}
+
+
 def test_gpu_monitor_reports_a_gpu_and_nothing_of_the_cpu(device: torch.device) -> None:
     held = torch.zeros(1 << 26, device=device)  # 256 MiB
     sample = GpuMonitor(device).sample()

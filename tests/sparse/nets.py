@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse
+from sparse.methods.layers import named_parameters
 
 # Short schedules: updates at 0, 4, 8, 12 of most methods.
 ACDC = {"total_steps": 20, "dense_warmup": 3, "sparse_phase": 2, "dense_phase": 2}
@@ -129,7 +130,7 @@ def make(name: str, model: nn.Module, optimizer: Any, **options: Any) -> sparse.
 
 def assert_inactive_zero(sparsifier: sparse.Sparsifier, model: nn.Module, optimizer: Any) -> None:
     """Check that weights and optimizer state of inactive connections are exactly 0."""
-    weights = sparse.prunable(model)
+    weights = named_parameters(model)
     for name, mask in sparsifier.masks.items():
         tensors = [weights[name], *optimizer.state.get(weights[name], {}).values()]
         for tensor in tensors:

@@ -4,6 +4,7 @@ Tests that need values force CPU tensors onto it. Counts are taken from tensors 
 """
 
 import copy
+import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -159,7 +160,6 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("snfs", {"redistribution": "nonzero", "growth": "random"}),
     ("snfs", {"redistribution": "numel"}),
 ]
-SAVED = ("last_update", "averages", "method_state", "explored")
 Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -177,8 +177,12 @@ def run(
             for part, state in zip((model, steps, sparsifier), saved, strict=True):
                 part.load_state_dict(state)
     found = {"model": model.state_dict(), "masks": sparsifier.masks, "sum": sparsifier.metrics()}
-    saved_tensors = {key: sparsifier.state_dict()[key] or {} for key in SAVED}
-    return found | {"state": steps.state_dict()["state"]} | saved_tensors
+    kept = sparsifier.state_dict()
+    saved_now = {key: json.loads(kept[key]) for key in ("last_update", "method_state")}
+    saved_now |= {key: kept[key] or {} for key in ("averages", "explored")}
+    # The type of each remembered number precedes it.
+    saved_now["method_state"] = {n: value for n, (_, value) in saved_now["method_state"].items()}
+    return found | {"state": steps.state_dict()["state"]} | saved_now
 
 
 @pytest.mark.parametrize(("method", "options"), OPTIONS)
@@ -306,7 +310,7 @@ BYTES_PER_WEIGHT = 12
 )
 def test_few_operations_whatever_the_number_of_layers(method: str, arch: str) -> None:
     found = count(method, arch)
-    limit = {"snfs": 330, "granet": 340, "srigl": 470, "static": 3}.get(method, 200)
+    limit = {"snfs": 330, "granet": 360, "srigl": 490, "static": 3}.get(method, 200)
     assert found["install"] <= 100
     assert found["update"] <= limit
     assert found["step"] <= (8 if method == "snfs" else 3)

@@ -1,6 +1,8 @@
 """Saving and loading: bit-identical continuation in a new process, and clear refusals."""
 
+import copy
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import sparse
+from sparse import pack, unpack
 from tests.sparse.nets import METHODS, convnet, make, sgd, train
 
 ROOT = Path(__file__).parents[2]
@@ -176,3 +179,35 @@ def test_what_a_run_needs_must_have_been_saved() -> None:
         sparsifier.load_state_dict(state | {"averages": {}})
     with pytest.raises(ValueError, match="'explored' is empty"):
         sparsifier.load_state_dict(state | {"explored": None})
+
+
+def former(state: dict[str, Any], shapes: dict[str, torch.Size]) -> dict[str, Any]:
+    """Write a state as version 1 did: masks without rows, no key for what there is not yet."""
+    masks = {name: unpack(entry["bits"], entry["shape"]) for name, entry in state["masks"].items()}
+    numbers = json.loads(state["method_state"]).items()
+    averaged = json.loads(state["averaged"])
+    return state | {
+        "version": 1,
+        "masks": {n: {"shape": [*mask.shape], "bits": pack(mask)} for n, mask in masks.items()},
+        "last_update": json.loads(state["last_update"]),
+        "averages": {name: state["averages"][name] for name in averaged},
+        "method_state": {n: torch.tensor(v, dtype=getattr(torch, t)) for n, (t, v) in numbers},
+        "explored": state["explored"]
+        and {name: pack(unpack(bits, shapes[name])) for name, bits in state["explored"].items()},
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_of_version_1_goes_on_the_same(name: str) -> None:
+    runs = new_run(name), new_run(name)
+    (model, optimizer, sparsifier), (other, its_optimizer, its_sparsifier) = runs
+    list(train(model, optimizer, range(7)))
+    shapes = {name: weight.shape for name, weight in sparsifier.maskable.items()}
+    saved = former(sparsifier.state_dict(), shapes)
+    other.load_state_dict(model.state_dict())
+    its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    its_sparsifier.load_state_dict(saved)
+    for trained, steps in ((model, optimizer), (other, its_optimizer)):
+        list(train(trained, steps, range(7, 14)))
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0.0, atol=0.0)
+    assert its_sparsifier.metrics() == sparsifier.metrics()

@@ -141,3 +141,45 @@ def test_masks_of_one_process_need_no_process_group() -> None:
     list(train(model, optimizer, range(1), rows))
     assert sparsifier.num_updates == 1
     assert before.keys() == sparsifier.masks.keys()
+
+
+def train_several_models(rank: int, world_size: int) -> dict[str, Any]:
+    """Train models that not all ranks share; give what the library says."""
+    found: dict[str, Any] = {}
+    # A sweep: every rank has a model of its own, and takes as many steps as it likes.
+    model = mlp(seed=rank)
+    optimizer = sgd(model)
+    sparsifier = make("snfs", model, optimizer, seed=rank)
+    list(train(model, optimizer, range(5 + 3 * rank), rows))
+    found["steps"] = sparsifier.step
+    # Stages of a pipeline: other layers on each rank.
+    stage: Any = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(1 + rank)])
+    optimizer = sgd(stage)
+    sparsifier = make("rigl", stage, optimizer)
+    stage(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    found["updates"] = sparsifier.num_updates
+    # Two pairs of ranks, each with a model and a seed of its own.
+    pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+    pair = pairs[rank // 2]
+    wrapped = DistributedDataParallel(mlp(seed=rank // 2), process_group=pair)
+    optimizer = sgd(wrapped)
+    make("rigl", wrapped, optimizer, seed=rank // 2)
+    list(train(wrapped, optimizer, range(9), rows))
+    # A bare model whose group is named: the last pair does not agree.
+    bare = mlp()
+    optimizer = sgd(bare)
+    make("static", bare, optimizer, seed=rank if rank > 1 else 0, process_group=pair)
+    try:
+        list(train(bare, optimizer, range(1), rows))
+    except RuntimeError as error:
+        found["error"] = str(error)
+    return found
+
+
+def test_only_the_ranks_that_share_a_model_compare_its_masks(tmp_path: Path) -> None:
+    results = run(4, train_several_models, tmp_path)
+    assert [found["steps"] for found in results] == [5, 8, 11, 14]
+    assert [found["updates"] for found in results] == [1, 1, 1, 1]
+    assert ["error" in found for found in results] == [False, False, True, True]
+    assert "on rank 3 differs from rank 2" in results[2]["error"]

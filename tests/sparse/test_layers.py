@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
@@ -149,8 +149,16 @@ def test_large_weights_that_stay_dense_are_named_once() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_sharded_parameters_are_refused() -> None:
+def test_sharded_weights_are_listed_and_those_without_values_are_refused() -> None:
     mesh = init_device_mesh("cpu", (1,))
-    model = fully_shard(copy.deepcopy(small()), mesh=mesh)
-    with pytest.raises(ValueError, match=r"^0.weight is a DTensor; .* use DDP$"):
-        sparse.prunable(model)
+    model = fully_shard(small(), mesh=mesh)
+    assert list(sparse.prunable(model)) == list(sparse.prunable(small()))
+    with torch.device("meta"):
+        empty = small()
+    with pytest.raises(ValueError, match=r"^0.weight has no values yet; .* after to_empty"):
+        sparse.prunable(fully_shard(empty, mesh=mesh))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of being alone
+        flat = FullyShardedDataParallel(small(), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"^the model is sharded by FullySharded.*use fully_shard"):
+        sparse.prunable(flat)
