@@ -37,12 +37,13 @@ class Flags:
         None, "further weights to make sparse", nargs="*", metavar="GLOB"
     )
     method: str | None = flag(None, "of training, as main.py --sparse-method (rigl, or dense)")
-    delta_t: int = flag(100, "rigl: steps between updates")
+    delta_t: int = flag(100, "rigl, granet and srigl: steps between updates")
     multiplier: float = flag(1.0, "training length")
     prune_start: int = flag(10_000, "gmp: first step of the ramp")
-    prune_end: int = flag(25_000, "gmp: end of the ramp")
+    prune_end: int = flag(25_000, "gmp and granet: end of the ramp")
     prune_every: int = flag(1_000, "gmp: steps between prunings")
-    total_steps: int = flag(32_000, "gmp: steps at length 1")
+    total_steps: int = flag(32_000, "gmp, granet, acdc and gap: steps at length 1")
+    epochs: int = flag(100, "acdc and gap: epochs at length 1")
     convention: costs.Convention = flag("published", "how to count")
     rounding: Literal["floor", "ceil"] = flag("floor", "of ERK's budget; ceil: 2019")
     json: bool = flag(False, "print the report as one JSON object")
@@ -97,7 +98,7 @@ def report_flags(args: Flags) -> dict[str, Any]:
         raise ValueError(f"--method {method} does not go with --sparsity {args.sparsity}")
     if args.multiplier <= 0:
         raise ValueError(f"--multiplier must be above 0, got {args.multiplier}")
-    stretched = "prune_start", "prune_end", "total_steps"  # with the run
+    stretched = "prune_start", "prune_end", "total_steps", "epochs"  # with the run
     steps = {name: round(getattr(args, name) * args.multiplier) for name in stretched}
     return report_network(
         args.arch,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from cli import weights
-from cli.flags import RETIRED, of_command_line, resolve
+from cli.flags import RETIRED, create_method, of_command_line, resolve
 from cli.join import attach, report_costs, try_out
 from cli.metrics import FORMATS
 from cli.plan import cost_plan, sparse_plan
@@ -46,8 +46,10 @@ def dry_run(c: Config, flags: Any) -> str:
     model = build.sketch_model(c, dataset)
     steps = plan["total_steps"]
     try_out(c, flags, model, steps)
-    plan["sparse"] = sparse_plan(model, flags, total_steps=steps)
-    plan["cost"] = cost_plan(model, flags, image_size=plan["image_size"], total_steps=steps)
+    method = create_method(flags, steps, c.epochs)
+    found = sparse_plan(model, method, total_steps=steps)
+    plan["sparse"] = {"method": flags.sparse_method, **found}
+    plan["cost"] = cost_plan(model, method, image_size=plan["image_size"], total_steps=steps)
     return json.dumps(plan)
 
 
@@ -105,7 +107,7 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     stack.callback(logger.close)
     machine = run_metadata(project=__version__, distribution=DISTRIBUTION)
     logger.parameters({**machine, **distributed.environment(), **vars(c), **vars(flags)})
-    join: build.Attach = functools.partial(attach, flags=flags)
+    join: build.Attach = functools.partial(attach, flags=flags, epochs=c.epochs)
     if c.evaluate:
         join = functools.partial(
             report_costs,

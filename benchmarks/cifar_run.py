@@ -55,10 +55,38 @@ def attach(
         ramp = recipe.pruning(total_steps, run.delta_t)
         steps = {"prune_start": ramp.start, "prune_end": ramp.end, "prune_every": ramp.every}
         return sparse.gmp(model, optimizer, **steps, **shared)
+    if run.method in PHASES:
+        return PHASES[run.method](model, optimizer, total_steps, **shared)
     t_end = recipe.t_end(total_steps)
     updates = {"delta_t": run.delta_t, "t_end": t_end, "drop_fraction": run.drop_fraction}
-    factories = {"set": sparse.set, "snfs": sparse.snfs, "rigl": sparse.rigl}
+    if run.method == "granet":  # its own drop fraction; the ramp of the authors' CIFAR runs
+        updates = {"delta_t": run.delta_t, "t_end": total_steps, "prune_end": total_steps // 2}
+    factories = {name: getattr(sparse, name) for name in ("set", "snfs", "rigl", "srigl", "granet")}
     return factories[run.method](model, optimizer, seed=run.seed, **updates, **shared)
+
+
+def alternate(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **shared: Any
+) -> sparse.Sparsifier:
+    """Train by AC/DC, with the published phases as shares of a run of 100 epochs."""
+    shares = {"dense_warmup": 10, "sparse_phase": 5, "dense_phase": 5}
+    shares |= {"last_dense": 10, "last_sparse": 15}
+    phases = {name: max(1, steps * share // 100) for name, share in shares.items()}
+    return sparse.acdc(model, optimizer, total_steps=steps, **phases, **shared)
+
+
+def grow_and_prune(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, **shared: Any
+) -> sparse.Sparsifier:
+    """Train by GaP: both halves of the layers in turn, eight phases in four fifths of the run."""
+    names = list(sparse.prunable(model))
+    half = len(names) // 2
+    partitions = [",".join(names[:half]), ",".join(names[half:])]
+    phase = max(1, steps // 10)
+    return sparse.gap(model, optimizer, partitions=partitions, phase=phase, **shared)
+
+
+PHASES = {"acdc": alternate, "gap": grow_and_prune}
 
 
 class Recorded:

@@ -30,7 +30,7 @@ from benchmarks.cifar import PUBLISHED, RECIPES, load
 from benchmarks.cifar_run import Run, train
 from cli.program import fail
 
-METHODS = ("dense", "static", "set", "snfs", "rigl", "gmp")
+METHODS = ("dense", "static", "set", "snfs", "rigl", "gmp", "acdc", "granet", "srigl", "gap")
 BEFORE = {"arch": "small", "distribution": "erk"}
 """What the lines of earlier versions do not say."""
 
@@ -165,7 +165,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sparsities", type=float, nargs="+", help="0.95 0.98 (small) or 0.95 by default"
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=["all"])
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
@@ -179,6 +179,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="picture to draw")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args(argv)
+    if "all" in arguments.methods:
+        arguments.methods = list(METHODS)
     check(arguments)
     return arguments
 

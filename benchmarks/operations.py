@@ -78,8 +78,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "set": {"delta_t": 2, "t_end": 10**6, "drop_anneal": "constant"},
     "snfs": {"delta_t": 2, "t_end": 10**6, "drop_anneal": "constant"},
     "gmp": {"prune_every": 2, "prune_end": 10**6},
+    "granet": {"delta_t": 3, "prune_end": 10**5, "t_end": 10**6},
+    "srigl": {"delta_t": 3, "t_end": 10**6, "drop_anneal": "constant"},
+    "gap": {"phase": 3, "num_phases": 10},
+    "acdc": {
+        "total_steps": 10**4,
+        "dense_warmup": 3,
+        **dict.fromkeys(["sparse_phase", "dense_phase", "last_dense", "last_sparse"], 2),
+    },
 }
-"""Of methods: an update at every second step."""
+"""Of methods: an update at every second step, or with the third."""
 
 
 def count(method: str, arch: str, *, channels_last: bool = False) -> dict[str, float]:

@@ -75,6 +75,10 @@ def _method(name: str, settings: Mapping[str, Any]) -> sparse.Allocated:
             given[key] = settings[key]
         elif known.is_end:
             given[key] = settings["total_steps"]
+        elif known.share is not None:
+            given[key] = int(known.share * settings["total_steps"])
+        elif known.epochs is not None:
+            given[key] = round(known.epochs * settings["total_steps"] / settings["epochs"])
     return method(**given)
 
 

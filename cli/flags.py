@@ -61,29 +61,60 @@ def sparse_flags(methods: Iterable[type[Allocated]] = METHODS.values()) -> type[
     A setting that several methods have is one flag. Its default is None where theirs differ, or
     where the setting must be given.
     """
-    found: dict[str, Setting] = {}
+    found: dict[str, dict[str, Setting]] = {}
     for method in methods:
         for name, known in settings_of(method).items():
-            if name in found and found[name].default != known.default:
-                known = dataclasses.replace(known, default=None)
-            found[name] = known
-    declared = [(name, *_declare(name, known)) for name, known in found.items()]
+            found.setdefault(name, {})[method.name if hasattr(method, "name") else ""] = known
+    shared = {name: _shared(known) for name, known in found.items()}
+    declared = [(flag_name(name, known), *_declare(name, known)) for name, known in shared.items()]
     return dataclasses.make_dataclass(
         "SparseFlags", declared, bases=(SparseFlags,), frozen=True, kw_only=True
     )
 
 
+def _shared(users: Mapping[str, Setting]) -> Setting:
+    """Return the setting that stands for those of several methods: what most of them say first."""
+    known = list(users.values())[-1]
+    alike = all(other.default == known.default for other in users.values())
+    texts: dict[str, list[str]] = {}
+    for method, other in users.items():
+        text = _help(other)
+        if not alike and other.default is not None and "by default" not in text:
+            text += f"; by default {other.default}"
+        texts.setdefault(text, []).append(method)
+    most, *others = sorted(texts, key=lambda text: -len(texts[text]))
+    help = "; ".join([most, *(f"{', '.join(texts[text])}: {text}" for text in others)])
+    return dataclasses.replace(known, help=help, default=known.default if alike else None)
+
+
+def _help(known: Setting) -> str:
+    """Return what a setting means, and what it is in a run where it is not given."""
+    if known.epochs is not None:
+        return known.help.replace("optimizer steps", "epochs")
+    if known.is_end:
+        return f"{known.help}; by default --t-end-fraction of all steps"
+    if known.share is not None:
+        part = "all steps" if known.share == 1.0 else f"{known.share} of all steps"
+        return f"{known.help}; by default {part}"
+    return known.help
+
+
+def flag_name(name: str, known: Setting) -> str:
+    """Return the name of the flag of a setting."""
+    return name if known.epochs is None else f"{name}_epochs"
+
+
 def _declare(name: str, known: Setting) -> tuple[Any, Any]:
     """Return type and dataclass field of the flag of a setting."""
     kind, help = known.type, known.help
+    if known.epochs is not None:
+        return float, flag(known.epochs, help)
     nargs: Literal["*"] | None = None
     default = None if known.default is MISSING else known.default
     if _is(kind, Mapping):
         kind, help = str, f"YAML file of {help}"
     elif _is(kind, Sequence) and kind is not str:
         kind, nargs = list[str], "*"
-    if known.is_end:
-        help += "; by default --t-end-fraction of all steps"
     hint = kind if default is not None else kind | None
     return hint, flag(default, help, *SPELLINGS.get(name, ()), nargs=nargs)
 
@@ -143,7 +174,8 @@ def used_flags(name: str) -> list[str]:
     if name == "dense":
         return []
     known = settings_of(find_method(name))
-    return [*known, *(["t_end_fraction"] if any(s.is_end for s in known.values()) else [])]
+    names = [flag_name(name, setting) for name, setting in known.items()]
+    return [*names, *(["t_end_fraction"] if any(s.is_end for s in known.values()) else [])]
 
 
 def resolve(flags: Any) -> Any:
@@ -193,8 +225,13 @@ def _sends_all(method: str) -> str | None:
     return None
 
 
-def arguments(flags: Any, total_steps: int) -> dict[str, Any]:
+def arguments(flags: Any, total_steps: int, epochs: int) -> dict[str, Any]:
     """Return the settings of the method that `flags` decide; none for a dense run.
+
+    Args:
+        flags: The sparse flags.
+        total_steps: Optimizer steps of the run.
+        epochs: Its epochs.
 
     Raises:
         ValueError: The topology would change beyond the run, or the sparsity map cannot be read.
@@ -203,13 +240,17 @@ def arguments(flags: Any, total_steps: int) -> dict[str, Any]:
         return {}
     found = {}
     for name, known in settings_of(find_method(flags.sparse_method)).items():
-        value = getattr(flags, name)
-        spelled = spelling(name)
-        if known.is_end and value is None:
+        value = getattr(flags, flag_name(name, known))
+        spelled = spelling(flag_name(name, known))
+        if known.epochs is not None:
+            value = round(value * total_steps / epochs)
+        elif known.share is not None and value is None:
+            value = int(known.share * total_steps)
+        elif known.is_end and value is None:
             value = int(flags.t_end_fraction * total_steps)
         elif known.is_end and flags.t_end_fraction != SparseFlags.t_end_fraction:
             raise ValueError(f"{spelled} and --t-end-fraction say the same: give one of them")
-        elif known.is_end and value > total_steps:
+        elif (known.is_end or known.share is not None) and value > total_steps:
             raise ValueError(f"{spelled} {value} is beyond the run's {total_steps} steps")
         if _is(known.type, Mapping) and value is not None:
             value = read_map(spelled, Path(value))
@@ -219,8 +260,14 @@ def arguments(flags: Any, total_steps: int) -> dict[str, Any]:
     return found
 
 
-def create_method(flags: Any, total_steps: int, seed: int = 0) -> Allocated | None:
+def create_method(flags: Any, total_steps: int, epochs: int, seed: int = 0) -> Allocated | None:
     """Return the method that `flags` decide; None for a dense run.
+
+    Args:
+        flags: The sparse flags.
+        total_steps: Optimizer steps of the run.
+        epochs: Its epochs.
+        seed: Of all random choices.
 
     Raises:
         ValueError: A setting is out of range, or has no effect.
@@ -228,13 +275,23 @@ def create_method(flags: Any, total_steps: int, seed: int = 0) -> Allocated | No
     if flags.sparse_method == "dense":
         return None
     method = find_method(flags.sparse_method)
-    given = arguments(flags, total_steps)
+    given = arguments(flags, total_steps, epochs)
     if "seed" in method.__dataclass_fields__:
         given["seed"] = seed
     return method(**given)
 
 
-def record(flags: Any, total_steps: int) -> dict[str, Any]:
+def settings_kept(flags: Any, total_steps: int, epochs: int) -> dict[str, Any]:
+    """Return `arguments` by the names of their flags: what is given in epochs stays so."""
+    found = {}
+    for name, value in arguments(flags, total_steps, epochs).items():
+        known = settings_of(find_method(flags.sparse_method))[name]
+        flag_of = flag_name(name, known)
+        found[flag_of] = value if known.epochs is None else getattr(flags, flag_of)
+    return found
+
+
+def record(flags: Any, total_steps: int, epochs: int) -> dict[str, Any]:
     """Return the flags that a checkpoint keeps, with what follows from the run's length resolved.
 
     The sparsity map is there with its content, and `t_end` in place of the fraction.
@@ -242,7 +299,7 @@ def record(flags: Any, total_steps: int) -> dict[str, Any]:
     return {
         "sparse_method": flags.sparse_method,
         "grad_compress": flags.grad_compress,
-        **arguments(flags, total_steps),
+        **settings_kept(flags, total_steps, epochs),
     }
 
 

@@ -50,10 +50,10 @@ class Wire:
 
 
 def create_sparsifier(
-    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: Any
+    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: Any, epochs: int
 ) -> sparse.Sparsifier | None:
     """Hook the sparse method of `flags` to `optimizer`; a dense run is left alone."""
-    method = create_method(flags, total_steps, seed)
+    method = create_method(flags, total_steps, epochs, seed)
     if method is None:
         return None
     return sparse.Sparsifier(
@@ -75,16 +75,16 @@ def try_out(c: Config, flags: Any, model: nn.Module, total_steps: int) -> None:
         total_steps: Optimizer steps of the run.
     """
     optimizer = build.stand_in_optimizer(c, model)
-    create_sparsifier(model, optimizer, total_steps, 0, flags=flags)
+    create_sparsifier(model, optimizer, total_steps, 0, flags=flags, epochs=c.epochs)
 
 
 def attach(
-    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: Any
+    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: Any, epochs: int
 ) -> Extension:
     """Join the sparse method of `flags` to training."""
-    sparsifier = create_sparsifier(model, optimizer, total_steps, seed, flags=flags)
+    sparsifier = create_sparsifier(model, optimizer, total_steps, seed, flags=flags, epochs=epochs)
     wire = Wire(flags.grad_compress, sparsifier)
-    kept = record(flags, total_steps)
+    kept = record(flags, total_steps, epochs)
     if sparsifier is None:
         return Extension(prepare_ddp=wire.prepare, flags=kept)
 

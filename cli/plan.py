@@ -6,71 +6,69 @@ from typing import Any
 from torch import nn
 
 import sparse
-from cli.flags import create_method
 from sparse import Allocated, costs
 
 
-def sparse_plan(model: nn.Module, flags: Any, *, total_steps: int) -> dict[str, Any]:
+def sparse_plan(model: nn.Module, method: Allocated | None, *, total_steps: int) -> dict[str, Any]:
     """Return the sparse part of the plan: the method and the exact counts of every layer.
 
-    With the global scope the counts of single layers are not known before training: null.
+    Where the counts of single layers are not known before training, they are null: with the global
+    scope, for example.
     """
-    method = create_method(flags, total_steps)
     weights = sparse.prunable(model, include=None if method is None else method.include)
     shapes = {name: tuple(p.shape) for name, p in weights.items()}
     sizes = {name: p.numel() for name, p in weights.items()}
-    counts: Mapping[str, int] = sizes
+    counts: Mapping[str, int] | None = sizes
+    total = sum(sizes.values())
     if method is not None:
         method = method.fitted_to(model)
-        counts = method.allocation.num_active
+        counts, total = method.final_counts, method.final_total
     window = None if method is None else method.window
-    known = _knows_layers(method)
+    known = counts is not None
     return {
-        "method": flags.sparse_method,
         "sparsity": getattr(method, "sparsity", None),
         "distribution": (method.distribution or "erk") if method is not None and known else None,
         "delta_t": window and window.delta_t,
         "drop_fraction": getattr(method, "drop_fraction", None),
         "t_end": window and window.t_end,
-        "num_updates": 0 if window is None else window.num_updates(total_steps),
-        "overall_sparsity": 1 - sum(counts.values()) / sum(sizes.values()),
+        "num_updates": 0 if method is None else _num_updates(method, total_steps),
+        "overall_sparsity": 1 - total / sum(sizes.values()),
         "layers": [
             {
                 "name": name,
                 "shape": list(shapes[name]),
-                "num_active": count if known else None,
-                "density": count / sizes[name] if known else None,
+                "num_active": counts[name] if counts is not None else None,
+                "density": counts[name] / size if counts is not None else None,
             }
-            for name, count in counts.items()
+            for name, size in sizes.items()
         ],
     }
 
 
-def _knows_layers(method: Allocated | None) -> bool:
-    """Say whether the counts of single layers are known before training."""
-    return method is None or method.scope == "layer"
+def _num_updates(method: Allocated, total_steps: int) -> int:
+    """Count the updates of a run; one before training is none."""
+    return 0 if method.timing == "once" else sum(map(method.due, range(total_steps)))
 
 
 def cost_plan(
-    model: nn.Module, flags: Any, *, image_size: int, total_steps: int
+    model: nn.Module, method: Allocated | None, *, image_size: int, total_steps: int
 ) -> dict[str, Any] | None:
     """Return FLOPs and bytes (see `sparse.costs.report`), in the published convention.
 
-    The training ratio is relative to dense training of the same length. With the global scope
-    nothing is known before training: None.
+    The training ratio is relative to dense training of the same length. Where the counts of single
+    layers are not known before training, neither are the costs: None.
     """
-    method = create_method(flags, total_steps)
     include = None if method is None else method.include
     layers = costs.trace_layers(model, image_size, include=include)
     if method is None:
         return costs.report(layers)
-    if not _knows_layers(method):
+    method = method.fitted_to(model)
+    if method.final_counts is None:
         return None
-    allocation = method.fitted_to(model).allocation
     return costs.report(
         layers,
-        {name: 1 - zeros for name, zeros in allocation.sparsities.items()},
+        {name: 1 - zeros for name, zeros in method.allocation.sparsities.items()},
         method=method,
         total_steps=total_steps,
-        num_active=allocation.num_active,
+        num_active=method.final_counts,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cli.flags import arguments, create_method, find_method, spell
+from cli.flags import create_method, find_method, settings_kept, spell
 from cli.join import create_sparsifier, try_out
 from image_classification import build
 from image_classification.config import Config, changes
@@ -154,10 +154,13 @@ def _check_resume(
         raise ValueError(
             f"{saved.path} was trained with --sparse-method {saved.method}, not {method}"
         )
-    changed = ", ".join(changes(saved.flags, arguments(flags, total_steps))) or "these flags"
+    changed = (
+        ", ".join(changes(saved.flags, settings_kept(flags, total_steps, c.epochs)))
+        or "these flags"
+    )
     try:
         _rehearse(c, flags, saved, model, total_steps)
-        _check_counts(flags, saved, model, total_steps)
+        _check_counts(c, flags, saved, model, total_steps)
     except ValueError as error:
         raise ValueError(f"{saved.path} cannot go on with {changed}: {error}") from error
     return saved.violations()
@@ -170,14 +173,14 @@ def _rehearse(c: Config, flags: Any, saved: Saved, model: nn.Module, total_steps
         for parameter in scratch.parameters():
             parameter.zero_()
     optimizer = build.stand_in_optimizer(c, scratch)
-    sparsifier = create_sparsifier(scratch, optimizer, total_steps, 0, flags=flags)
+    sparsifier = create_sparsifier(scratch, optimizer, total_steps, 0, flags=flags, epochs=c.epochs)
     assert sparsifier is not None
     sparsifier.load_state_dict(saved.entry)
 
 
-def _check_counts(flags: Any, saved: Saved, model: nn.Module, total_steps: int) -> None:
+def _check_counts(c: Config, flags: Any, saved: Saved, model: nn.Module, total_steps: int) -> None:
     """Refuse a sparsity that the run cannot reach any more."""
-    method = create_method(flags, total_steps)
+    method = create_method(flags, total_steps, c.epochs)
     assert method is not None
     left = {name: int(mask.sum()) for name, mask in saved.masks.items()}
     if left:

@@ -73,6 +73,7 @@ def plan(config: Config, dataset: data.DatasetInfo, *, world_size: int) -> dict[
         "lr_schedule": config.lr_schedule,
         "lr_milestones": config.lr_milestones if config.lr_schedule == "step" else None,
         "lr_per_step": config.lr_per_step,
+        "lr_restarts": config.lr_restarts or None,
         "warmup_epochs": config.warmup,
         "momentum": config.momentum if "momentum" in settings else None,
         "nesterov": config.nesterov,

@@ -88,6 +88,9 @@ class Config:
     )
     lr_gamma: float = flag(0.1, "factor of the step schedule")
     lr_per_step: bool = flag(False, "change the learning rate every step, not every epoch")
+    lr_restarts: list[float] = flag(
+        [], "epochs at which schedule and warm-up begin anew, until the next of them", nargs="*"
+    )
     end_lr: float = flag(0.0, "floor of the cosine schedule")
     warmup: float = flag(0.0, "epochs of linear warm-up", "--warmup-epochs")
 
@@ -362,6 +365,7 @@ def create_schedule(config: Config, *, steps_per_epoch: int) -> optim.LrSchedule
         milestones=tuple(config.lr_milestones),
         gamma=config.lr_gamma,
         per_step=config.lr_per_step,
+        restarts=tuple(config.lr_restarts),
         steps_per_epoch=steps_per_epoch,
     )
 

@@ -31,6 +31,8 @@ class LrSchedule:
     - linear: b (1 - (e - w) / (E - w))
     - step: b gamma^n with n the milestones <= e
 
+    With `restarts` at epochs r, e counts from the last of them and E is the distance to the next.
+
     Per epoch these are the formulas of NVIDIA's ConvNets harness. From the end of training on, the
     value of e = E is kept. Having no state, it needs nothing in a checkpoint but the step.
 
@@ -51,6 +53,8 @@ class LrSchedule:
     gamma: float = 0.1
     """Factor of the step schedule."""
     per_step: bool = False
+    restarts: tuple[float, ...] = ()
+    """Epochs at which the schedule begins anew, for the epochs until the next or the last."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of range."""
@@ -62,10 +66,18 @@ class LrSchedule:
             )
         if self.steps_per_epoch < 1:
             raise ValueError(f"an epoch needs at least one step, got {self.steps_per_epoch}")
-        if not 0 <= self.warmup_epochs < self.epochs:
+        bounds = [0.0, *self.restarts, float(self.epochs)]
+        if not all(a < b for a, b in pairwise(bounds)):
+            raise ValueError(
+                f"--lr-restarts must increase, above 0 and below --epochs {self.epochs}, got "
+                f"{list(self.restarts)}"
+            )
+        length = min(b - a for a, b in pairwise(bounds))
+        if not 0 <= self.warmup_epochs < length:
+            what = "of training" if not self.restarts else "between two of --lr-restarts"
             raise ValueError(
                 f"--warmup must be less than --epochs {self.epochs} and at least 0: a warm-up is "
-                f"shorter than the {self.epochs} epochs of training, got {self.warmup_epochs}"
+                f"shorter than the {length:g} epochs {what}, got {self.warmup_epochs}"
             )
         if not all(a < b for a, b in pairwise(self.milestones)):
             raise ValueError(f"--lr-milestones must increase, got {list(self.milestones)}")
@@ -74,16 +86,20 @@ class LrSchedule:
 
     def __call__(self, step: int) -> float:
         """Return the learning rate of optimizer step `step`, counted from 0."""
-        warmup = self.warmup_epochs
+        warmup, length = self.warmup_epochs, float(self.epochs)
         epoch = step / self.steps_per_epoch if self.per_step else step // self.steps_per_epoch
+        for begin, end in pairwise([0.0, *self.restarts, float(self.epochs)]):
+            if begin <= epoch < end or end == self.epochs:
+                epoch, length = epoch - begin, end - begin
+                break
         if epoch < warmup:
             return self.base_lr * (
                 epoch / warmup if self.per_step else min(1, (epoch + 1) / warmup)
             )
-        epoch = min(epoch, self.epochs)
+        epoch = min(epoch, length)
         if self.kind == "step":
             return self.base_lr * self.gamma ** sum(epoch >= m for m in self.milestones)
-        progress = (epoch - warmup) / (self.epochs - warmup)
+        progress = (epoch - warmup) / (length - warmup)
         if self.kind == "linear":
             return self.base_lr * (1 - progress)
         return self.end_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (self.base_lr - self.end_lr)

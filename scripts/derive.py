@@ -41,7 +41,7 @@ combination is refused, and so is a value out of range: one line, exit status 2.
 what a command line comes to.
 
 The other programs explain themselves: `python costs.py --help`, and likewise `export.py`,
-`classify.py`, `multiproc.py`, `python -m cli.convert` and
+`classify.py`, `multiproc.py`, `python -m cli.convert`, `python -m cli.combine` and
 `python -m cli.report`.
 """
 KINDS = {int: "integer", float: "number", str: "text"}

@@ -10,6 +10,10 @@ exits with status 1 if any failed. The name of a file says what it holds:
   variables keep stale values; here they are 0, so weights and momenta are compared where active.
 * snfs_*.npz, snfs_index.json: TimDettmers/sparse_learning, one or several updates in a row.
 * rigl_erk_densities.{json,npz}: layer densities of ResNet-50 and MobileNet-v1.
+* granet_*.npz, granet_{index,schedules}.json: VITA-Group/GraNet, ImageNet and CIFAR code.
+* gap_*.npz, gap_{counts,step_lists}.json: boone891214/GaP; index.json: that and AC/DC.
+* srigl_*.npz, srigl_{index,tables}.json: calgaryml/condensed-sparsity.
+* acdc_{global,uniform,restore,run}*.npz, acdc_{schedules,resnet50_counts}.json: IST-DASLab/ACDC.
 """
 
 import re
@@ -26,6 +30,7 @@ from torch import nn
 import sparse
 from sparse.methods import Method, Rigl, RiglReset, Set, Snfs
 from sparse.methods.allocation import Allocation
+from tests.golden_acdc import acdc_cases, check_pruner, check_restore, check_run
 from tests.golden_compare import (
     MismatchError,
     close,
@@ -35,7 +40,20 @@ from tests.golden_compare import (
     same,
     torch_order,
 )
+from tests.golden_gap import (
+    check_cycle,
+    check_edges,
+    check_one_run,
+    check_parallel,
+    check_prune,
+    check_random,
+    check_ratio,
+    gap_cases,
+)
+from tests.golden_gap import index_cases as gap_index_cases
+from tests.golden_granet import check_granet, granet_cases, granet_index_cases
 from tests.golden_snfs import check_snfs
+from tests.golden_srigl import check_srigl, srigl_cases, srigl_index_cases
 from tests.golden_tables import (
     Check,
     density_array_cases,
@@ -75,6 +93,20 @@ def cases(path: Path) -> Iterator[tuple[str, Check]]:
         yield from index_cases(path)
     elif path.name == "snfs_index.json":
         yield from prune_rate_cases(path)
+    elif path.suffix == ".json" and path.stem.startswith("acdc_"):
+        yield from acdc_cases(path)
+    elif path.name == "granet_schedules.json":
+        yield from granet_cases(path)
+    elif path.suffix == ".json" and path.stem.startswith("gap_"):
+        yield from gap_cases(path)
+    elif path.name == "index.json":
+        yield from gap_index_cases(path)
+    elif path.name == "srigl_tables.json":
+        yield from srigl_cases(path)
+    elif path.name == "srigl_index.json":
+        yield from srigl_index_cases(path)
+    elif path.name == "granet_index.json":
+        yield from granet_index_cases(path)
     elif path.suffix == ".npz" and (check := _check_for(path.stem)) is not None:
         yield "update", partial(check, dict(np.load(path)), path)
     else:
@@ -91,6 +123,18 @@ def _check_for(stem: str) -> Callable[[Arrays, Path], None] | None:
         r"tf1_snip_": check_snip,
         r"tf1_gmp": check_gmp,
         r"snfs_": check_snfs,
+        r"granet_": check_granet,
+        r"srigl_": check_srigl,
+        r"gap_prune_": check_prune,
+        r"gap_random_": check_random,
+        r"gap_cyclic_": check_cycle,
+        r"gap_onerun_": check_one_run,
+        r"gap_parallel_": check_parallel,
+        r"gap_global_ratio_": check_ratio,
+        r"gap_edge_": check_edges,
+        r"acdc_(global|uniform)_": check_pruner,
+        r"acdc_restore_": check_restore,
+        r"acdc_run_": check_run,
     }
     return next((check for start, check in checks.items() if re.match(start, stem)), None)
 

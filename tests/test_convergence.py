@@ -259,6 +259,19 @@ def test_a_short_run_has_its_table_and_its_lines(
     assert [(r["method"], r["seed"]) for r in lines(out)[4:]] == [("set", 0), ("set", 1)]
 
 
+def test_every_method_makes_a_run(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs.jsonl"
+    flags = ["--out", str(out), "--device", "cpu", *SHORT, "--delta-t", "1"]
+    flags += "--epochs 3 --seeds 0 --sparsities 0.8 --methods all".split()
+    assert convergence.main([str(data), *flags]) == 0
+    results = {result["method"]: result for result in lines(out)}
+    assert list(results) == list(convergence.METHODS)
+    dense = results["dense"]["training_flops"]
+    for method, result in results.items():
+        assert (result["training_flops"] < dense) == (method != "dense")
+        assert (result["updates"] > 0) == (method not in ("dense", "static"))
+
+
 def test_results_of_earlier_versions_are_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,7 +29,7 @@ import export
 import main
 import multiproc
 import sparse
-from cli import convert, networks
+from cli import combine, convert, networks
 from cli.metrics import FORMATS
 from cli.program import Program
 from image_classification.log.records import default_metadata
@@ -119,6 +119,7 @@ def parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     programs: dict[str, Program[Any]] = {
         "classify.py": classify.PROGRAM,
         "export.py": export.PROGRAM,
+        "cli.combine": combine.PROGRAM,
         "cli.convert": convert.PROGRAM,
     }
     arguments = command.words[command.words.index(program) + 1 :]
@@ -174,7 +175,7 @@ RULES: dict[str, Rule] = {
     rf"(python|({LAUNCHERS}) .*) main\.py": plan_main,
     r"bash scripts/(rigl/)?(rn50|mbv1)_\S+\.sh": plan_row,
     r"python costs\.py": run_costs,
-    r"python (export\.py|classify\.py|-m cli\.convert)": parse,
+    r"python (export\.py|classify\.py|-m cli\.(convert|combine))": parse,
     r"python (benchmarks/\w+\.py|-m cli\.report)": helped,
     r"python -m sparse(train)?\.native": build_kernels,
     r"python scripts/derive\.py": write_derived,

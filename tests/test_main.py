@@ -117,6 +117,19 @@ def test_dry_run_is_the_plan_of_a_published_row() -> None:
     assert cost["training_ratio"] == pytest.approx(oracle["rigl"], rel=1e-6)
 
 
+@pytest.mark.parametrize(("epochs", "events"), [(100, 15), (200, 35)])
+def test_phases_of_acdc_are_given_in_epochs(epochs: int, events: int) -> None:
+    argv = "--arch resnet50 --sparse-method acdc --sparsity 0.9 --distribution uniform -b 256"
+    resolved = plan(*argv.split(), "--epochs", str(epochs), "--dense-layers", "conv1", "fc")
+    assert resolved["sparse"]["num_updates"] == events
+    active = {layer["name"]: layer["num_active"] for layer in resolved["sparse"]["layers"]}
+    assert (active["layer1.0.conv1.weight"], active["fc.weight"]) == (409, 2_048_000)
+    assert sum(active.values()) == 2_344_525 + 9_408 + 2_048_000
+    cost = resolved["cost"]
+    assert cost["training_ratio"] == pytest.approx((1 + cost["inference_ratio"]) / 2)
+    assert cost["training_ratio"] == pytest.approx(0.565, abs=2e-3)
+
+
 @pytest.mark.parametrize(
     ("argv", "updates"),
     [
@@ -127,6 +140,10 @@ def test_dry_run_is_the_plan_of_a_published_row() -> None:
         ("snip --scope global", 0),
         ("gmp --prune-start 10 --prune-end 60 --prune-every 20", 4),  # 10, 30, 50 and 60
         ("rigl_reset --t-start 100", 3),
+        ("granet --delta-t 40", 12),  # after 40, 80, ..., 480 steps
+        ("srigl --delta-t 40 --min-salient 0.5 --gradient-steps 4", 9),  # before 375 steps
+        ("gap --phase-epochs 1 --num-phases 3 --partitions features.* fc", 3),
+        ("acdc --dense-warmup-epochs 1 --last-sparse-epochs 1 --last-dense-epochs 1", 1),
     ],
 )
 def test_every_method_has_a_plan(argv: str, updates: int) -> None:
@@ -134,7 +151,7 @@ def test_every_method_has_a_plan(argv: str, updates: int) -> None:
     resolved = plan(*shape.split(), "--sparsity", "0.8", "--sparse-method", *argv.split())
     assert resolved["total_steps"] == 500
     assert resolved["sparse"]["num_updates"] == updates
-    known = "global" not in argv
+    known = "global" not in argv and "granet" not in argv
     assert all((x["num_active"] is not None) == known for x in resolved["sparse"]["layers"])
     assert (resolved["cost"] is not None) == known
 
@@ -235,7 +252,7 @@ def test_plan_counts_the_images_of_the_data(pictures: Path) -> None:
             "DATA --sparse-method rigl --sparsity 0.9 --t-end 9 --t-end-fraction 0.5",
             "--t-end and --t-end-fraction say the same",
         ),
-        ("DATA --sparse-method lottery --sparsity 0.9", "known are dense, gmp, rigl"),
+        ("DATA --sparse-method lottery --sparsity 0.9", "known are dense, acdc, gap"),
         ("DATA --sparse-method rigl --sparsity 1.0", "sparsity"),
         ("DATA --sparse-method rigl --sparsity -0.1", "sparsity"),
         ("DATA --sparse-method rigl --sparsity 0.9 --delta-t 0", "delta"),

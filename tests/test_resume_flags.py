@@ -57,6 +57,50 @@ def refusal(workspace: Path, *argv: str) -> str:
     return line
 
 
+ACDC = (
+    "--sparse-method acdc --sparsity 0.8 --dense-warmup-epochs 0.34 --sparse-phase-epochs 1 "
+    "--dense-phase-epochs 0.67 --last-dense-epochs 0.67 --last-sparse-epochs 0.67"
+).split()
+
+
+GAP = (
+    "--sparse-method gap --sparsity 0.8 --partitions features.[0-3].* features.[5-9].* "
+    "--phase-epochs 1 --num-phases 3 --lr-schedule cosine --lr-restarts 1 2 3"
+).split()
+
+
+@pytest.mark.parametrize("phases", [GAP, "granet --delta-t 2".split(), "srigl --delta-t 2".split()])
+def test_a_run_that_stops_between_phases_ends_as_one_that_does_not(
+    tmp_path: Path, phases: list[str]
+) -> None:
+    argv = phases if len(phases) > 3 else ["--sparse-method", *phases, "--sparsity", "0.8"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, *argv, epochs="4")
+    for _ in range(2):
+        train(parts, *argv, "--resume", "auto", "--run-epochs", "1", epochs="4")
+    train(parts, *argv, "--resume", "auto", epochs="4")
+    one, two = load(whole), load(parts)
+    torch.testing.assert_close(one["sparse"]["masks"], two["sparse"]["masks"], rtol=0, atol=0)
+    torch.testing.assert_close(one["state_dict"], two["state_dict"], rtol=0, atol=0)
+    assert one["sparse"]["num_updates"] == two["sparse"]["num_updates"] >= 3
+
+
+def test_phases_in_epochs_are_kept_in_epochs(tmp_path: Path) -> None:
+    """Stopped in a sparse phase and gone on with, a run ends as without the stop."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, *ACDC, epochs="4")
+    train(parts, *ACDC, "--run-epochs", "1", epochs="4")
+    assert load(parts)["config"]["sparse_phase_epochs"] == 1
+    out = train(parts, *ACDC, "--resume", "auto", "--sparse-phase-epochs", "1", epochs="4")
+    assert "->" not in out
+    one, two = load(whole), load(parts)
+    torch.testing.assert_close(one["sparse"]["masks"], two["sparse"]["masks"], rtol=0, atol=0)
+    torch.testing.assert_close(one["state_dict"], two["state_dict"], rtol=0, atol=0)
+    assert one["sparse"]["num_updates"] == two["sparse"]["num_updates"] >= 3
+    line = refusal(parts, *ACDC, "--sparse-phase-epochs", "0", "--resume", "auto")
+    assert "sparse_phase must be at least 1, got 0" in line
+
+
 def load(workspace: Path) -> dict[str, Any]:
     return checkpoint.load(workspace / "checkpoint.pth.tar")
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..topology import rng
 from ..topology.distributions import Distribution
 from ..topology.masks import drop_and_grow_layers
+from ..topology.rng import Draw
 from ..topology.schedules import Anneal, DropFraction, Window, num_dropped
-from ..topology.selection import Scores
+from ..topology.selection import Scores, largest_in_layers
 from ..topology.shards import part_like
 from .allocation import Allocation, allocate_layers
 from .settings import check_types, setting
@@ -41,6 +42,8 @@ class Method(ABC):
         gradient_decay: None: the method sees the dense gradient of the batch, except "after" the
             step, when inactive gradients are gone and it sees none. A number d in [0, 1): it sees
             the average G <- d * G + (1 - d) * gradient, kept over all steps (from 0, no debias).
+        gradient_steps: "After" the step, the method sees the mean of the dense gradients of so many
+            steps, the last one included; at most as many as there are from update to update.
         grows: Whether connections that were inactive can become active.
         grow_init: Weight of new connections, see `NewConnections`; also `initial_acc_scale`.
         seed: Seed of masks and of all other random choices; the same on all ranks.
@@ -51,6 +54,7 @@ class Method(ABC):
     paper: ClassVar[str] = "-"
     timing: ClassVar[Timing] = "after"
     gradient_decay: ClassVar[float | None] = None
+    gradient_steps: int = 0
     grows: ClassVar[bool] = False
     grow_init: GrowInit = "zeros"
     initial_acc_scale: float = 0.0
@@ -65,6 +69,23 @@ class Method(ABC):
     def window(self) -> Window | None:
         """The steps at which the masks change; None if these are not evenly spread over a run."""
         return None
+
+    def first_masks(
+        self,
+        draws: Mapping[str, Draw],
+        num_active: Mapping[str, int],
+        among: Tensors,
+        weights: Tensors,
+    ) -> Tensors:
+        """Choose the first masks of layers that begin sparse, by a random number per weight.
+
+        Args:
+            draws: Layer name -> random numbers.
+            num_active: Layer name -> active weights.
+            among: Masks that are all True.
+            weights: The weights, for methods that begin with the largest ones.
+        """
+        return largest_in_layers(draws, num_active, among)
 
     @abstractmethod
     def due(self, step: int) -> bool:
@@ -90,6 +111,10 @@ class Method(ABC):
     def survivors(self, masks: Tensors, weights: Tensors, step: int) -> Tensors:
         """Mark the connections whose weight and optimizer state an update leaves alone."""
         return masks
+
+    def restarts_optimizer(self, step: int) -> bool:
+        """Say whether an update at this step resets the optimizer's state of all parameters."""
+        return False
 
     def fraction_at(self, step: int) -> float | None:
         """Give the drop fraction of an update at this step, None if there is no such thing."""
@@ -160,6 +185,16 @@ class Allocated(Method):
     def num_active(self) -> Mapping[str, int]:
         """Layer name -> number of active weights to begin with, of all prunable layers in order."""
         return self.allocation.num_active
+
+    @property
+    def final_counts(self) -> Mapping[str, int] | None:
+        """Layer name -> active weights in the end; None: not known before training."""
+        return self.allocation.num_active if self.scope == "layer" else None
+
+    @property
+    def final_total(self) -> int:
+        """Active weights of all layers in the end."""
+        return sum((self.final_counts or self.allocation.num_active).values())
 
     @property
     def maskable(self) -> Collection[str]:

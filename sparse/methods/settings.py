@@ -10,16 +10,29 @@ from typing import Any, Literal
 from ..errors import check_choice, check_integer, check_number
 
 
-def setting(default: Any, help: str, *, is_end: bool = False) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    is_end: bool = False,
+    share: float | None = None,
+    epochs: float | None = None,
+) -> Any:
     """Declare a setting of a method, as a dataclass field.
+
+    A number of optimizer steps may follow from the length of a run. The library must be told it,
+    `main.py` derives it where it is not given.
 
     Args:
         default: Value without the argument; `dataclasses.MISSING` if it must be given.
         help: One line: what it means, its unit and range.
-        is_end: It is the step at which the topology settles. `main.py` derives it from the length
-            of the run, where it is not given.
+        is_end: It is the step at which the topology settles: --t-end-fraction of all steps.
+        share: It is this share of all steps.
+        epochs: It is this number of epochs. The flag of `main.py` is called <name>-epochs and takes
+            epochs, too; the help text has to say "optimizer steps".
     """
-    return field(default=default, metadata={"help": help, "is_end": is_end})
+    metadata = {"help": help, "is_end": is_end, "share": share, "epochs": epochs}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +43,7 @@ class Setting:
         type: Its type: int, float, str, bool, a Literal, a Sequence or a Mapping.
         optional: Whether it may also be None.
         default: `dataclasses.MISSING` if it must be given.
-        help: See `setting`, like `is_end`.
+        help: See `setting`, like `is_end`, `share` and `epochs`.
     """
 
     type: Any
@@ -38,6 +51,8 @@ class Setting:
     default: Any
     help: str
     is_end: bool
+    share: float | None
+    epochs: float | None
 
 
 @functools.cache

@@ -48,7 +48,7 @@ class Snfs(DropAndGrow):
     paper: ClassVar[str] = "[Dettmers & Zettlemoyer, 2019](https://arxiv.org/abs/1907.04840)"
     gradient_decay: ClassVar[float] = 0.9
 
-    drop_fraction_min: float = setting(0.0, "what the cosine of snfs ends at; the paper's 0.005")
+    drop_fraction_min: float = setting(0.0, "what the cosine of the drop fraction ends at")
     redistribution: Redistribution = setting(
         "momentum", "what a layer's share of snfs's growth follows; none: counts stay"
     )

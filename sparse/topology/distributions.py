@@ -96,10 +96,8 @@ def layer_sparsities(
 
 
 def _check(sparsity: float, distribution: str, power_scale: float, rounding: str) -> None:
-    check_number("sparsity", sparsity)
+    check_sparsity(sparsity)
     check_number("power_scale", power_scale)
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
     if distribution not in get_args(Distribution):
         raise ValueError(f"distribution must be uniform, er or erk, got {distribution!r}")
     if rounding not in get_args(Rounding):
@@ -108,6 +106,17 @@ def _check(sparsity: float, distribution: str, power_scale: float, rounding: str
         raise ValueError(f"power_scale has no effect with distribution {distribution!r}, only erk")
     if power_scale < 0.0:
         raise ValueError(f"power_scale must not be negative, got {power_scale}")
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Refuse a sparsity that is out of range.
+
+    Raises:
+        ValueError: Names the value.
+    """
+    check_number("sparsity", sparsity)
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
 
 
 def fixed_sparsities(

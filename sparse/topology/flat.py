@@ -234,6 +234,15 @@ def _line(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 1 else tensor.view(-1)
 
 
+def zeros_like(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Make zeros in the shapes and strides of tensors of one device: parts of one tensor."""
+    layout = layout_of(tuple(tensor.numel() for tensor in tensors))
+    flat = torch.zeros(layout.numel, dtype=dtype, device=tensors[0].device)
+    shapes = [torch.empty_like(tensor, device="meta") for tensor in tensors]
+    parts = zip(layout.entries(flat), shapes, strict=True)
+    return [part.as_strided(like.shape, like.stride()) for part, like in parts]
+
+
 def memory(tensor: Tensor) -> Tensor:
     """Look at a tensor without gaps in the order of memory: a 1-dim view."""
     return tensor.as_strided((tensor.numel(),), (1,))

@@ -205,7 +205,7 @@ def _largest_cpu(scores: Scores, k: int | Tensor, among: Tensor) -> Tensor:
     return torch.from_numpy(chosen).view(among.shape)
 
 
-def _order_keys(scores: Tensor) -> Tensor:
+def order_keys(scores: Tensor) -> Tensor:
     """Map scores to non-negative integers that are ordered as their magnitudes, with NaN on top."""
     if not scores.is_floating_point():
         return scores
@@ -295,7 +295,7 @@ def _collect(
 
 def _exact(values: Tensor, k: int, want_largest: bool) -> Any:
     """Find the places of the k largest or smallest magnitudes, with ties as documented above."""
-    keys = _order_keys(values).numpy()
+    keys = order_keys(values).numpy()
     size = len(keys)
     place = size - k if want_largest else k - 1
     ordered = keys.copy()

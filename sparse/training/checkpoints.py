@@ -223,8 +223,16 @@ def check_counts(masks: Tensors, num_active: Mapping[str, int]) -> None:
             )
 
 
-def load_averages(state: Mapping[str, Any], weights: Tensors, wanted: bool) -> dict[str, Tensor]:
+def load_averages(
+    state: Mapping[str, Any], weights: Tensors, wanted: bool, needed: bool
+) -> dict[str, Tensor]:
     """Read gradient averages onto the devices and into the memory layouts of the weights.
+
+    Args:
+        state: The state.
+        weights: The weights by name.
+        wanted: Whether the run has a use for averages at its next step.
+        needed: Whether it keeps them over all steps.
 
     Raises:
         ValueError: The run needs averages and the state has none, or one fits no weight.
@@ -232,7 +240,7 @@ def load_averages(state: Mapping[str, Any], weights: Tensors, wanted: bool) -> d
     saved = state["averages"]
     if not wanted:
         return {}
-    if state["step"] > 0 and not saved:
+    if needed and state["step"] > 0 and not saved:
         raise ValueError("sparse state: key 'averages' is empty, this run averages gradients")
     if state["version"] > 1:
         saved = {name: saved[name] for name in json.loads(_take(state, "averaged", ""))}

@@ -48,7 +48,8 @@ class NewConnections:
         """
         if self.init not in get_args(GrowInit):
             raise ValueError(f"grow_init must be zeros, gradient or random, got {self.init!r}")
-        sees_gradient = method.timing != "after" or method.gradient_decay is not None
+        averages = method.gradient_decay is not None or method.gradient_steps > 0
+        sees_gradient = method.timing != "after" or averages
         if self.init == "gradient" and not sees_gradient:
             raise ValueError(f"grow_init 'gradient': method {method.name!r} sees no gradient")
         if self.momentum_scale and not (sees_gradient and has_momentum(optimizer)):

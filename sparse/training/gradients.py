@@ -2,24 +2,95 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SparsityError
-from ..topology.flat import batched, copy, count_nonzero, layout_of, memory
+from ..methods.base import Method
+from ..topology.flat import batched, copy, count_nonzero, layout_of, memory, zeros_like
 from ..topology.rng import is_fake
-from ..topology.shards import local
+from ..topology.shards import local, spread_all
+from . import checkpoints
 from .clock import found_inf, inverse_scale
+
+
+class SeenGradients:
+    """The gradients that a method sees at an update.
+
+    Attributes:
+        averages: Name -> average of gradients, where the method has one.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.averages: dict[str, Tensor] = {}
+        self._method = method
+
+    @property
+    def kept(self) -> dict[str, Tensor] | None:
+        """The averages that a state must hold; None: none lasts from step to step."""
+        lasts = self._method.gradient_decay is not None or self._method.gradient_steps > 1
+        return self.averages if lasts else None
+
+    def reads(self, step: int) -> bool:
+        """Say whether the gradients of a step have a part in the averages."""
+        return self._share(step) is not None
+
+    def asks(self, step: int) -> bool:
+        """Say whether it has to be known for sure that this is the step: averages begin and end."""
+        return self._method.gradient_decay is None and self.reads(step)
+
+    def _share(self, step: int) -> float | None:
+        """Give the share of a step's gradient in the average; None: it has no part in it."""
+        decay, number = self._method.gradient_decay, self._method.gradient_steps
+        if decay is not None:
+            return 1.0 - decay
+        left = next((n for n in range(number) if self._method.due(step + n)), None)
+        return None if left is None else 1.0 / min(number - left, step + 1)
+
+    def gather(
+        self, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int
+    ) -> None:
+        """Take the gradients of a step into the averages."""
+        share = self._share(step)
+        if share is not None:
+            average_gradients(self.averages, weights, share, optimizer)
+
+    def at_update(
+        self, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> dict[str, Tensor]:
+        """Collect what the method sees of the gradients of some weights."""
+        if self._method.timing == "after" or self._method.gradient_decay is not None:
+            found = {name: g for name, g in self.averages.items() if name in weights}
+            return spread_all(found, weights)
+        gradients = unscaled_gradients(weights, optimizer)
+        if self._method.timing == "once":
+            check_gradients(gradients, self._method.name)
+        return gradients
+
+    def forget(self) -> None:
+        """Begin anew after an update, unless the average is one over all steps."""
+        if self._method.gradient_decay is None:
+            self.averages.clear()
+
+    def load(self, state: Mapping[str, Any], weights: Mapping[str, nn.Parameter]) -> None:
+        """Read the averages of a saved state.
+
+        Raises:
+            ValueError: They are missing, or one fits no weight.
+        """
+        wanted, needed = self.reads(state["step"]), self._method.gradient_decay is not None
+        self.averages = checkpoints.load_averages(state, weights, wanted, needed)
 
 
 def average_gradients(
     averages: dict[str, Tensor],
     weights: Mapping[str, nn.Parameter],
-    decay: float,
+    share: float,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Blend the present gradients in: average <- decay * average + (1 - decay) * gradient.
+    """Blend the present gradients in: average <- (1 - share) * average + share * gradient.
 
     Of a weight that is spread over processes there is the average of the part here. Averages start
     at 0 and are at least float32. If a GradScaler leaves the unscaling to a fused optimizer, the
@@ -28,10 +99,8 @@ def average_gradients(
     unscale, overflow = inverse_scale(optimizer), found_inf(optimizer)
     gradients = {name: weight.grad for name, weight in weights.items()}
     found = {name: local(grad) for name, grad in gradients.items() if grad is not None}
-    for name, gradient in found.items():
-        if name not in averages:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            averages[name] = torch.zeros_like(local(weights[name]), dtype=dtype)
+    missing = {name: grad for name, grad in found.items() if name not in averages}
+    averages |= _zeros(missing, {name: local(weights[name]) for name in missing})
     groups = defaultdict(list)
     for name, gradient in found.items():
         average = averages[name]
@@ -39,7 +108,22 @@ def average_gradients(
         groups[average.device, average.dtype, None if alike else name].append(name)
     for (_, _, alone), names in groups.items():
         pairs = [averages[name] for name in names], [found[name] for name in names]
-        (_blend_together if alone is None else _blend)(*pairs, 1.0 - decay, unscale, overflow)
+        (_blend_together if alone is None else _blend)(*pairs, share, unscale, overflow)
+
+
+def _zeros(gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make averages to begin with, of at least 32 bits and laid out as the weights are."""
+    groups = defaultdict(list)
+    for name, gradient in gradients.items():
+        dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        groups[weights[name].device, dtype].append(name)
+    made: dict[str, Tensor] = {}
+    for (_, dtype), names in groups.items():
+        if batched(weights[names[0]]):
+            made |= zip(names, zeros_like([weights[name] for name in names], dtype), strict=True)
+        else:
+            made |= {name: torch.zeros_like(weights[name], dtype=dtype) for name in names}
+    return {name: made[name].detach() for name in gradients}
 
 
 def _blend(

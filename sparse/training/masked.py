@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from ..methods.base import Method
 from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weight_of
 from ..topology import rng
 from ..topology.flat import all_true, count_nonzero, vector
-from ..topology.selection import largest_in_layers
 from ..topology.shards import Ranks, local, locals_of, part_like
 from .checkpoints import check_counts, check_masks
 from .connections import NewConnections, disconnect, mask_module
@@ -130,14 +130,20 @@ class MaskedModel:
         """
         mask_module(module, self._gates)
 
-    def _random_masks(self, num_active: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    def _random_masks(
+        self, method: Method, num_active: Mapping[str, int], seed: int
+    ) -> dict[str, Tensor]:
         masked = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
         indices = {name: index for index, name in enumerate(self._weights)}
         draws = {
             name: rng.Draw(tuple(weight.shape), (seed, 0, indices[name], rng.INITIAL_MASK))
             for name, weight in masked.items()
         }
-        return largest_in_layers(draws, num_active, all_true(masked))
+        rng.words((seed,))  # refuses what is no seed, even if the method draws nothing
+        if not draws:
+            return {}
+        values = {name: weight.detach() for name, weight in masked.items()}
+        return dict(method.first_masks(draws, num_active, all_true(masked), values))
 
     def _check_given(self, masks: Tensors, num_active: Mapping[str, int]) -> None:
         """Refuse masks of the caller that do not fit the weights and their counts."""

@@ -174,6 +174,14 @@ def has_momentum(optimizer: Optimizer) -> bool:
     )
 
 
+def restart(optimizer: Optimizer) -> None:
+    """Forget the state of all parameters that are trained, as if the optimizer were new."""
+    holder = state_holder(optimizer)
+    for parameter in parameters_of(holder):
+        if parameter.requires_grad:
+            holder.state.pop(parameter, None)
+
+
 def withhold_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
     """Remove all gradients, so that the optimizer's step moves nothing.
 

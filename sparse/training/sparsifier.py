@@ -9,18 +9,19 @@ from torch.optim import Optimizer
 
 from ..methods.base import Allocated, Method, Tensors
 from ..methods.layers import warn_of_dense_weights
-from ..topology.shards import locals_of, spread_all
+from ..topology.flat import all_true
+from ..topology.shards import locals_of
 from . import checkpoints, metrics, optimizers
 from .clock import Clock, found_inf
 from .connections import NewConnections
 from .consistency import is_first_rank
 from .gates import masks_of
-from .gradients import average_gradients, check_gradients, unscaled_gradients
-from .hooks import Hooks, check_unhooked, unwrap_optimizer
-from .masked import MaskedModel
+from .gradients import SeenGradients
+from .hooked import HookedModel
+from .hooks import check_unhooked, unwrap_optimizer
 
 
-class Sparsifier(MaskedModel):
+class Sparsifier(HookedModel):
     """Train a model with masks that follow a method.
 
     It hooks the optimizer, so that a training loop stays as it was. Before a step it zeroes the
@@ -89,7 +90,7 @@ class Sparsifier(MaskedModel):
         )
         self._new_connections.check(method, optimizer)
         self._clock = Clock()
-        self._averages: dict[str, Tensor] = {}
+        self._seen = SeenGradients(method)
         self._method_state: dict[str, Tensor] = {}
         self._last_update: dict[str, Tensor | float] = {}
         self._update_follows = False  # an update is to happen after the step under way
@@ -98,25 +99,16 @@ class Sparsifier(MaskedModel):
         self._sets_up_state = False  # the step under way is not one of training
         self._withheld: list[tuple[Tensor, Tensor]] = []
         if masks is None:
-            masks = self._random_masks(num_active, seed)
+            masks = self._random_masks(method, num_active, seed)
         else:
             self._check_given(masks, num_active)
         self._begins_dense = not masks
+        if masks:  # also of layers that begin full, so that all gates lie together from the start
+            masks = {**all_true(self._maskable), **masks}
         self._install(masks)
-        self._hooks: Hooks | None = self._hook(steps=hooks)
+        self._hook(steps=hooks)
         if not next(iter(self._weights.values())).is_meta and is_first_rank():
             warn_of_dense_weights(model, self._weights)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles of modules and optimizers lose torch's hooks.
-        state = super().__getstate__()
-        state["_hooks"] = None if self._hooks is None else self._hooks.on_steps
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self._hooks is not None:
-            self._hooks = self._hook(steps=state["_hooks"])
 
     @property
     def step(self) -> int:
@@ -135,33 +127,8 @@ class Sparsifier(MaskedModel):
         The same on all ranks, never False when they are read, and known without asking the device:
         with a GradScaler it may be True for a step that turns out not to need them.
         """
-        if self.method.gradient_decay is not None:
-            return True
-        return self.method.timing != "after" and self._is_due(self._clock.bound)
-
-    def remove(self) -> None:
-        """Unhook the optimizer and the model; weights stay as they are."""
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
-
-    def before_step(self) -> None:
-        """Do what precedes an optimizer step: mask the gradients, or update in the step's place.
-
-        Raises:
-            RuntimeError: The hooks do it already.
-        """
-        self._check_no_hooks()
-        self._before_step()
-
-    def after_step(self) -> None:
-        """Do what follows an optimizer step: count it, and update if the method says so.
-
-        Raises:
-            RuntimeError: The hooks do it already.
-        """
-        self._check_no_hooks()
-        self._after_step()
+        due = self.method.timing != "after" and self._is_due(self._clock.bound)
+        return due or self._seen.reads(self._clock.bound)
 
     def metrics(self) -> dict[str, float]:
         """Summarize masks and the last update for a log. Waits for the device.
@@ -197,7 +164,7 @@ class Sparsifier(MaskedModel):
             num_updates=self.num_updates,
             last_update={name: float(value) for name, value in self._last_update.items()},
             masks=masks_of(self._gates, self._maskable),
-            averages=None if self.method.gradient_decay is None else self._averages,
+            averages=self._seen.kept,
             method_state=self._method_state,
             explored=self._explored,
         )
@@ -216,8 +183,7 @@ class Sparsifier(MaskedModel):
         masks = {} if still_dense else checkpoints.load_masks(state, self._maskable)
         if self.method.keeps_counts:
             checkpoints.check_counts(masks, self.num_active)
-        averages = self.method.gradient_decay is not None
-        self._averages = checkpoints.load_averages(state, self._maskable, wanted=averages)
+        self._seen.load(state, self._maskable)
         if self._explored is not None:
             self._explored = checkpoints.load_explored(state, self._maskable)
         device = next(iter(self._weights.values())).device
@@ -225,24 +191,6 @@ class Sparsifier(MaskedModel):
         self.num_updates = state["num_updates"]
         self._clock = Clock(state["step"])
         self._install(masks)
-
-    def _hook(self, *, steps: bool) -> Hooks:
-        return Hooks(
-            self._optimizer,
-            self._owners,
-            steps=steps,
-            before=self._before_step,
-            after=self._after_step,
-            weight_loaded=self._weight_loaded,
-            optimizer_loaded=self._optimizer_loaded,
-        )
-
-    def _check_no_hooks(self) -> None:
-        if self._hooks is not None and self._hooks.on_steps:
-            raise RuntimeError(
-                "the hooks of the optimizer call this at every step; to call it by hand, make the "
-                "sparsifier with hooks=False"
-            )
 
     @torch.no_grad()
     def _before_step(self) -> None:
@@ -256,15 +204,14 @@ class Sparsifier(MaskedModel):
         overflow = found_inf(self._optimizer)
         if overflow is not None and optimizers.has_momentum(self._optimizer):
             optimizers.create_momentum_buffers(self._optimizer)
-        decay = self.method.gradient_decay
-        if decay is not None:
-            average_gradients(self._averages, self._maskable, decay, self._optimizer)
-        # The device is asked only when an update may be due and steps may have been skipped. The
-        # clock's bound cannot run past a due step, because it is exact after every question.
-        due = skipped = False
-        if self._is_due(self._clock.bound):
-            step, overflows = self._clock.settle(overflow)
-            due, skipped = (self._is_due(step) and flag for flag in (not overflows, overflows))
+        # The device is asked only when steps may have been skipped, and it matters which step this
+        # is: for an update or what it sees. The clock's bound cannot run past such a step, because
+        # it is exact after every question.
+        step, due, skipped = self._clock.bound, False, False
+        if self._is_due(step) or self._seen.asks(step):
+            step, skipped = self._clock.settle(overflow)
+            due = self._is_due(step) and not skipped
+        self._seen.gather(self._maskable, self._optimizer, step)
         self._update_follows = due and self.method.timing == "after"
         self._counts_step = not (skipped or (due and self.method.timing == "once"))
         if due and not self._update_follows:
@@ -300,14 +247,6 @@ class Sparsifier(MaskedModel):
             if weight.requires_grad or self.method.timing == "once"
         }
 
-    def _gradients(self, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Collect what the method sees as gradients."""
-        if self.method.gradient_decay is not None:
-            return spread_all({n: g for n, g in self._averages.items() if n in trained}, trained)
-        if self.method.timing == "after":
-            return {}
-        return unscaled_gradients(trained, self._optimizer)
-
     def _update(self) -> None:
         step = self._clock.read()
         self._count_inactive()
@@ -315,9 +254,7 @@ class Sparsifier(MaskedModel):
         optimizers.check_held(self._optimizer, trained)
         weights = {name: weight.detach() for name, weight in trained.items()}
         old = masks_of(self._gates, weights)
-        gradients = self._gradients(trained)
-        if self.method.timing == "once":
-            check_gradients(gradients, self.method.name)
+        gradients = self._seen.at_update(trained, self._optimizer)
         if not self._ranks.groups and (self._copies or self._invariant.is_known):
             self._invariant.read(self._optimizer)
         survivors = self.method.survivors(old, weights, step)
@@ -326,12 +263,15 @@ class Sparsifier(MaskedModel):
         old, survivors, new = map(locals_of, (old, survivors, new))
         fresh = self._reconnect(old, survivors, new)
         self._begin(self._new_connections, fresh, gradients, step)
+        if self.method.restarts_optimizer(step):
+            optimizers.restart(self._optimizer)
         changes, keeps = map(self._owned, (old, new, fresh)), self.method.keeps_counts
         self._finish_update(metrics.turnover(*changes, keeps_counts=keeps), step)
 
     def _finish_update(self, turnover: Tensors, step: int) -> None:
         self.num_updates += 1
         self._last_update = dict(self._record(turnover))
+        self._seen.forget()
         fraction = self.method.fraction_at(step)
         if fraction is not None:
             self._last_update["drop_fraction"] = fraction

@@ -310,6 +310,30 @@ class TestLrSchedule:
         lrs = schedule(kind="step", milestones=(1.5, 3.0), gamma=0.5, per_step=True)
         assert [lrs(s) for s in (0, 5, 6, 11, 12, 40)] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
 
+    @pytest.mark.parametrize("kind", ["cosine", "linear", "step"])
+    @pytest.mark.parametrize("per_step", [False, True])
+    def test_restarts_are_schedules_one_after_the_other(self, kind: str, per_step: bool) -> None:
+        options = {"kind": kind, "per_step": per_step, "warmup_epochs": 1, "milestones": (2.0,)}
+        lrs = schedule(restarts=(3.0, 7.0), **options)
+        parts = [schedule(epochs=epochs, **options) for epochs in (3, 4, 3)]
+        expected = [part(step) for part, n in zip(parts, (12, 16, 12), strict=True)
+                    for step in range(n)]  # fmt: skip
+        assert [lrs(step) for step in range(40)] == pytest.approx(expected, abs=1e-12)
+        assert lrs(1000) == pytest.approx(parts[-1](1000), abs=1e-12)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"restarts": (5.0, 5.0)}, r"--lr-restarts must increase, above 0 and below"),
+            ({"restarts": (0.0,)}, r"--lr-restarts must increase"),
+            ({"restarts": (10.0,)}, r"--lr-restarts must increase"),
+            ({"restarts": (9.0,), "warmup_epochs": 1}, "1 epochs between two of --lr-restarts"),
+        ],
+    )
+    def test_restarts_that_cannot_be(self, options: dict[str, object], words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            schedule(kind="cosine", **options)
+
     def test_warmup_of_a_broken_number_of_epochs_never_overshoots(self) -> None:
         lrs = schedule(kind="linear", warmup_epochs=2.5)
         assert [lrs(4 * e) for e in (0, 1, 2)] == [0.4, 0.8, 1.0]

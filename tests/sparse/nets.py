@@ -10,7 +10,14 @@ from torch import Tensor, nn
 import sparse
 from sparse.methods.layers import named_parameters
 
-# Short schedules: updates at 0, 4, 8, 12 of each method.
+# Short schedules: updates at 0, 4, 8, 12 of most methods.
+ACDC = {"total_steps": 20, "dense_warmup": 3, "sparse_phase": 2, "dense_phase": 2}
+ACDC |= {
+    "last_dense": 3,
+    "last_sparse": 4,
+}  # sparse from 3, 7, 11, 16; dense from 5, 9, 13
+GAP: dict[str, Any] = {"partitions": ["[0-2].*", "[3-9].*"], "phase": 4, "num_phases": 4}
+
 METHODS: dict[str, tuple[Callable[..., sparse.Sparsifier], dict[str, Any]]] = {
     "static": (sparse.static, {}),
     "set": (sparse.set, {"delta_t": 4, "t_end": 15}),
@@ -22,6 +29,31 @@ METHODS: dict[str, tuple[Callable[..., sparse.Sparsifier], dict[str, Any]]] = {
     "snip_global": (sparse.snip, {"scope": "global"}),
     "gmp": (sparse.gmp, {"prune_every": 4, "prune_start": 2, "prune_end": 14}),
     "gmp_global": (sparse.gmp, {"prune_every": 4, "prune_end": 14, "scope": "global"}),
+    "granet": (sparse.granet, {"delta_t": 4, "t_end": 20, "prune_end": 12}),
+    "granet_dense": (
+        sparse.granet,
+        {"delta_t": 4, "t_end": 20, "prune_end": 12, "initial_sparsity": 0.0},
+    ),
+    "srigl": (sparse.srigl, {"delta_t": 4, "t_end": 20, "gradient_steps": 2}),
+    "srigl_whole": (
+        sparse.srigl,
+        {"delta_t": 4, "t_end": 20, "min_salient": 0.0, "gradient_steps": 2},
+    ),
+    "gap": (sparse.gap, GAP),
+    "gap_magnitude": (sparse.gap, {**GAP, "mask_init": "magnitude"}),
+    "acdc": (sparse.acdc, ACDC),
+    "acdc_global": (sparse.acdc, {**ACDC, "scope": "global"}),
+}
+
+# The same for runs of 30 steps.
+LONGER: dict[str, dict[str, Any]] = {"acdc": {}, "acdc_global": {}}
+LONGER |= {name: {"t_end": 30, "prune_end": 30} for name in ("granet", "granet_dense")}
+LONGER |= {name: {"t_end": 30, "drop_anneal": "constant"} for name in ("srigl", "srigl_whole")}
+LONGER |= {name: {"num_phases": 7} for name in ("gap", "gap_magnitude")}
+LONGER |= {name: {"prune_end": 30} for name in ("gmp", "gmp_global")}
+LONGER |= {
+    name: {"drop_anneal": "constant", "t_end": 30}
+    for name in ("set", "rigl", "rigl_reset", "snfs", "snfs_none")
 }
 
 

@@ -120,7 +120,7 @@ def test_main_runs_it_with_its_settings_as_flags(tmp_path: Path) -> None:
         ("torch:nn", "must be a class derived from sparse.Allocated"),
         ("sparse:Nothing", "has no attribute 'Nothing'"),
         ("sparse:DropAndGrow", "the class lacks name, due or update"),
-        ("lottery", "known are dense, gmp, rigl,"),
+        ("lottery", "known are dense, acdc, gap,"),
     ],
 )
 def test_what_is_no_method_is_refused(method: str, words: str, tmp_path: Path) -> None:

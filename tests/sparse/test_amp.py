@@ -15,7 +15,7 @@ OPTIMIZERS: dict[str, Any] = {
     "sgd_fused": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=1e-3, fused=True),
     "adamw_fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
 }
-METHODS = ["rigl", "set", "snfs", "snfs_none", "snip", "gmp"]
+METHODS = ["rigl", "set", "snfs", "snfs_none", "snip", "gmp", "acdc", "granet", "srigl", "gap"]
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -82,7 +82,7 @@ def test_overflows_leave_no_trace(method: str, optimizer_name: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-@pytest.mark.parametrize("method", ["rigl", "snfs", "snip", "gmp"])
+@pytest.mark.parametrize("method", ["rigl", "snfs", "snip", "gmp", "granet", "srigl"])
 def test_a_scaled_run_is_the_unscaled_run(method: str, optimizer_name: str) -> None:
     results = []
     for scale in (None, 1024.0):

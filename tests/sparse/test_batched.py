@@ -305,15 +305,19 @@ BYTES_PER_WEIGHT = 12
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet152"])
-@pytest.mark.parametrize("method", ["rigl", "gmp", "set", "snfs", "static"])
+@pytest.mark.parametrize(
+    "method", ["rigl", "gmp", "set", "snfs", "static", "acdc", "granet", "srigl", "gap"]
+)
 def test_few_operations_whatever_the_number_of_layers(method: str, arch: str) -> None:
     found = count(method, arch)
-    limit = {"snfs": 330, "static": 3}.get(method, 200)
+    limit = {"snfs": 330, "granet": 360, "srigl": 490, "static": 3}.get(method, 200)
     assert found["install"] <= 100
     assert found["update"] <= limit
     assert found["step"] <= (8 if method == "snfs" else 3)
     if arch != "resnet18":  # a histogram takes as much for a small layer
-        assert found["bytes"] < BYTES_PER_WEIGHT
+        # Ranking all layers together takes a copy of them, ranking within rows sorts them.
+        more = {"granet": 9, "srigl": 31}.get(method, 0)
+        assert found["bytes"] < BYTES_PER_WEIGHT + more
 
 
 def test_channels_last_adds_copies_of_large_kernels_only() -> None:

@@ -41,8 +41,20 @@ SCHEDULES: list[dict[str, Any]] = [
     {"prune_end": 400},
     {"prune_every": 1},
     {"prune_start": 8},
+    {"total_steps": 40},
+    {"initial_sparsity": 0.7},
+    {"phase": 3},
+    {"num_phases": 1},
+    {"partitions": ["0", "3,7", "9"]},
+    {"mask_init": "random"},
+    {"min_salient": 0.9},
+    {"min_salient": 2.0, "never_ablated": []},
+    {"gradient_steps": 1},
+    {"sparse_phase": 1},
+    {"dense_warmup": 7, "dense_phase": 1},
+    {"last_dense": 1, "last_sparse": 9},
 ]
-KEEPS_COUNTS = ("static", "set", "rigl", "rigl_reset", "snfs_none")
+KEEPS_COUNTS = ("static", "set", "rigl", "rigl_reset", "snfs_none", "srigl_whole")
 
 
 def start(method: str, steps: int, **options: Any) -> tuple[Any, Any, sparse.Sparsifier]:
@@ -79,6 +91,12 @@ def accepted(method: str, changes: list[dict[str, Any]]) -> list[dict[str, Any]]
     none = method == "snfs_none"
     chosen = [c for c in changes if c.keys() <= names.keys()]
     chosen = [c for c in chosen if not (none and ("redistribution" in c or "growth" in c))]
+    if method.startswith("gap"):  # whose first layer is dense by choice alone
+        chosen = [c for c in chosen if c != {"distribution": "uniform"}]
+    if method == "granet_dense":  # nothing is shared out at a dense start
+        chosen = [c for c in chosen if "power_scale" not in c]
+    if method == "srigl_whole":
+        chosen = [c for c in chosen if "min_salient" not in c]
     if method.endswith("global"):  # which refuses what is said about single layers
         return [c for c in chosen if not c.keys() & {"distribution", "power_scale", "sparsity_map"}]
     return chosen

@@ -16,7 +16,19 @@ from tests.sparse.ranks import run
 
 pytestmark = pytest.mark.distributed
 
-METHODS = ["rigl", "set", "snfs", "snfs_none", "snip", "snip_global", "gmp"]
+METHODS = [
+    "rigl",
+    "set",
+    "snfs",
+    "snfs_none",
+    "snip",
+    "snip_global",
+    "gmp",
+    "acdc",
+    "granet",
+    "srigl",
+    "gap",
+]
 STEPS = range(13)
 
 

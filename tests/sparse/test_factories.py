@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sparse
-from tests.sparse.nets import METHODS, convnet, make, sgd
+from tests.sparse.nets import ACDC, GAP, METHODS, convnet, make, sgd
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "static": {},
@@ -18,6 +18,10 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "snfs": {"t_end": 100},
     "snip": {},
     "gmp": {"prune_end": 100},
+    "acdc": ACDC,
+    "granet": {"t_end": 100, "prune_end": 30},
+    "srigl": {"t_end": 100},
+    "gap": GAP,
 }
 
 
@@ -78,8 +82,10 @@ def test_a_sparsity_of_zero_is_dense_training() -> None:
 def test_every_argument_of_a_factory_is_for_its_method() -> None:
     for name in REQUIRED:
         arguments = inspect.signature(getattr(sparse, name)).parameters
-        assert ("drop_fraction" in arguments) == (name in ("set", "rigl", "rigl_reset", "snfs"))
-        assert ("seed" in arguments) == (name not in ("snip", "gmp"))
+        assert ("drop_fraction" in arguments) == (
+            name in ("set", "rigl", "rigl_reset", "snfs", "granet", "srigl")
+        )
+        assert ("seed" in arguments) == (name not in ("snip", "gmp", "acdc"))
         assert ("grow_init" in arguments) == (name in ("set", "rigl", "snfs"))
 
 
@@ -94,6 +100,8 @@ def test_every_argument_of_a_factory_is_for_its_method() -> None:
     ],
 )
 def test_every_factory_checks_its_layers(name: str, arguments: Any, message: str) -> None:
+    if not arguments.keys() <= inspect.signature(getattr(sparse, name)).parameters.keys():
+        message, arguments = "sparsity must be in", {"sparsity": -0.1}  # it has no such argument
     model = convnet()
     options = {"sparsity": 0.8} | REQUIRED[name] | arguments
     with pytest.raises(ValueError, match=message):

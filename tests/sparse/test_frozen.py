@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparse
-from tests.sparse.nets import METHODS, assert_inactive_zero, convnet, make, sgd, train
+from tests.sparse.nets import LONGER, METHODS, assert_inactive_zero, convnet, make, sgd, train
 
 UPDATING = [name for name in METHODS if "snip" not in name and name != "static"]
 
@@ -32,7 +32,7 @@ def test_a_layer_frozen_from_the_start(method: str) -> None:
         assert torch.equal(frozen, value)
         assert torch.equal(sparsifier.masks["3.weight"], before["3.weight"])
     assert sparsifier.num_updates >= 4
-    if method != "rigl_reset":
+    if method != "rigl_reset" and "gap" not in method:  # what it grew so briefly is smallest
         assert not torch.equal(sparsifier.masks["7.weight"], before["7.weight"])
     assert_metrics_are_true(sparsifier, model)
 
@@ -41,8 +41,7 @@ def test_a_layer_frozen_from_the_start(method: str) -> None:
 def test_a_layer_frozen_for_a_while(method: str) -> None:
     model = convnet()
     optimizer = sgd(model)
-    options = {"prune_end": 30} if "gmp" in method else {"drop_anneal": "constant", "t_end": 30}
-    sparsifier = make(method, model, optimizer, sparsity=0.5, **options)
+    sparsifier = make(method, model, optimizer, sparsity=0.5, **LONGER[method])
     list(train(model, optimizer, range(6)))
     weight = model[3].weight.requires_grad_(False)
     weight.grad = None
@@ -56,7 +55,7 @@ def test_a_layer_frozen_for_a_while(method: str) -> None:
     weight.requires_grad_(True)
     list(train(model, optimizer, range(14, 22)))
     assert not torch.equal(weight, value)
-    if method != "rigl_reset":
+    if method != "rigl_reset" and "gap" not in method:  # what it grew so briefly is smallest
         assert not torch.equal(sparsifier.masks["3.weight"], mask)
     assert_inactive_zero(sparsifier, model, optimizer)
     assert_metrics_are_true(sparsifier, model)

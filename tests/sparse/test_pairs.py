@@ -40,7 +40,7 @@ FEATURES = (
     "closure",  # gradients are computed inside of optimizer.step
     "frozen",  # one layer is frozen from step 2 to step 7
 )
-METHODS = ("rigl", "set", "snfs", "snip", "gmp")
+METHODS = ("rigl", "set", "snfs", "snip", "gmp", "acdc", "granet", "srigl", "gap")
 STEPS = 12
 
 

@@ -20,7 +20,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"lr": 0.01}),
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
 }
-METHODS = ["rigl", "set", "snfs", "snip", "gmp"]
+METHODS = ["rigl", "set", "snfs", "snip", "gmp", "acdc", "granet", "srigl", "gap"]
 
 
 def share(step: int, rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,13 +9,24 @@ import pytest
 import sparse
 from sparse.errors import check_integer, check_number
 from sparse.topology.schedules import num_dropped
-from tests.sparse.nets import METHODS, convnet, make, sgd
+from tests.sparse.nets import ACDC, METHODS, convnet, make, sgd
 
 NOT_WHOLE: list[Any] = [2.5, 3.0, math.nan, math.inf, True, "3", None]
 NO_NUMBER: list[Any] = [math.nan, math.inf, -math.inf, True, "0.5"]
 BAD: dict[str, list[Any]] = {
     **{name: [*NOT_WHOLE, -1] for name in ("delta_t", "t_start", "t_end")},
     **{name: [*NOT_WHOLE, -1] for name in ("prune_start", "prune_end", "prune_every")},
+    **{name: [*NOT_WHOLE, -1, 0] for name in ACDC},
+    "initial_sparsity": [*NO_NUMBER, 0.9, -0.1, None],
+    "min_salient": [*NO_NUMBER, -0.1, None],
+    "gradient_steps": [*NOT_WHOLE, 0, 5],
+    "min_salient_of": ["all", None],
+    "never_ablated": [["fc"]],
+    "phase": [*NOT_WHOLE, 0],
+    "num_phases": [*NOT_WHOLE, 0],
+    "mask_init": ["dense", None],
+    "partitions": ["0", ["0"], ["0", "fc"]],
+    "total_steps": [*NOT_WHOLE, -1, 0, 4],
     "sparsity": [*NO_NUMBER, 1.0, -0.1, None],
     "power_scale": [*NO_NUMBER, -1.0, 1e30],
     "sparsity_map": [{"0": value} for value in [*NO_NUMBER, 1.0]] + [[0.5]],

@@ -49,7 +49,8 @@ def test_inactive_connections_are_exactly_zero(method: str, optimizer_name: str)
         assert_inactive_zero(sparsifier, model, optimizer)
     active = sum(sparsifier.num_active.values())
     total = sum(weight.numel() for weight in sparse.prunable(model).values())
-    assert active == pytest.approx(0.2 * total, rel=0.05)
+    # All rows have the same number: what is left of a layer's budget is not used.
+    assert active == pytest.approx(0.2 * total, rel=0.08 if "srigl" in method else 0.05)
 
 
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)

@@ -1,0 +1,153 @@
+"""Rows of layers: the weights that lead to one output, along the first dimension.
+
+A row lies whole in a layer. Entries are ranked as in `selection`. On a device the rows of all
+layers are handled together, in a fixed number of operations.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from . import radix
+from .flat import batched, layout_of
+from .rng import Draw
+from .selection import order_keys
+
+Tensors = Mapping[str, Tensor]
+
+
+def per_row(numbers: Sequence[int], like: Tensors) -> Tensor:
+    """Give every row the number of its layer: int64, the rows of all layers one after the other."""
+    rows = [tensor.shape[0] for tensor in like.values()]
+    device = next(iter(like.values())).device
+    made = torch.zeros(sum(rows), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(torch.split(made, rows)), list(numbers))
+    return made
+
+
+def by_layer(numbers: Tensor, like: Tensors) -> dict[str, Tensor]:
+    """Take numbers of all rows apart: name -> 1-dim tensor, an entry per row."""
+    rows = [tensor.shape[0] for tensor in like.values()]
+    return dict(zip(like, torch.split(numbers, rows), strict=True))
+
+
+def count_in_rows(masks: Tensors, others: Tensors) -> Tensor:
+    """Count the entries of every row that are in one of two masks, or in both.
+
+    Returns:
+        int64 tensor, of all layers one after the other.
+    """
+    if not _together(masks):
+        either = {name: mask | others[name] for name, mask in masks.items()}
+        return torch.cat([mask.flatten(1).sum(1) for mask in either.values()])
+    row_of, num_rows, _ = _rows(masks)
+    counts = torch.zeros(num_rows, dtype=torch.int32, device=row_of.device)
+    found = _join(masks) | _join(others, masks)
+    return counts.index_add_(0, row_of, found.to(torch.int32)).long()
+
+
+def fill_rows(
+    masks: Tensors, counts: Tensor, keep: Tensors | None, grow: Tensors | Mapping[str, Draw]
+) -> dict[str, Tensor]:
+    """Bring every row to its number of entries.
+
+    Of its entries a row keeps those of largest |keep score|, up to its number. If it has fewer, it
+    gets as many as are missing of those that it did not keep, by |grow score|.
+
+    Args:
+        masks: Name -> bool mask.
+        counts: Entries that a row shall have, of all rows one after the other.
+        keep: Name -> scores of what is kept; None: nothing is.
+        grow: Name -> scores of what is added.
+
+    Returns:
+        New masks.
+    """
+    grow = _drawn(grow, masks)
+    if not _together(masks):
+        limits = by_layer(counts, masks)
+        new = {}
+        for name, mask in masks.items():
+            kept = torch.zeros_like(mask.flatten(1))
+            if keep is not None:
+                kept = _largest_of_rows(keep[name], limits[name], mask.flatten(1))
+            missing = limits[name] - kept.sum(1)
+            new[name] = (kept | _largest_of_rows(grow[name], missing, ~kept)).view(mask.shape)
+        return new
+    flat, (row_of, num_rows, starts) = _join(masks), _rows(masks)
+    kept = torch.zeros_like(flat)
+    if keep is not None:
+        kept = _largest_joined(_join(keep, masks), counts, flat, row_of, starts)
+    taken = torch.zeros(num_rows, dtype=torch.int32, device=flat.device)
+    missing = counts - taken.index_add_(0, row_of, kept.to(torch.int32))
+    grown = _largest_joined(_join(grow, masks), missing, ~kept, row_of, starts)
+    parts = torch.split(kept | grown, [mask.numel() for mask in masks.values()])
+    return {n: part.view(masks[n].shape) for n, part in zip(masks, parts, strict=True)}
+
+
+def within_rows(masks: Tensors, rows: Tensor) -> dict[str, Tensor]:
+    """Leave of masks what lies in the rows that are marked, of all rows one after the other."""
+    if not _together(masks):
+        marks = by_layer(rows, masks)
+        return {
+            name: mask & marks[name].view(-1, *[1] * (mask.dim() - 1))
+            for name, mask in masks.items()
+        }
+    flat = _join(masks) & rows.index_select(0, _rows(masks)[0])
+    parts = torch.split(flat, [mask.numel() for mask in masks.values()])
+    return {n: part.view(masks[n].shape) for n, part in zip(masks, parts, strict=True)}
+
+
+def _together(masks: Tensors) -> bool:
+    return any(map(batched, masks.values()))
+
+
+def _join(tensors: Tensors, names: Tensors | None = None) -> Tensor:
+    return torch.cat([tensors[name].reshape(-1) for name in names or tensors])
+
+
+def _rows(masks: Tensors) -> tuple[Tensor, int, Tensor]:
+    """Give the row of every entry of all layers, the number of rows, and where each begins."""
+    lengths = per_row([mask[0].numel() for mask in masks.values()], masks)
+    numel, num_rows = sum(mask.numel() for mask in masks.values()), len(lengths)
+    index = torch.arange(num_rows, dtype=torch.int32, device=lengths.device)
+    row_of = torch.repeat_interleave(index, lengths, output_size=numel)
+    return row_of, num_rows, (lengths.cumsum(0) - lengths).to(torch.int32)
+
+
+def _keys(scores: Tensor, among: Tensor) -> Tensor:
+    """Rank candidates by magnitude, and everything else below them."""
+    return order_keys(scores).masked_fill(~among, -1)
+
+
+def _largest_of_rows(scores: Tensor, counts: Tensor, among: Tensor) -> Tensor:
+    order = (
+        _keys(scores.reshape(among.shape), among).sort(dim=1, descending=True, stable=True).indices
+    )
+    chosen = torch.arange(among.shape[1], device=among.device) < counts[:, None]
+    return torch.zeros_like(among).scatter_(1, order, chosen) & among
+
+
+def _largest_joined(
+    scores: Tensor, counts: Tensor, among: Tensor, row_of: Tensor, starts: Tensor
+) -> Tensor:
+    order = _keys(scores, among).sort(descending=True, stable=True).indices
+    # By rows, and in each as before. The entries of the rows are as many as they were.
+    order = order[row_of[order].sort(stable=True).indices]
+    place = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    chosen = place.sub_(starts.index_select(0, row_of)) < counts.int().index_select(0, row_of)
+    return torch.zeros_like(among).scatter_(0, order, chosen).logical_and_(among)
+
+
+def _drawn(scores: Tensors | Mapping[str, Draw], like: Tensors) -> Tensors:
+    """Compute the elements of draws."""
+    draws = {name: score for name, score in scores.items() if isinstance(score, Draw)}
+    tensors = {name: score for name, score in scores.items() if isinstance(score, Tensor)}
+    if not draws:
+        return tensors
+    if not _together(like):
+        return {name: draw.tensor() for name, draw in draws.items()}
+    layout = layout_of(tuple(like[name].numel() for name in draws))
+    device = next(iter(like.values())).device
+    return layout.by_layer(radix.drawn(list(draws.values()), layout, device), draws, like)
