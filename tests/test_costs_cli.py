@@ -10,6 +10,7 @@ import pytest
 
 import costs
 from results import published
+from scripts.rows import TABLES
 
 ROOT = Path(__file__).parents[1]
 ORACLE = json.loads((ROOT / "tests/data/oracle.json").read_text())
@@ -203,7 +204,7 @@ def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["size_mb"] == pytest.approx(13.498864)
 
 
-@pytest.mark.parametrize("source", ["rigl", "port"])
+@pytest.mark.parametrize("source", TABLES)
 def test_the_tables_of_the_document_are_those_of_the_command(source: str) -> None:
     text = (ROOT / "results/README.md").read_text()
     assert published.table(source, costs.report_network) in text
