@@ -82,20 +82,7 @@ def test_every_method_is_compared_at_the_same_sparsities() -> None:
     assert len({tuple(row[column] for column in alike) for row in rows}) == 1
 
 
-def like_another(row: Mapping[str, str]) -> bool:
-    """Say whether a row repeats one of another source, or of another sparsity, but for its name."""
-    return row["source"] == "compare" and (
-        row["sparsity"] != "0.9" or row["method"] in "dense static set rigl snfs snip gmp".split()
-    )
-
-
-PLANNED = [
-    pytest.param(script, marks=[pytest.mark.slow] * like_another(row))
-    for script, row in ROWS.items()
-]
-
-
-@pytest.mark.parametrize("script", PLANNED)
+@pytest.mark.parametrize("script", ROWS)
 def test_the_plan_of_a_row(
     script: str, recorder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
