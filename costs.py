@@ -47,7 +47,9 @@ class Flags:
     convention: costs.Convention = flag("published", "how to count")
     rounding: Literal["floor", "ceil"] = flag("floor", "of ERK's budget; ceil: 2019")
     json: bool = flag(False, "print the report as one JSON object")
-    table: Literal["rigl", "port"] | None = flag(None, "print published rows beside our figures")
+    table: Literal["rigl", "port", "acdc", "gap", "granet", "srigl", "compare"] | None = flag(
+        None, "print published rows beside our figures; compare: methods under one recipe"
+    )
     plot: Path | None = flag(None, "draw the published rows: accuracy against cost", metavar="PNG")
 
 

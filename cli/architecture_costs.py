@@ -1,14 +1,16 @@
 """Costs of an architecture at a sparsity: FLOPs, training FLOPs and bytes, as numbers and text."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 import sparse
-from cli.flags import find_method
+from cli.flags import find_method, flag_name
 from image_classification import models
 from sparse import costs
 from sparse.methods.allocation import unless_included
@@ -30,9 +32,13 @@ def report_network(
     reshaped: Mapping[str, tuple[int, ...]] | None = None,
     method: str = "dense",
     settings: Mapping[str, Any] | None = None,
+    exact: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Return `sparse.costs.report` of an architecture at a sparsity.
+
+    With `exact` and the counts of layers unknown before training, all costs are None, and only
+    `overall_sparsity` is there.
 
     Args:
         arch: A name that `image_classification.models` knows.
@@ -42,28 +48,46 @@ def report_network(
         include: As for `sparse.prunable`.
         reshaped: Shapes to give to the distribution in place of a layer's own.
         method: Of training, as main.py --sparse-method.
-        settings: Of the method; those that it does not have are passed over.
+        settings: Of the method, or in epochs under the name of the flag; those that it does not
+            have are passed over.
+        exact: Count active weights as the method leaves them in the end, as --dry-run does. Another
+            rounding and other shapes have counts of their own.
         **options: Further arguments of `sparse.costs.report`.
     """
-    layers, shapes, extra = _trace(arch, image_size, num_classes, tuple(include or ()))
+    layers, model = _trace(arch, image_size, num_classes, tuple(include or ()))
+    shapes = {name: tuple(p.shape) for name, p in sparse.prunable(model, include).items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if method != "dense":
         options["method"] = _method(method, {"sparsity": sparsity, **(settings or {})})
     if sparsity == 0:
         return costs.report(layers, **options)
+    counts: Mapping[str, int] | None = None
+    if exact and method != "dense" and rounding == "floor" and not reshaped:
+        fitted = dataclasses.replace(
+            options["method"], distribution=distribution, dense_layers=dense_layers, include=include
+        ).fitted_to(model)
+        counts = fitted.final_counts
+        if counts is None:
+            known = {"overall_sparsity": 1 - fitted.final_total / sum(sizes.values())}
+            return dict.fromkeys(UNKNOWN) | known
     solved = layer_sparsities(
         {**shapes, **(reshaped or {})},
         sparsity=sparsity,
         distribution=distribution,
-        dense_layers=unless_included(dense_layers, shapes, extra),
+        dense_layers=unless_included(dense_layers, shapes, included(model, include)),
         rounding=rounding,
     )
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    nominal = {name: count_active(sizes[name], zeros) for name, zeros in solved.items()}
     return costs.report(
         layers,
         {name: 1 - zeros for name, zeros in solved.items()},
-        num_active={name: count_active(sizes[name], zeros) for name, zeros in solved.items()},
+        num_active=counts or nominal,
         **options,
     )
+
+
+UNKNOWN = ("inference_flops", "inference_ratio", "training_ratio", "size_mb")
+"""Costs that depend on how training shares out the weights among the layers."""
 
 
 def _method(name: str, settings: Mapping[str, Any]) -> sparse.Allocated:
@@ -78,21 +102,20 @@ def _method(name: str, settings: Mapping[str, Any]) -> sparse.Allocated:
         elif known.share is not None:
             given[key] = int(known.share * settings["total_steps"])
         elif known.epochs is not None:
-            given[key] = round(known.epochs * settings["total_steps"] / settings["epochs"])
+            epochs = settings.get(flag_name(key, known), known.epochs)
+            given[key] = round(epochs * settings["total_steps"] / settings["epochs"])
     return method(**given)
 
 
 @functools.cache
 def _trace(
     arch: str, image_size: int | None, num_classes: int, include: tuple[str, ...]
-) -> tuple[list[costs.LayerCost], dict[str, tuple[int, ...]], list[str]]:
+) -> tuple[list[costs.LayerCost], nn.Module]:
     with torch.device("meta"):
         model = models.create_model(arch, num_classes=num_classes)
     side = image_size or models.default_image_size(arch)
     models.check_image_size(model, arch, side)
-    layers = costs.trace_layers(model, side, include=include)
-    shapes = {name: tuple(p.shape) for name, p in sparse.prunable(model, include).items()}
-    return layers, shapes, included(model, include)
+    return costs.trace_layers(model, side, include=include), model
 
 
 def format_report(report: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ def plot(path: Path, report: ReportNetwork) -> None:
     """
     figure = Figure(figsize=(12, 6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    rows = [row for row in read_rows() if row["published_top1"]]
+    rows = [row for row in read_rows() if row["published_top1"] and _series(row)[:3] in COLORS]
     reports = {row["script"]: row_report(report, row) for row in rows}
     for row in rows:  # joined in the order of sparsity
         same = [r for r in rows if _series(r) == _series(row)]

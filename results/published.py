@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,8 @@ IMAGENET = 1_281_167
 RIGL_STEPS = 32_000
 """Optimizer steps of a run of length 1, as the RigL paper counts them."""
 
-# Why ours is not the printed figure; the column `differs` of the rows refers to these letters.
+# Why ours is not the printed figure, or what to know of a printed accuracy; the column `differs` of
+# the rows refers to these letters.
 REASONS = {
     "a": "the printed size is ER's with every layer sparse (23.685), the line after uniform in the "
     "authors' notebook; uniform with a dense conv1 has 23.729",
@@ -27,6 +28,8 @@ REASONS = {
     "with 0.09x); the authors' notebook prints 334.134 and 168.614 MFLOPs: 0.293x and 0.148x",
     "e": "the size of ERK is printed in the rows of uniform, whose own is 2.396",
     "f": "printed before ERK's budget was rounded down; --rounding ceil prints it",
+    "g": "read off the authors' plot, to +-0.2",
+    "h": "published for a non-uniform distribution that is not known; ERK is ours",
 }
 
 # The notebook behind the MobileNet rows had fc as a 1x1 convolution and left it to ERK to make
@@ -41,34 +44,50 @@ class ReportNetwork(Protocol):
 
 
 def read_rows(source: str | None = None) -> list[dict[str, str]]:
-    """Return the rows of table.csv: all, or those of "rigl", "port" or "ours"."""
+    """Return the rows of table.csv: all, or those of a source, such as "rigl" or "ours"."""
     with ROWS.open(newline="") as file:
         return [row for row in csv.DictReader(file) if source in (None, row["source"])]
 
 
-def schedule(row: Mapping[str, str]) -> dict[str, float]:
-    """Return when the topology of a row changes: flags of main.py, spelled with underscores."""
+def schedule(row: Mapping[str, str]) -> dict[str, Any]:
+    """Return further settings of a row's method: flags of main.py, spelled with underscores."""
     entries = (entry.split("=") for entry in row["schedule"].split())
-    return {name.replace("-", "_"): json.loads(value) for name, value in entries}
+    return {name.replace("-", "_"): _value(text) for name, text in entries}
+
+
+def _value(text: str) -> Any:
+    if "|" in text:
+        return text.split("|")
+    return text if text.isalpha() else json.loads(text)
+
+
+def notes(row: Mapping[str, str]) -> dict[str, str]:
+    """Return figure -> letter of what is to be known of it (`REASONS`)."""
+    return dict(entry.split("=") for entry in row["differs"].split())
 
 
 def row_report(report: ReportNetwork, row: Mapping[str, str], **options: Any) -> dict[str, Any]:
     """Return the costs of a row; `options` replace its own."""
-    steps = int(row["epochs"]) * (IMAGENET // int(row["optimizer_batch_size"]))
+    epochs = int(row["epochs"])
+    steps = epochs * (IMAGENET // int(row["optimizer_batch_size"]))
     arguments: dict[str, Any] = {
         "sparsity": float(row["sparsity"]),
-        "distribution": row["distribution"] or "erk",
+        "distribution": row["distribution"] or None,
         "dense_layers": row["dense_layers"].split() or None,
         "method": row["method"],
         "multiplier": float(row["length"]),
-        "settings": {**schedule(row), "total_steps": steps},
+        "settings": {**schedule(row), "total_steps": steps, "epochs": epochs},
         "total_steps": steps,
+        "exact": True,
     }
     return report(row["arch"], **{**arguments, **options})
 
 
-def figures(report: Mapping[str, Any], row: Mapping[str, str]) -> dict[str, float]:
-    """Return what the tables print: megabytes and ratios to dense, or FLOPs for RigL's dense."""
+def figures(report: Mapping[str, Any], row: Mapping[str, str]) -> dict[str, float | None]:
+    """Return what the tables print: megabytes and ratios to dense, or FLOPs for RigL's dense.
+
+    None is what depends on how training shares out the weights among the layers.
+    """
     if row["source"] == "rigl" and row["method"] == "dense":
         train, inference = training_flops(report, row), report["inference_flops"]
     else:
@@ -85,18 +104,20 @@ def training_flops(report: Mapping[str, Any], row: Mapping[str, str]) -> float:
     return float(3 * report["dense_flops"] * images * report["training_ratio"])
 
 
-def compare(printed: str, ours: float, reason: str) -> tuple[str, str]:
+def compare(printed: str, ours: float | None, reason: str) -> tuple[str, str]:
     """Return a cell and its mark.
 
     Args:
         printed: The published figure, such as "0.42" or "3.2e18"; empty if there is none.
-        ours: The same, computed.
+        ours: The same, computed; None if it is not known before training.
         reason: Mark of a cell whose digits differ.
 
     Returns:
         The published figure with "=" where ours prints the same digits, else both and the reason;
         and the mark: "=", `reason`, or "" for an unpublished figure.
     """
+    if ours is None:
+        return "-", ""
     if not printed:
         return f"{ours:.4g}", ""
     mantissa, _, exponent = printed.partition("e")
@@ -108,20 +129,23 @@ def compare(printed: str, ours: float, reason: str) -> tuple[str, str]:
 
 
 def table(source: str, report: ReportNetwork, *, rounding: str = "floor") -> str:
-    """Return the rows of "rigl" or "port" as Markdown, every published cell marked.
+    """Return the rows of a source as Markdown, every published cell marked.
 
     Raises:
         ValueError: A cell differs and table.csv names no reason for it.
     """
     lines = ["| row | top-1 % | training | inference | size MB | zeros % |", "|" + "---|" * 6]
     marks: dict[str, list[str]] = {}
+    remarks: set[str] = set()
     for row in read_rows(source):
         options: dict[str, Any] = {"rounding": rounding}
         if row["arch"] == "mobilenet_v1" and row["distribution"] == "erk":
             options |= NOTEBOOK_MOBILENET
         costs_of_row = row_report(report, row, **options)
-        cells = [Path(row["script"]).stem, row["published_top1"]]
-        reasons = dict(entry.split("=") for entry in row["differs"].split())
+        reasons = notes(row)
+        cells = [Path(row["script"]).stem, f"{row['published_top1']} {reasons.get('top1', '')}"]
+        cells[-1] = cells[-1].strip()
+        remarks |= {*reasons.values()} & {reasons.get("top1")}
         for name, ours in figures(costs_of_row, row).items():
             cell, mark = compare(row[f"published_{name}"], ours, reasons.get(name, ""))
             if "/" in cell and not mark:
@@ -130,10 +154,10 @@ def table(source: str, report: ReportNetwork, *, rounding: str = "floor") -> str
             marks.setdefault(row["arch"], []).append(mark)
         cells.append(f"{100 * costs_of_row['overall_sparsity']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_legend(marks)])
+    return "\n".join([*lines, "", *_legend(marks, remarks)])
 
 
-def _legend(marks: Mapping[str, list[str]]) -> list[str]:
+def _legend(marks: Mapping[str, list[str]], remarks: Collection[str]) -> list[str]:
     lines = ["Training and inference are FLOPs relative to the dense network, 1x training."]
     for arch, of_arch in marks.items():
         if compared := [mark for mark in of_arch if mark]:
@@ -141,5 +165,5 @@ def _legend(marks: Mapping[str, list[str]]) -> list[str]:
             lines.append(
                 f"{arch}: {equal} of {len(compared)} cells print the published digits (=)."
             )
-    used = {mark for of_arch in marks.values() for mark in of_arch}
+    used = {mark for of_arch in marks.values() for mark in of_arch} | {*remarks}
     return lines + [f"{letter}: {REASONS[letter]}." for letter in sorted(used & REASONS.keys())]

@@ -7,6 +7,7 @@ script of each row and the tables of results/README.md. A new line may leave the
 
 import csv
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -23,7 +24,19 @@ COMPUTED = ("train", "inference", "size", "overall_sparsity")
 Row = Mapping[str, str]
 
 ARCHES = {"resnet50": "ResNet-50", "mobilenet_v1": "MobileNet-v1"}
-PUBLISHERS = {"rigl": "RigL", "port": "the earlier port"}
+PUBLISHERS = {
+    "rigl": "RigL",
+    "port": "the earlier port",
+    "acdc": "AC/DC",
+    "gap": "GaP",
+    "granet": "GraNet",
+    "srigl": "SRigL",
+}
+UNPUBLISHED = {
+    "ours": ": a baseline.",
+    "granet": ". No accuracy is quoted (docs/reproducing.md).",
+    "compare": ", recipe of the port.",
+}
 METHODS = {
     "static": "A random mask that never changes",
     "set": "SET (random growth)",
@@ -31,8 +44,13 @@ METHODS = {
     "snfs": "SNFS (momentum growth, redistribution)",
     "snip": "SNIP (mask from the first gradient)",
     "gmp": "Gradual magnitude pruning from dense",
+    "acdc": "AC/DC",
+    "gap": "GaP, cyclic",
+    "granet": "GraNet",
+    "srigl": "SRigL",
 }
 DISTRIBUTIONS = {"erk": "ERK", "er": "ER", "uniform": "uniform"}
+TABLES = [*PUBLISHERS, "compare"]
 
 
 def percent(share: str, digits: int = 1) -> str:
@@ -48,18 +66,37 @@ def title(row: Row) -> str:
     else:
         if row["arch"] != "resnet50":
             parts = [ARCHES[row["arch"]]]
-        parts += [METHODS.get(row["method"], row["method"]), DISTRIBUTIONS[row["distribution"]]]
+        parts += [METHODS.get(row["method"], row["method"]), *variant(row)]
         parts += [f"{percent(row['sparsity'])} sparse"]
     by_length = row["recipe"] == "rigl"
     parts += [f"{row['length']}x training" if by_length else f"{row['epochs']} epochs"]
-    if float(row["label_smoothing"]) == 0:
+    if by_length and float(row["label_smoothing"]) == 0:
         parts += ["no label smoothing"]
     if row["published_top1"]:
         publisher = PUBLISHERS[row["source"]]
         result = f". Top-1 published by {publisher}: {row['published_top1']}."
     else:
-        result = ": a baseline."
+        result = UNPUBLISHED[row["source"]]
     return ", ".join(parts) + result
+
+
+def variant(row: Row) -> list[str]:
+    """Return which form of a method a row has, and how sparsity is spread."""
+    found, settings = [], published.schedule(row)
+    if "initial_sparsity" in settings:
+        first = settings["initial_sparsity"]
+        found += [f"from {percent(first)} sparse by ERK" if first else "from dense"]
+    if settings.get("min_salient") == 0:
+        found += ["without ablation"]
+    if settings.get("scope") == "global":
+        found += ["all layers together"]
+    return [*found, *(DISTRIBUTIONS[name] for name in [row["distribution"]] if name)]
+
+
+def remarks(row: Row) -> list[str]:
+    """Return a line that says what is to be known of the published accuracy, if anything is."""
+    letter = published.notes(row).get("top1")
+    return [f"{row['published_top1']} is {published.REASONS[letter]}."] if letter else []
 
 
 def dense_layers(row: Row) -> list[str]:
@@ -81,8 +118,10 @@ def flags(row: Row) -> list[str]:
     found = [f"--epochs {row['epochs']}", f"--label-smoothing {row['label_smoothing']}"]
     if row["method"] != "dense":
         names = {"sparse-method": "method", "distribution": "distribution", "sparsity": "sparsity"}
-        found += [f"--{flag} {row[column]}" for flag, column in names.items()]
-    found += ["--" + entry.replace("=", " ") for entry in row["schedule"].split()]
+        found += [f"--{flag} {row[column]}" for flag, column in names.items() if row[column]]
+    for entry in row["schedule"].split():
+        flag, _, text = entry.partition("=")
+        found += [f"--{flag} {shlex.join(text.split('|'))}"]
     if row["dense_layers"]:
         found += [f"--dense-layers {row['dense_layers']}"]
     return found
@@ -99,15 +138,16 @@ def script(row: Row) -> str:
     """Return the script of a row."""
     path = Path(row["script"])
     recipe = "../" * (len(path.parts) - 2) + f"recipes/{row['recipe']}.sh"
-    arguments = [path.stem, row["optimizer_batch_size"], row["arch"]]
+    name = path.relative_to("scripts").with_suffix("")
+    arguments = [str(name), row["optimizer_batch_size"], row["arch"]]
     if row["recipe"] == "rigl":
-        arguments += [row["length"]]
+        arguments = [path.stem, *arguments[1:], row["length"]]
     origin = "Written by scripts/rows.py from results/table.csv."
     call = f'exec bash "$(dirname "${{BASH_SOURCE[0]}}")/{recipe}" {" ".join(arguments)}'
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            *(f"# {line}" for line in (title(row), *dense_layers(row), origin)),
+            *(f"# {line}" for line in (title(row), *remarks(row), *dense_layers(row), origin)),
             "set -euo pipefail",
             " \\\n    ".join([call, *wrap([*flags(row), '"$@"'])]),
             "",
@@ -118,13 +158,14 @@ def script(row: Row) -> str:
 def computed(row: Row) -> dict[str, str]:
     """Return the columns of a row that we compute."""
     report = published.row_report(costs.report_network, row)
-    found = {name: f"{value:.6g}" for name, value in published.figures(report, row).items()}
+    values = published.figures(report, row)
+    found = {name: "" if value is None else f"{value:.6g}" for name, value in values.items()}
     return {**found, "overall_sparsity": f"{report['overall_sparsity']:.6f}"}
 
 
 def page(text: str) -> str:
     """Return results/README.md with its tables replaced by those of costs.py."""
-    for source in ("rigl", "port"):
+    for source in TABLES:
         table = published.table(source, costs.report_network)
         heading = rf"(## .*`python costs\.py --table {source}`.*\n\n)"
         paragraph = r"(?:.+\n)+"  # one of the table, one of its legend
@@ -142,6 +183,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     for row in rows:
+        (ROOT / row["script"]).parent.mkdir(exist_ok=True)
         (ROOT / row["script"]).write_text(script(row))
     readme = ROOT / "results/README.md"
     readme.write_text(page(readme.read_text()))

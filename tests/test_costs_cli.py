@@ -10,6 +10,7 @@ import pytest
 
 import costs
 from results import published
+from scripts.rows import TABLES
 
 ROOT = Path(__file__).parents[1]
 ORACLE = json.loads((ROOT / "tests/data/oracle.json").read_text())
@@ -105,6 +106,35 @@ def test_every_published_figure_of_the_table_is_the_one_in_the_record() -> None:
         assert row["published_top1"] == theirs["top1"]
         for name in ("train", "inference", "size"):
             assert row[f"published_{name}"] == theirs[name]
+
+
+FIGURES = {  # of the authors' READMEs, and of SRigL's notebook
+    "acdc": "76.45 75.03 73.14 68.48 75.04 73.28 76.09 74.29",
+    "gap": "77.856 78.132 76.348 77.896",
+    "granet": "",
+    "srigl": "75.01 72.71 69.18 51.55 74.8 72.7 68.8 48.7",
+}
+
+
+@pytest.mark.parametrize("source", FIGURES)
+def test_rows_of_other_methods_have_the_figures_of_their_authors(source: str) -> None:
+    found = [row["published_top1"] for row in published.read_rows(source)]
+    assert " ".join(found).strip() == FIGURES[source]
+
+
+def test_costs_that_training_decides_are_not_made_up() -> None:
+    table = published.table("acdc", costs.report_network)
+    line = next(line for line in table.splitlines() if "rn50_global_0.98" in line)
+    assert line == "| rn50_global_0.98 | 68.48 | - | - | - | 98.00 |"
+    (row,) = (r for r in published.read_rows("acdc") if "uniform_0.9.sh" in r["script"])
+    assert float(row["train"]) == pytest.approx(0.565, abs=6e-4)  # by the authors' accounting
+
+
+def test_a_figure_that_is_not_printed_says_where_it_comes_from() -> None:
+    table = published.table("srigl", costs.report_network)
+    assert "| rn50_no_ablation_0.9 | 72.7 g |" in table
+    assert f"\ng: {published.REASONS['g']}." in table
+    assert "h: " not in table
 
 
 def test_a_differing_cell_without_a_reason_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +233,7 @@ def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["size_mb"] == pytest.approx(13.498864)
 
 
-@pytest.mark.parametrize("source", ["rigl", "port"])
+@pytest.mark.parametrize("source", TABLES)
 def test_the_tables_of_the_document_are_those_of_the_command(source: str) -> None:
     text = (ROOT / "results/README.md").read_text()
     assert published.table(source, costs.report_network) in text

@@ -48,6 +48,7 @@ SHOWN = list(dict.fromkeys(command for path in DOCUMENTS for command in commands
 # or the file whose tests run it for real.
 
 
+ROW = r"bash scripts/(((rigl|acdc|gap|granet|srigl)/)?(rn50|mbv1)_|compare/)\S+\.sh"
 LAUNCHERS = r"torchrun|python multiproc\.py|python -m image_classification\.launch"
 
 
@@ -173,7 +174,7 @@ Rule = Callable[[Command, pytest.MonkeyPatch], None] | str
 RULES: dict[str, Rule] = {
     r"python main\.py .*sensitivity:Sensitivity": "tests/sparse/test_adding_a_method.py",
     rf"(python|({LAUNCHERS}) .*) main\.py": plan_main,
-    r"bash scripts/(rigl/)?(rn50|mbv1)_\S+\.sh": plan_row,
+    ROW: plan_row,
     r"python costs\.py": run_costs,
     r"python (export\.py|classify\.py|-m cli\.(convert|combine))": parse,
     r"python (benchmarks/\w+\.py|-m cli\.report)": helped,
@@ -197,7 +198,7 @@ RULES: dict[str, Rule] = {
 }
 """Beginning of a command -> what holds it."""
 
-NEEDS = r"main\.py|bash scripts/(rigl/)?(rn50|mbv1)|bash docker/|docker run|sbatch|enroot"
+NEEDS = rf"main\.py|{ROW}|bash docker/|docker run|sbatch|enroot"
 """Commands that do not run just anywhere: in a block their comment says what they need."""
 
 

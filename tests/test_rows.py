@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import costs
 import main
 from results import published
 from scripts import rows
+from sparse import METHODS
 
 ROOT = Path(__file__).parents[1]
 ROWS = {row["script"]: row for row in published.read_rows()}
@@ -61,9 +63,23 @@ def value(argv: list[str], flag: str) -> str:
 
 
 def test_every_script_is_a_row_and_every_row_has_its_script() -> None:
-    scripts = [*(ROOT / "scripts").glob("rn50_*.sh"), *(ROOT / "scripts/rigl").glob("*.sh")]
+    scripts = [*(ROOT / "scripts").glob("rn50_*.sh")]
+    for folder in ("rigl", "acdc", "gap", "granet", "srigl", "compare"):
+        scripts += (ROOT / "scripts" / folder).glob("*.sh")
     assert {str(s.relative_to(ROOT)) for s in scripts} == ROWS.keys()
-    assert len(ROWS) == 12 + 29 + 11
+    counts = Counter(row["source"] for row in ROWS.values())
+    assert (counts["port"], counts["rigl"], counts["ours"]) == (12, 29, 11)
+    assert (counts["acdc"], counts["gap"], counts["granet"], counts["srigl"]) == (8, 4, 6, 8)
+    assert len(ROWS) == 12 + 29 + 11 + 26 + counts["compare"]
+
+
+def test_every_method_is_compared_at_the_same_sparsities() -> None:
+    rows = [row for row in ROWS.values() if row["source"] == "compare"]
+    methods = {*METHODS} - {"rigl_reset"}  # a control, not a way to train
+    named = {f"scripts/compare/{m}_{s}.sh" for m in methods for s in ("0.8", "0.9", "0.95")}
+    assert {row["script"] for row in rows} == named | {"scripts/compare/dense.sh"}
+    alike = "recipe arch epochs optimizer_batch_size label_smoothing dense_layers".split()
+    assert len({tuple(row[column] for column in alike) for row in rows}) == 1
 
 
 @pytest.mark.parametrize("script", ROWS)
@@ -80,13 +96,22 @@ def test_the_plan_of_a_row(
     assert plan["epochs"] == int(row["epochs"])
     assert plan["optimizer_batch_size"] == int(row["optimizer_batch_size"])
     assert plan["label_smoothing"] == float(row["label_smoothing"])
-    assert (plan["momentum"], plan["weight_decay"]) == (0.9, 1e-4)
+    gentle = row["source"] in ("acdc", "gap")
+    assert (plan["momentum"], plan["weight_decay"]) == (
+        (0.875, 3.0517578125e-5) if gentle else (0.9, 1e-4)
+    )
     assert plan["sparse"]["method"] == row["method"]
     assert (plan["sparse"]["distribution"] or "") == row["distribution"]
     assert (plan["sparse"]["sparsity"] or 0) == float(row["sparsity"])
-    assert plan["sparse"]["overall_sparsity"] == plan_sparsity(row)
-    check_costs(plan["cost"], row)
-    check_rigl(plan, row) if row["source"] == "rigl" else check_port(plan, row)
+    if plan["cost"] is None:  # training shares out the weights among the layers
+        zeros = pytest.approx(float(row["overall_sparsity"]), abs=1e-6)
+        assert plan["sparse"]["overall_sparsity"] == zeros
+        assert (row["train"], row["inference"], row["size"]) == ("", "", "")
+    else:
+        assert plan["sparse"]["overall_sparsity"] == plan_sparsity(row)
+        check_costs(plan["cost"], row)
+    CHECKS.get(row["source"], check_port)(plan, row)
+    assert (plan["cost"] is None) == (row["method"] != "dense" and not row["distribution"])
     if row["method"] == "rigl":
         assert (plan["sparse"]["delta_t"], plan["sparse"]["drop_fraction"]) == (100, 0.3)
         assert plan["sparse"]["num_updates"] == plan["sparse"]["t_end"] // 100 + 1
@@ -131,8 +156,56 @@ def check_port(plan: Mapping[str, Any], row: Mapping[str, str]) -> None:
     assert (plan["lr"], plan["nesterov"], plan["mixup"]) == (1.2, False, 0.2)
     assert (plan["lr_schedule"], plan["lr_per_step"]) == ("cosine", False)
     assert plan["warmup_epochs"] == 10
-    if row["method"] in ("set", "snfs", "rigl", "gmp"):
+    if row["method"] in ("set", "snfs", "rigl", "gmp", "srigl"):
         assert plan["sparse"]["t_end"] == plan["total_steps"] * 4 // 5
+
+
+def check_acdc(plan: Mapping[str, Any], row: Mapping[str, str]) -> None:
+    """100 epochs have 8 compressions and 7 decompressions, and 20 epochs more have 4 more."""
+    assert plan["total_steps"] == 5004 * plan["epochs"]
+    assert (plan["lr"], plan["nesterov"], plan["mixup"]) == (0.256, False, 0)
+    assert (plan["lr_schedule"], plan["lr_per_step"]) == ("cosine", False)
+    assert plan["warmup_epochs"] == 5
+    assert plan["sparse"]["num_updates"] == 15 + (plan["epochs"] - 100) // 5
+
+
+def check_gap(plan: Mapping[str, Any], row: Mapping[str, str]) -> None:
+    """The learning rate begins anew with every phase, and with the fine-tuning after the last."""
+    assert plan["total_steps"] == 625 * plan["epochs"]
+    assert (plan["lr"], plan["nesterov"], plan["mixup"]) == (2.048, False, 0.2)
+    assert (plan["lr_schedule"], plan["lr_per_step"]) == ("cosine", False)
+    assert plan["warmup_epochs"] == 8
+    given = published.schedule(row)
+    phases = [given["phase_epochs"] * number for number in range(1, given["num_phases"] + 1)]
+    assert plan["lr_restarts"] == phases
+    assert plan["sparse"]["num_updates"] == given["num_phases"]
+
+
+def check_granet(plan: Mapping[str, Any], row: Mapping[str, str]) -> None:
+    assert plan["total_steps"] == 10_009 * plan["epochs"]
+    assert (plan["lr"], plan["nesterov"], plan["mixup"]) == (0.1, False, 0)
+    assert (plan["lr_schedule"], plan["lr_milestones"]) == ("step", [30, 60, 90])
+    assert plan["warmup_epochs"] == 5
+    assert (plan["sparse"]["delta_t"], plan["sparse"]["drop_fraction"]) == (4000, 0.5)
+    assert plan["sparse"]["num_updates"] == 250
+
+
+def check_srigl(plan: Mapping[str, Any], row: Mapping[str, str]) -> None:
+    assert abs(plan["total_steps"] - 256_000) < 2502
+    assert (plan["lr"], plan["nesterov"], plan["mixup"]) == (0.2, True, 0)
+    assert (plan["lr_schedule"], plan["lr_milestones"]) == ("step", [30, 70, 90])
+    assert plan["warmup_epochs"] == 5
+    assert (plan["sparse"]["delta_t"], plan["sparse"]["drop_fraction"]) == (800, 0.3)
+    assert (plan["sparse"]["t_end"], plan["sparse"]["num_updates"]) == (192_000, 239)
+
+
+CHECKS = {
+    "rigl": check_rigl,
+    "acdc": check_acdc,
+    "gap": check_gap,
+    "granet": check_granet,
+    "srigl": check_srigl,
+}
 
 
 def test_what_follows_from_the_table_is_current() -> None:
@@ -187,7 +260,13 @@ def test_the_published_accuracy_stands_in_the_script_and_nothing_else_does() -> 
             )
 
 
-SOURCES = {"rigl": "RigL", "port": "the earlier port"}
+SOURCES = {
+    "rigl": "RigL",
+    "port": "the earlier port",
+    "acdc": "AC/DC",
+    "gap": "GaP",
+    "srigl": "SRigL",
+}
 
 
 @pytest.mark.parametrize(
