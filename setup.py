@@ -34,7 +34,7 @@ RENAMED = {
     r"\bsparse\.native\b": f"{LIBRARY}.native",
     r"(python )?(?<![\w/])main\.py\b": LIBRARY,
     r"(python )?(?<![\w/])(costs|export|classify)\.py\b": rf"{LIBRARY}-\2",
-    r"python -m cli\.(convert|report)\b": rf"{LIBRARY}-\1",
+    r"python -m cli\.(combine|convert|report)\b": rf"{LIBRARY}-\1",
     r"python -m image_classification\.launch\b|\bmultiproc\.py\b": f"{LIBRARY}-launch",
     # without --upgrade, which could bring a stranger's package of this name
     r"--upgrade -r requirements\.txt \(bash scripts/test\.sh makes \.venv\)": f"'{LIBRARY}[train]'",

@@ -113,7 +113,7 @@ def run(given: Flags) -> str:
     return f"{given.target}: {found.arch} of {len(given.runs)} runs{share}"
 
 
-PROGRAM = Program("combine", Flags, run)
+PROGRAM = Program("python -m cli.combine", Flags, run)
 main = PROGRAM.main
 
 

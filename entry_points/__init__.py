@@ -51,6 +51,14 @@ def convert() -> int:
     return main(sys.argv[1:])
 
 
+def combine() -> int:
+    """Put a network together from runs that trained a partition each."""
+    versions.require()
+    from cli.combine import main
+
+    return main(sys.argv[1:])
+
+
 def report() -> int:
     """Turn finished runs into a table."""
     versions.require()

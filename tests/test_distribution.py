@@ -257,6 +257,7 @@ def test_a_network_is_trained_by_the_installed_programs(
         Job("sparsetrain-costs", "--sparsty 0.9", "sparsetrain-costs: error: ", status=2),
         Job("sparsetrain-export", "checkpoint.pth.tar net.safetensors", "25793 of 257888"),
         Job("sparsetrain-convert", "checkpoint.pth.tar w.pth --to torchvision", "5 masks"),
+        Job("sparsetrain-combine", "c.pth.tar --runs none.pth.tar", "none.pth.tar", status=2),
         Job("sparsetrain-report", raport.name, "| 0.9000 |"),
         Job(
             "sparsetrain",
