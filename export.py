@@ -17,6 +17,7 @@ from typing import Literal
 
 from cli import networks
 from cli.program import Program
+from image_classification import models
 from image_classification.flags import argument, flag
 from sparse import runtime
 
@@ -82,7 +83,8 @@ def write(given: Flags, trained: networks.Trained) -> None:
     elif given.compact_channels:
         networks.write_program(trained, output)
     else:
-        trained.model()  # a checkpoint that main.py cannot load is none
+        if trained.arch in models.names():
+            trained.model()  # fails where the channels of a compact file are not those of its name
         networks.write_checkpoint(output, trained.arch, trained.state, config=trained.config())
 
 

@@ -50,7 +50,10 @@ class Trained:
             model.load_state_dict(dict(self.state), assign=True)
         except (RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{self.arch} does not have these weights: {reason}") from error
+            raise ValueError(
+                f"{self.arch} does not have these weights (if --compact-channels has written them, "
+                f"convert the checkpoint instead): {reason}"
+            ) from error
         return model.eval()
 
     def config(self) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def test_flattened_maps_and_concatenations() -> None:
     kill(model.a, 0, 1, 5, bias=0.5)
     kill(model.b, 3, bias=0.5)
     shapes = shapes_of(compacted(model, 2, 3, 6, 6))
-    assert shapes["a.weight"][0], shapes["b.weight"][0] == (5, 3)
+    assert (shapes["a.weight"][0], shapes["b.weight"][0]) == (5, 3)
     assert shapes["c.weight"] == (5, 8 * 16)
 
 
