@@ -333,19 +333,29 @@ def test_the_runtime_computes_the_smaller_network(save: Callable[..., object]) -
         torch.testing.assert_close(network(images), small(images), rtol=1e-4, atol=1e-5)
 
 
-def branching(x: Tensor, a: nn.Module) -> Tensor:
+def branching(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
     return a(x) if x.sum() > 0 else x
+
+
+def overwritten_elsewhere(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+    y = a(x)
+    z = y.contiguous()  # the same memory
+    F.relu(y, inplace=True)
+    return b(z)
 
 
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
         (branching, "Net cannot be traced: symbolically traced variables cannot be used"),
-        (lambda x, a: a(x[:, :2]), r"Net cannot be run: Given groups=1, weight of size \[8, 3"),
-        (lambda x, a: (a(x), x), "more than one output"),
+        (lambda x, a, b: a(x[:, :2]), r"Net cannot be run: Given groups=1, weight of size \[8, 3"),
+        (lambda x, a, b: (a(x), x), "more than one output"),
+        (overwritten_elsewhere, "computes something else without its dead channels"),
     ],
 )
 def test_refusals(forward: Callable[..., Tensor], message: str) -> None:
+    model = Net(forward, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1))
+    kill(model.a, 0, bias=-9)
     with pytest.raises(ValueError, match=message) as caught:
-        runtime.compact_channels(Net(forward, nn.Conv2d(3, 8, 1)), torch.randn(2, 3, 4, 4))
+        runtime.compact_channels(model, torch.randn(2, 3, 4, 4))
     assert "\n" not in str(caught.value)
