@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.nn.utils import parametrize
 
 from .tracing import symbolic_trace
 
@@ -57,10 +56,15 @@ def compact_channels(model: nn.Module, images: Tensor) -> fx.GraphModule:
             with them the outputs are compared at the end.
 
     Raises:
-        ValueError: The model cannot be traced or run, has several inputs or outputs, or would
+        ValueError: The model cannot be copied, traced or run, has several inputs or outputs, or would
             compute something else.
     """
-    traced = symbolic_trace(copy.deepcopy(model).eval())
+    try:
+        own = copy.deepcopy(model).eval()
+    except RuntimeError as error:  # such as weights that torch.nn.utils.prune computes
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{type(model).__name__} cannot be copied: {reason}") from error
+    traced = symbolic_trace(own)
     recorder = _Recorder(traced)
     try:
         with torch.no_grad():
@@ -238,6 +242,8 @@ class _Compaction:
         return None
 
     def _of_module(self, node: fx.Node, module: nn.Module) -> _Operation | None:
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
         if isinstance(module, _POINTWISE_MODULES):
             return self._pointwise(node)
         if isinstance(module, nn.AvgPool2d):
@@ -246,7 +252,7 @@ class _Compaction:
             return self._tied(node, lambda source: source)
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             return self._flatten(node)
-        if self._uses[str(node.target)] > 1 or not _is_plain(module, self._modules):
+        if self._uses[str(node.target)] > 1 or not _is_alone(module, self._modules):
             return None
         if isinstance(module, _BATCH_NORM) and module.running_mean is not None:
             return self._tied(node, lambda source: _normalized(module, source), module)
@@ -391,10 +397,8 @@ def _used_module(node: fx.Node) -> str:
     return name if node.op == "call_module" else ""
 
 
-def _is_plain(module: nn.Module, modules: dict[str, nn.Module]) -> bool:
-    """Tell whether a module alone has its weights, and computes with them as they are."""
-    if parametrize.is_parametrized(module) or module._forward_hooks or module._forward_pre_hooks:
-        return False
+def _is_alone(module: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """Tell whether no other module has a module's parameters, as parametrizations have."""
     own = {id(parameter) for parameter in module.parameters()}
     others = (other for other in modules.values() if other is not module)
     return not any(id(p) in own for other in others for p in other.parameters(recurse=False))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -265,10 +266,22 @@ def test_values_that_are_overwritten_are_read_as_they_are_then() -> None:
     assert shapes_of(compacted(model, 2, 3, 6, 6))["a.weight"][0] == 6
 
 
-def test_parametrized_layers_and_layers_with_hooks_stay_whole() -> None:
-    model = chain(*(nn.Conv2d(i, 8, 1) for i in (3, 8)), nn.Conv2d(8, 4, 1))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: nn.utils.parametrizations.spectral_norm(model[2]),
+        lambda model: model[2].register_forward_hook(lambda module, inputs, y: y.roll(1, 1)),
+        lambda model: model[1].register_forward_hook(lambda module, inputs, y: y.roll(1, 1)),
+    ],
+    ids=["parametrization", "hook of a layer", "hook of an activation"],
+)
+def test_parametrized_layers_and_modules_with_hooks_stay_whole(
+    change: Callable[[nn.Module], object],
+) -> None:
+    model = chain(nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
     kill(model[0], 0, bias=1)
-    nn.utils.parametrizations.spectral_norm(model[1])
+    kill(model[2], 0, bias=1)
+    change(model)
     assert compacted(model, 2, 3, 6, 6).get_submodule("0").out_channels == 8
 
 
@@ -359,3 +372,12 @@ def test_refusals(forward: Callable[..., Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         runtime.compact_channels(model, torch.randn(2, 3, 4, 4))
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_hooks_compute_are_refused() -> None:
+    model = chain(nn.Linear(3, 8), nn.Linear(8, 4))
+    nn.utils.prune.random_unstructured(model[0], "weight", 3)
+    with pytest.raises(ValueError, match="Sequential cannot be copied: Only Tensors"):
+        runtime.compact_channels(model, torch.randn(2, 3))
+    nn.utils.prune.remove(model[0], "weight")
+    compacted(model, 2, 3)
