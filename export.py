@@ -2,6 +2,7 @@
 
 Writes a trained network as a compact sparse file (a bit per weight and the active values), which
 `sparse.runtime.load` runs; or a compact file back as a checkpoint, or either as a dense ONNX graph.
+`--compact-channels` first removes the channels that the network does not need.
 """
 
 from image_classification import versions
@@ -16,6 +17,7 @@ from typing import Literal
 
 from cli import networks
 from cli.program import Program
+from image_classification import models
 from image_classification.flags import argument, flag
 from sparse import runtime
 
@@ -40,6 +42,11 @@ class Flags:
         "and --to torch gives back the trained weights bit for bit (compact only)",
     )
     ema: bool = flag(False, "take the moving average of the weights")
+    compact_channels: bool = flag(
+        False,
+        "remove the channels that are constant or that nobody reads: a smaller network with the "
+        "same outputs; --to torch then writes a program for torch.export.load",
+    )
 
 
 def run(given: Flags) -> str:
@@ -53,20 +60,32 @@ def run(given: Flags) -> str:
             f"--dtype and --keep-batch-norm have no effect with --to {given.to}: leave them out"
         )
     trained = networks.read(given.source, ema=given.ema)
-    fold = not given.keep_batch_norm
+    removed = ""
+    if given.compact_channels:
+        trained, removed = networks.compact_channels(trained)
     with networks.writing(given.output):
-        if given.to == "compact":
-            networks.write_compact(trained, given.output, dtype=given.dtype, fold=fold)
-        elif given.to == "torch":
-            networks.write_checkpoint(
-                given.output, trained.arch, trained.state, config=trained.config()
-            )
-        else:
-            networks.write_onnx(trained, given.output)
+        write(given, trained)
     active = sum(int(mask.sum()) for mask in trained.masks.values())
     total = sum(mask.numel() for mask in trained.masks.values())
     share = f", {active} of {total} masked weights active" if total else ""
-    return f"{given.output}: {trained.arch}, {given.output.stat().st_size / 1e6:.3f} MB{share}"
+    size = f"{given.output.stat().st_size / 1e6:.3f} MB"
+    line = f"{given.output}: {trained.arch}, {size}{share}"
+    return f"{line}\n{removed}" if removed else line
+
+
+def write(given: Flags, trained: networks.Trained) -> None:
+    """Write a network as the command line says."""
+    output, fold = given.output, not given.keep_batch_norm
+    if given.to == "compact":
+        networks.write_compact(trained, output, dtype=given.dtype, fold=fold)
+    elif given.to == "onnx":
+        networks.write_onnx(trained, output)
+    elif given.compact_channels:
+        networks.write_program(trained, output)
+    else:
+        if trained.arch in models.names():
+            trained.model()  # fails where the channels of a compact file are not those of its name
+        networks.write_checkpoint(output, trained.arch, trained.state, config=trained.config())
 
 
 PROGRAM = Program("export.py", Flags, run)

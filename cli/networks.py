@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from image_classification.config import Config
 from image_classification.data.stage import MEAN, STD
 from image_classification.models import count_classes, create_model, default_image_size
 from sparse import runtime
+from sparse.geometry import trace_layers
 from sparse.training import checkpoints
 
 MODEL_OPTIONS = ("stem", "width")
@@ -48,7 +50,10 @@ class Trained:
             model.load_state_dict(dict(self.state), assign=True)
         except (RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{self.arch} does not have these weights: {reason}") from error
+            raise ValueError(
+                f"{self.arch} does not have these weights (if --compact-channels has written them, "
+                f"convert the checkpoint instead): {reason}"
+            ) from error
         return model.eval()
 
     def config(self) -> dict[str, Any]:
@@ -56,6 +61,39 @@ class Trained:
         size, kind = self.image_size, self.interpolation
         known = {"arch": self.arch, **self.options, "image_size": size, "interpolation": kind}
         return {**vars(Config()), **known}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Smaller(Trained):
+    """A network without the channels that it does not need: other widths than its architecture."""
+
+    network: nn.Module
+
+    def model(self) -> nn.Module:
+        """Return the network in evaluation mode."""
+        return self.network
+
+
+def compact_channels(trained: Trained) -> tuple[Smaller, str]:
+    """Remove the channels that a network does not need; return it, and what went in words.
+
+    Raises:
+        ValueError: The network cannot be traced.
+    """
+    model, size = trained.model(), trained.image_size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    network = runtime.compact_channels(model, images)
+    state = network.state_dict()
+    masks = {name: state[name] != 0 for name in trained.masks if name in state}
+    given = {**vars(trained), "state": state, "masks": masks}
+    before, after = (trace_layers(m, size) for m in (model, network))
+    channels, left = (sum(layer.shape[0] for layer in layers) for layers in (before, after))
+    macs, still = (sum(layer.macs for layer in layers) for layers in (before, after))
+    told = (
+        f"removed {channels - left} of {channels} channels and {(macs - still) / 1e6:.1f} of "
+        f"{macs / 1e6:.1f} million multiply-adds"
+    )
+    return Smaller(**given, network=network), told
 
 
 def read(path: Path, *, ema: bool = False) -> Trained:
@@ -170,6 +208,19 @@ def write_checkpoint(
     if config:
         state["config"] = dict(config)
     checkpoint.write(output, state)
+
+
+def write_program(trained: Trained, output: Path) -> None:
+    """Write a network for `torch.export.load`, for batches of any size."""
+    size = trained.image_size
+    program = torch.export.export(
+        trained.model(),
+        (torch.zeros(2, 3, size, size),),
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+    )
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    output.write_bytes(file.getvalue())
 
 
 def write_onnx(trained: Trained, output: Path) -> None:

@@ -154,6 +154,84 @@ def test_onnx_computes_what_the_model_computes(tmp_path: Path) -> None:
         assert torch.allclose(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
 
 
+def train_with_dead_channels(directory: Path) -> tuple[Path, nn.Module]:
+    """Write a checkpoint in which 20 channels of two layers are dead, and return the network."""
+    source, model = train(directory)
+    state = checkpoint.load(source)
+    for conv, norm in (("features.0", "features.1"), ("features.3", "features.4")):
+        state["state_dict"][f"{conv}.weight"][:20] = 0
+        state["state_dict"][f"{norm}.bias"][:20] = -0.5
+    checkpoint.write(source, state)
+    model.load_state_dict(state["state_dict"])
+    return source, model
+
+
+def test_compact_channels_computes_the_same_as_compact_file_and_as_program(tmp_path: Path) -> None:
+    source, model = train_with_dead_channels(tmp_path / "run")
+    images = torch.randn(3, 3, 40, 40)
+    with torch.no_grad():
+        wanted = model(images)
+    for options in ([], ["--keep-batch-norm"]):
+        told = convert(source, tmp_path / "net", "--compact-channels", *options)
+        assert "\nremoved 40 of 292 channels and 10.9 of 30.9 million multiply-adds" in told
+        network = runtime.load(tmp_path / "net", backend="torch")
+        assert network.state_dict()["features.3.weight"].shape == (44, 12, 3, 3)
+        assert torch.allclose(network(images), wanted, rtol=1e-5, atol=1e-5)
+    convert(source, tmp_path / "net.pt2", "--compact-channels", "--to", "torch")
+    program = torch.export.load(tmp_path / "net.pt2")
+    assert program.state_dict["features.3.weight"].shape == (44, 12, 3, 3)
+    for batch in (1, 3):
+        found = program.module()(images[:batch])
+        assert torch.allclose(found, wanted[:batch], rtol=1e-5, atol=1e-5)
+
+
+def test_compact_channels_computes_the_same_as_onnx(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="reads the graph")
+    pytest.importorskip("onnxscript", reason="needs onnx and onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs the graph")
+    source, model = train_with_dead_channels(tmp_path / "run")
+    images = torch.randn(3, 3, 40, 40)
+    given = [str(source), str(tmp_path / "net.onnx"), "--to", "onnx", "--compact-channels"]
+    # in a process of its own, as above
+    subprocess.run([sys.executable, "export.py", *given], cwd=ROOT, check=True)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (found,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(found), model(images), rtol=1e-5, atol=1e-5)
+    stored = onnx.load(tmp_path / "net.onnx").graph.initializer
+    assert [44, 12, 3, 3] in [list(tensor.dims) for tensor in stored]
+
+
+@pytest.mark.parametrize("to", ["torch", "onnx"])
+def test_a_file_of_compact_channels_is_no_checkpoint(tmp_path: Path, to: str) -> None:
+    source, _ = train_with_dead_channels(tmp_path / "run")
+    convert(source, tmp_path / "net", "--compact-channels")
+    with pytest.raises(
+        ValueError, match=r"small_cnn does not have .* convert the checkpoint instead"
+    ):
+        convert(tmp_path / "net", tmp_path / "out", "--to", to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_networks_that_the_runtime_does_not_know_lose_channels_too(tmp_path: Path) -> None:
+    source, target = tmp_path / "mobilenet", tmp_path / "net.pt2"
+    torch.manual_seed(0)
+    model = create_model("mobilenet_v2", num_classes=2).eval()
+    model.features[3].conv[1][0].weight.data[5:] = 0  # depthwise, of 144 channels
+    config = {**vars(Config()), "arch": "mobilenet_v2", "image_size": 64}
+    state = {"epoch": 0, "arch": "mobilenet_v2", "state_dict": model.state_dict()}
+    checkpoint.write(source, state | {"config": config})
+    with pytest.raises(ValueError, match="the runtime does not know"):
+        convert(source, target, "--compact-channels")
+    assert not target.exists()
+    told = convert(source, target, "--compact-channels", "--to", "torch")
+    assert "removed 278 of " in told  # also of the convolution before it
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        found = torch.export.load(target).module()(images)
+        assert torch.allclose(found, model(images), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -161,6 +239,8 @@ def test_onnx_computes_what_the_model_computes(tmp_path: Path) -> None:
         (["net", "out", "--ema"], "--ema needs a checkpoint"),
         (["net", "out", "--to", "onnx", "--keep-batch-norm"], "--keep-batch-norm have no effect"),
         (["net", "no/such/directory/out"], "cannot be written"),
+        (["net", "no/out", "--compact-channels", "--to", "torch"], "no/out cannot be written"),
+        (["net", "out", "--compact-channels=2"], "compact-channels"),
         (["cut", "out"], "cut .*damaged"),
         (["zip", "out"], "zip "),
         (["net"], "required: output"),

@@ -4,9 +4,11 @@
     logits = network(images)
 
 `save` (or `export.py`) writes a file. `trace` returns the graph that `save` needs.
+`compact_channels` makes a smaller dense network without the channels that are not needed.
 """
 
 from ..native.library import BuildError
+from .channels import compact_channels
 from .format import Compact, read, save
 from .graph import Node
 from .header import DTYPES, Header
@@ -20,6 +22,7 @@ __all__ = [
     "Header",
     "Network",
     "Node",
+    "compact_channels",
     "load",
     "read",
     "save",

@@ -25,16 +25,25 @@ def trace(model: nn.Module) -> list[Node]:
     Raises:
         ValueError: The model has another operation, or one that depends on the data.
     """
-    try:
-        traced = fx.symbolic_trace(model)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{type(model).__name__} cannot be traced: {reason}") from error
+    traced = symbolic_trace(model)
     nodes = _Tracer(dict(traced.named_modules())).convert(traced.graph)
     check(nodes)
     shapes = {name: tuple(value.shape) for name, value in traced.state_dict().items()}
     check_shapes(nodes, shapes, in_channels=in_channels(nodes, shapes), folded=False)
     return nodes
+
+
+def symbolic_trace(model: nn.Module) -> fx.GraphModule:
+    """Return the graph of a model as torch.fx sees it; its modules are those of the model.
+
+    Raises:
+        ValueError: The model has control flow that depends on the data, or the like; one line.
+    """
+    try:
+        return fx.symbolic_trace(model)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{type(model).__name__} cannot be traced: {reason}") from error
 
 
 class _Tracer:
