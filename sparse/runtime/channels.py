@@ -56,8 +56,8 @@ def compact_channels(model: nn.Module, images: Tensor) -> fx.GraphModule:
             with them the outputs are compared at the end.
 
     Raises:
-        ValueError: The model cannot be copied, traced or run, has several inputs or outputs, or would
-            compute something else.
+        ValueError: The model cannot be copied, traced or run, has several inputs or outputs, or
+            would compute something else.
     """
     try:
         own = copy.deepcopy(model).eval()

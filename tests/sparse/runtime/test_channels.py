@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from image_classification.models import create_model
 from sparse import runtime
+from sparse.runtime import bindings
 from tests.sparse.runtime.random_networks import RandomNetwork
 
 
@@ -333,7 +335,9 @@ def test_architectures_become_smaller_and_compute_the_same(name: str) -> None:
     assert after < (0.99 if name == "resnext" else 0.85) * before
 
 
-def test_the_runtime_computes_the_smaller_network(save: Callable[..., object]) -> None:
+def test_the_runtime_computes_the_smaller_network(
+    save: Callable[..., Path], kernel_cache: Path, kernels: bindings.Kernels
+) -> None:
     torch.manual_seed(0)
     model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=7).eval()
     kill_randomly(model, 0, 0.5)
@@ -341,9 +345,13 @@ def test_the_runtime_computes_the_smaller_network(save: Callable[..., object]) -
     small = runtime.compact_channels(model, images)
     nodes = runtime.trace(small)
     assert len(nodes) == len(runtime.trace(model))
-    network = runtime.load(save(small, density=1.0), backend="torch")
-    with torch.no_grad():
-        torch.testing.assert_close(network(images), small(images), rtol=1e-4, atol=1e-5)
+    path = save(small, density=1.0)
+    for network in (
+        runtime.load(path, backend="torch"),
+        runtime.load(path, backend="native", tune=False, cache=kernel_cache),
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(network(images), small(images), rtol=1e-4, atol=1e-5)
 
 
 def branching(x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
