@@ -14,6 +14,7 @@ __all__ = [
     "gap",
     "gmp",
     "granet",
+    "magnitude",
     "rigl",
     "rigl_reset",
     "set",
@@ -60,7 +61,7 @@ def acdc(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        scope: Rank weights within layers or over all (snip, gmp).
+        scope: Rank weights within layers or over all.
         total_steps: Optimizer steps of acdc's run.
         dense_warmup: Optimizer steps before acdc's first compression, at least 1.
         sparse_phase: Optimizer steps from acdc's compression to decompression, at least 1.
@@ -149,7 +150,7 @@ def gmp(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        scope: Rank weights within layers or over all (snip, gmp).
+        scope: Rank weights within layers or over all.
         prune_start: Optimizer step at which gmp starts.
         prune_end: Step of gmp's final sparsity.
         prune_every: Optimizer steps between gmp's prunings, at least 1.
@@ -205,6 +206,39 @@ def granet(
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
+    """
+
+def magnitude(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    sparsity: float,
+    distribution: Literal["uniform", "er", "erk"] | None = None,
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
+    scope: Literal["layer", "global"] = "layer",
+    hooks: bool = True,
+    process_group: ProcessGroup | None = None,
+) -> Sparsifier:
+    """One-shot magnitude pruning: keep the largest weights, then train with these masks.
+
+    The masks are those of the weights that the model has when it is made sparse: load a trained
+    network before. They never change. Of n weights, n - floor(s * n) are kept. The scope "layer"
+    does this in every layer, "global" over all layers together.
+
+    Args:
+        sparsity: Fraction of zero weights, in [0, 1).
+        distribution: How sparsity is spread over layers; erk by default.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
+        scope: Rank weights within layers or over all.
+        hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         process_group: The processes that train this model, where neither DistributedDataParallel
             nor sharded weights tell it; see `Sparsifier`.
     """
@@ -445,7 +479,7 @@ def snip(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        scope: Rank weights within layers or over all (snip, gmp).
+        scope: Rank weights within layers or over all.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         process_group: The processes that train this model, where neither DistributedDataParallel
             nor sharded weights tell it; see `Sparsifier`.

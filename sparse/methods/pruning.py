@@ -20,11 +20,27 @@ class Pruning(Allocated):
     distribution: Distribution | None = setting(
         None, "how sparsity is spread over layers; erk by default"
     )
-    scope: Scope = setting("layer", "rank weights within layers or over all (snip, gmp)")
+    scope: Scope = setting("layer", "rank weights within layers or over all")
 
     @property
     def num_active(self) -> Mapping[str, int]:
         return self.allocation.sizes
+
+    @property
+    def final_counts(self) -> Mapping[str, int] | None:
+        if self.scope == "global":
+            return None
+        zeros, sizes = self.allocation.sparsities, self.allocation.sizes
+        found = {n: self.num_final(sizes[n], zeros[n]) for n in self.allocation.maskable}
+        return {**sizes, **found}
+
+    @property
+    def final_total(self) -> int:
+        if self.final_counts is not None:
+            return sum(self.final_counts.values())
+        pruned = sum(self.allocation.sizes[name] for name in self.allocation.maskable)
+        whole = sum(self.allocation.sizes.values())
+        return whole - pruned + self.num_final(pruned, self.sparsity)
 
     def prune(
         self, scores: Tensors, masks: Tensors, num_kept: Callable[[int, float], int]
