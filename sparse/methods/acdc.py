@@ -30,6 +30,7 @@ class Acdc(Pruning):
     title: ClassVar[str] = "AC/DC"
     paper: ClassVar[str] = "[Peste et al., 2021](https://arxiv.org/abs/2106.12379)"
     grows = True
+    from_masks = None
 
     total_steps: int = setting(MISSING, "optimizer steps of acdc's run", share=1.0)
     dense_warmup: int = setting(

@@ -26,6 +26,7 @@ class Magnitude(Pruning):
     title: ClassVar[str] = "one-shot magnitude pruning, per layer or global"
     paper: ClassVar[str] = "[Han et al., 2015](https://arxiv.org/abs/1506.02626)"
     timing: ClassVar[Timing] = "once"
+    from_masks = None
 
     @property
     def keeps_counts(self) -> bool:

@@ -138,10 +138,17 @@ def assert_same(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
+def masks_at(sparsity: float) -> dict[str, Tensor]:
+    model = net()
+    return sparse.static(model, sgd(model), sparsity=sparsity, seed=7).masks
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {} for name in SPREAD},
     "gap": {"partitions": ["c?", "f?"]},
     "gap_magnitude": {"partitions": ["c?", "f?"]},
+    "rigl given": {"masks": masks_at(0.6)},
+    "gmp given": {"masks": masks_at(0.4)},
     "rigl explored": {"track_exploration": True, "drop_noise": 0.01},
     "rigl new": {"grow_init": "gradient", "initial_acc_scale": 0.5},
     "snfs magnitude": {"redistribution": "magnitude"},
