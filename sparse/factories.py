@@ -46,9 +46,10 @@ def factory(method: type[Allocated]) -> Callable[..., Sparsifier]:
         if given.get("masks") is None:
             given.pop("masks", None)
             return Sparsifier(model, optimizer, method(**given), **others)
+        sizes = {name: mask.numel() for name, mask in given["masks"].items()}
         masks, num_active = sparse_only(given.pop("masks"))
         made = begin_with(method, num_active, given)
-        check_agreement(made, model, num_active)
+        check_agreement(made, model, {**sizes, **num_active})
         return Sparsifier(model, optimizer, made, masks=masks, **others)
 
     make.__name__ = make.__qualname__ = method.name
