@@ -1,6 +1,7 @@
 """Gradual magnitude pruning."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import ClassVar
 
@@ -40,6 +41,11 @@ class Gmp(Pruning):
     @functools.cached_property
     def window(self) -> Window:
         return Window(self.prune_every, self.prune_start, self.prune_end, at_end=True)
+
+    @property
+    def final_counts(self) -> Mapping[str, int] | None:
+        # Plans have the counts of `allocate`, from which those of `num_final` differ by one at most.
+        return self.allocation.num_active if self.scope == "layer" else None
 
     def due(self, step: int) -> bool:
         return self.window.due(step)
