@@ -182,3 +182,38 @@ def test_two_processes_begin_with_the_same_masks(source: Path, tmp_path: Path) -
     status = forks.finish_together([*argv, "--fsdp"], tmp_path / "log")
     assert status == [0, 0], (tmp_path / "log").read_text()[-2000:]
     assert counts(masks(tmp_path)) == counts(masks(source.parent))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_dense_network_is_pruned_at_once(tmp_path: Path, scope: str) -> None:
+    dense = first_epoch(tmp_path / "dense")
+    weights = load(tmp_path / "dense")["state_dict"]
+    flags = ["--sparse-method", "magnitude", "--sparsity", "0.8", "--scope", scope]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    begin = ["--pretrained-from-file", str(dense)]
+    train(whole, *flags, *begin)
+    found = masks(whole)
+    flat = torch.cat([weights[name].abs().flatten() for name in found])
+    for name, mask in found.items():
+        kept, pruned = weights[name][mask].abs(), weights[name][~mask].abs()
+        if scope == "global":
+            assert kept.min() >= flat.sort().values[-sum(int(m.sum()) for m in found.values())]
+        assert not len(pruned) or kept.min() >= pruned.max()
+        assert not load(whole)["state_dict"][name][~mask].any()
+    status, out, err = run(tmp_path / "plan", *flags, "--dry-run", "--epochs", "2")
+    assert status == 0, err
+    plan = json.loads(out)["sparse"]
+    active = {layer["name"]: layer["num_active"] for layer in plan["layers"]}
+    if scope == "layer":
+        assert counts(found) == {name: active[name] for name in counts(found)}
+    zeros = sum(int((~mask).sum()) for mask in found.values())
+    size = sum(w.numel() for name, w in weights.items() if name in active)
+    assert plan["overall_sparsity"] == pytest.approx(zeros / size)
+    train(parts, *flags, *begin, "--run-epochs", "1")
+    train(parts, *flags, "--resume", "auto")
+    assert_equal(load(parts)["state_dict"], load(whole)["state_dict"])
+    # Pruning in rounds: what one round pruned, the next one does not bring back.
+    begin = ["--pretrained-from-file", str(whole / "checkpoint.pth.tar"), "--drop-masks"]
+    train(tmp_path / "next", *flags, "--sparsity", "0.9", *begin)
+    after = masks(tmp_path / "next")
+    assert not any((after[name] & ~mask).any() for name, mask in found.items() if name in after)

@@ -44,7 +44,7 @@ class Gmp(Pruning):
 
     @property
     def final_counts(self) -> Mapping[str, int] | None:
-        # Plans have the counts of `allocate`, from which those of `num_final` differ by one at most.
+        # Plans have the counts of `allocate`; those of `num_final` differ by one at most.
         return self.allocation.num_active if self.scope == "layer" else None
 
     def due(self, step: int) -> bool:
