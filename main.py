@@ -11,6 +11,7 @@ if __name__ == "__main__":
     versions.require()
 
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from cli import weights
+from cli import beginning, weights
 from cli.flags import RETIRED, create_method, of_command_line, resolve
 from cli.join import attach, report_costs, try_out
 from cli.metrics import FORMATS
@@ -44,9 +45,14 @@ def dry_run(c: Config, flags: Any) -> str:
     dataset = build.inspect(c)
     plan = build.plan(c, dataset, world_size=distributed.world_from_env().world_size)
     model = build.sketch_model(c, dataset)
-    steps = plan["total_steps"]
-    try_out(c, flags, model, steps)
-    method = create_method(flags, steps, c.epochs)
+    steps, began = plan["total_steps"], None
+    if flags.from_sparse is not None:
+        new = dataclasses.replace(c, resume=None)
+        start = build.prepare(new, dataset, model, read_weights=beginning.read)
+        flags, began = beginning.begin(flags, start)
+    try_out(c, flags, model, steps, began)
+    num_active = None if began is None else began.num_active
+    method = create_method(flags, steps, c.epochs, begins_with=num_active)
     found = sparse_plan(model, method, total_steps=steps)
     plan["sparse"] = {"method": flags.sparse_method, **found}
     plan["cost"] = cost_plan(model, method, image_size=plan["image_size"], total_steps=steps)
@@ -71,8 +77,9 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         facts = run_metadata(project=__version__, distribution=DISTRIBUTION)
         return functools.partial(print, *(f"{k}: {v}" for k, v in facts.items()), sep="\n")
     c, set_by_fast = config.speed_up(c, has_gpu=torch.cuda.is_available())
+    c = beginning.take_weights(c, flags)
     config.check(c)
-    flags = resolve(flags)
+    flags = resolve(flags, resumes=c.resume is not None and not c.evaluate)
     if c.fsdp and flags.grad_compress != "none":
         raise ValueError("--grad-compress is for the all-reduce of DDP: drop it, or --fsdp")
     if c.dry_run:
@@ -81,8 +88,10 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     c = build.adopt(c)
     dataset = build.inspect(c)
     model = build.sketch_model(c, dataset)
-    start = build.prepare(c, dataset, model, read_weights=weights.read)
-    notes = check_sparsity(c, flags, start, model)
+    reads = weights.read if flags.from_sparse is None else beginning.read
+    start = build.prepare(c, dataset, model, read_weights=reads)
+    flags, began = beginning.begin(flags, start)
+    notes = check_sparsity(c, flags, start, model, began)
     if preemption.requested():
         raise Preempted
     stack.callback(distributed.stop)
@@ -107,13 +116,15 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     stack.callback(logger.close)
     machine = run_metadata(project=__version__, distribution=DISTRIBUTION)
     logger.parameters({**machine, **distributed.environment(), **vars(c), **vars(flags)})
-    join: build.Attach = functools.partial(attach, flags=flags, epochs=c.epochs)
+    join: build.Attach = functools.partial(attach, flags=flags, epochs=c.epochs, beginning=began)
     if c.evaluate:
         join = functools.partial(
             report_costs,
             image_size=build.image_size(c),
             num_active=saved_masks(c, start).num_active(),
         )
+    if began is not None and began.masks is not None:
+        logger.message(began.about)
     if set_by_fast:
         logger.message(f"--fast sets {set_by_fast}")
     for note in [*config.advice(c), *notes]:

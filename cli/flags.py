@@ -16,6 +16,7 @@ import yaml
 from image_classification.config import Config
 from image_classification.flags import flag, ineffective, spelling
 from sparse import METHODS, Allocated
+from sparse.methods.beginning import begin_with
 from sparse.methods.settings import Setting, settings_of
 
 
@@ -32,6 +33,11 @@ class SparseFlags:
     dense_allocation: float | None = flag(None, "1 - sparsity (spelling of the earlier port)")
     t_end_fraction: float = flag(
         0.75, "share of all steps after which the topology is frozen", "--T-end-percent"
+    )
+    from_sparse: str | None = flag(
+        None,
+        "checkpoint or compact file whose weights and masks training starts from: kept by static, "
+        "moved by set, rigl and snfs, pruned further by gmp and snip",
     )
     drop_masks: bool = flag(
         False,
@@ -178,8 +184,12 @@ def used_flags(name: str) -> list[str]:
     return [*names, *(["t_end_fraction"] if any(s.is_end for s in known.values()) else [])]
 
 
-def resolve(flags: Any) -> Any:
+def resolve(flags: Any, *, resumes: bool = False) -> Any:
     """Return `flags` with the earlier port's spellings replaced and everything checked.
+
+    Args:
+        flags: The sparse flags.
+        resumes: Whether a checkpoint may say that masks take the place of the sparsity.
 
     Raises:
         ValueError: A value out of range, a contradiction, or a flag without effect; one line.
@@ -198,7 +208,7 @@ def resolve(flags: Any) -> Any:
     used = used_flags(method)
     resolved = dataclasses.replace(flags, sparse_method=method, sparsity=sparsity)
     names = {f.name for f in dataclasses.fields(flags)} - {"sparse_method", "static_topo", *used}
-    names -= {"dense_allocation", "drop_masks", "grad_compress"}
+    names -= {"dense_allocation", "from_sparse", "drop_masks", "grad_compress"}
     unused = ineffective(
         resolved, [(False, " ".join(sorted(names)), f"another --sparse-method than {method}")]
     )
@@ -209,7 +219,14 @@ def resolve(flags: Any) -> Any:
             f"--grad-compress {flags.grad_compress} has no effect with --sparse-method {method}, "
             f"{reason}; use none or bf16"
         )
-    if "sparsity" in used and sparsity is None:
+    if flags.from_sparse is not None and method == "dense":
+        raise ValueError("--from-sparse needs a --sparse-method: static keeps its masks")
+    if flags.from_sparse is not None and find_method(method).from_masks is None:
+        raise ValueError(
+            f"--from-sparse: {method} chooses its own masks; --pretrained-from-file with "
+            "--drop-masks starts it from the weights alone"
+        )
+    if "sparsity" in used and sparsity is None and not resumes and flags.from_sparse is None:
         raise ValueError(f"--sparse-method {method} needs --sparsity")
     if not 0 < flags.t_end_fraction <= 1:
         raise ValueError(f"--t-end-fraction must be in (0, 1], got {flags.t_end_fraction}")
@@ -254,13 +271,21 @@ def arguments(flags: Any, total_steps: int, epochs: int) -> dict[str, Any]:
             raise ValueError(f"{spelled} {value} is beyond the run's {total_steps} steps")
         if _is(known.type, Mapping) and value is not None:
             value = read_map(spelled, Path(value))
+        if value is None and name == "sparsity" and flags.from_sparse is not None:
+            continue  # the masks tell it, where the method does not prune on
         if value is None and known.default is MISSING:
             raise ValueError(f"--sparse-method {flags.sparse_method} needs {spelled}")
         found[name] = known.default if value is None else value
     return found
 
 
-def create_method(flags: Any, total_steps: int, epochs: int, seed: int = 0) -> Allocated | None:
+def create_method(
+    flags: Any,
+    total_steps: int,
+    epochs: int,
+    seed: int = 0,
+    begins_with: Mapping[str, int] | None = None,
+) -> Allocated | None:
     """Return the method that `flags` decide; None for a dense run.
 
     Args:
@@ -268,6 +293,7 @@ def create_method(flags: Any, total_steps: int, epochs: int, seed: int = 0) -> A
         total_steps: Optimizer steps of the run.
         epochs: Its epochs.
         seed: Of all random choices.
+        begins_with: Layer name -> active weights of the masks that the run begins with.
 
     Raises:
         ValueError: A setting is out of range, or has no effect.
@@ -278,7 +304,11 @@ def create_method(flags: Any, total_steps: int, epochs: int, seed: int = 0) -> A
     given = arguments(flags, total_steps, epochs)
     if "seed" in method.__dataclass_fields__:
         given["seed"] = seed
-    return method(**given)
+    if begins_with is None:
+        return method(**given)
+    if method.from_masks == "prune" and "sparsity" not in given:
+        raise ValueError(f"--sparse-method {flags.sparse_method} needs --sparsity: the final one")
+    return begin_with(method, begins_with, given)
 
 
 def settings_kept(flags: Any, total_steps: int, epochs: int) -> dict[str, Any]:
@@ -291,12 +321,17 @@ def settings_kept(flags: Any, total_steps: int, epochs: int) -> dict[str, Any]:
     return found
 
 
-def record(flags: Any, total_steps: int, epochs: int) -> dict[str, Any]:
+def record(
+    flags: Any, total_steps: int, epochs: int, begins_with: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Return the flags that a checkpoint keeps, with what follows from the run's length resolved.
 
-    The sparsity map is there with its content, and `t_end` in place of the fraction.
+    The sparsity map is there with its content, and `t_end` in place of the fraction. Of a run that
+    began with masks, their numbers of active weights are there.
     """
+    began = {"from_sparse": flags.from_sparse, "begins_with": dict(begins_with or {})}
     return {
+        **(began if begins_with is not None else {}),
         "sparse_method": flags.sparse_method,
         "grad_compress": flags.grad_compress,
         **settings_kept(flags, total_steps, epochs),
@@ -309,7 +344,7 @@ def spell(kept: Mapping[str, Any]) -> str:
     others = {f.name for kind in (Config, SparseFlags) for f in dataclasses.fields(kind)}
     defaults = vars(sparse_flags()())
     for name, value in kept.items():
-        if name in others or value is None or value == defaults.get(name):
+        if name in {*others, "begins_with"} or value is None or value == defaults.get(name):
             continue
         if isinstance(value, Mapping):
             value = f"FILE with {dict(value)}"

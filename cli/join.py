@@ -12,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import sparse
+from cli.beginning import Beginning
 from cli.flags import create_method, record
 from image_classification import build, distributed
 from image_classification.config import Config
 from image_classification.run import Extension
 from sparse import costs
+from sparse.methods.beginning import check_agreement
 from sparse.training.compression import GradientCompression
 
 
@@ -50,22 +52,39 @@ class Wire:
 
 
 def create_sparsifier(
-    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: Any, epochs: int
+    model: nn.Module,
+    optimizer: Optimizer,
+    total_steps: int,
+    seed: int,
+    *,
+    flags: Any,
+    epochs: int,
+    beginning: Beginning | None = None,
 ) -> sparse.Sparsifier | None:
     """Hook the sparse method of `flags` to `optimizer`; a dense run is left alone."""
-    method = create_method(flags, total_steps, epochs, seed)
+    num_active = None if beginning is None else beginning.num_active
+    method = create_method(flags, total_steps, epochs, seed, num_active)
     if method is None:
         return None
+    if num_active is not None:
+        check_agreement(method, model, num_active)
     return sparse.Sparsifier(
         model,
         optimizer,
         method,
+        masks=None if beginning is None else beginning.masks,
         track_exploration=method.grows,
         process_group=distributed.replicas(model),
     )
 
 
-def try_out(c: Config, flags: Any, model: nn.Module, total_steps: int) -> None:
+def try_out(
+    c: Config,
+    flags: Any,
+    model: nn.Module,
+    total_steps: int,
+    beginning: Beginning | None = None,
+) -> None:
     """Raise ValueError (one line) if flags do not fit the network or the run.
 
     Args:
@@ -73,18 +92,32 @@ def try_out(c: Config, flags: Any, model: nn.Module, total_steps: int) -> None:
         flags: The sparse flags.
         model: The network on the meta device, where trying it out costs nothing.
         total_steps: Optimizer steps of the run.
+        beginning: Masks that it begins with.
     """
     optimizer = build.stand_in_optimizer(c, model)
-    create_sparsifier(model, optimizer, total_steps, 0, flags=flags, epochs=c.epochs)
+    if beginning is not None:  # the numbers will do, where weights have no values
+        beginning = Beginning(beginning.num_active)
+    create_sparsifier(
+        model, optimizer, total_steps, 0, flags=flags, epochs=c.epochs, beginning=beginning
+    )
 
 
 def attach(
-    model: nn.Module, optimizer: Optimizer, total_steps: int, seed: int, *, flags: Any, epochs: int
+    model: nn.Module,
+    optimizer: Optimizer,
+    total_steps: int,
+    seed: int,
+    *,
+    flags: Any,
+    epochs: int,
+    beginning: Beginning | None = None,
 ) -> Extension:
     """Join the sparse method of `flags` to training."""
-    sparsifier = create_sparsifier(model, optimizer, total_steps, seed, flags=flags, epochs=epochs)
+    sparsifier = create_sparsifier(
+        model, optimizer, total_steps, seed, flags=flags, epochs=epochs, beginning=beginning
+    )
     wire = Wire(flags.grad_compress, sparsifier)
-    kept = record(flags, total_steps, epochs)
+    kept = record(flags, total_steps, epochs, None if beginning is None else beginning.num_active)
     if sparsifier is None:
         return Extension(prepare_ddp=wire.prepare, flags=kept)
 

@@ -25,9 +25,10 @@ def sparse_plan(model: nn.Module, method: Allocated | None, *, total_steps: int)
         counts, total = method.final_counts, method.final_total
     window = None if method is None else method.window
     known = counts is not None
+    shared = known and (method is None or not method.follows_masks)
     return {
         "sparsity": getattr(method, "sparsity", None),
-        "distribution": (method.distribution or "erk") if method is not None and known else None,
+        "distribution": (method.distribution or "erk") if method is not None and shared else None,
         "delta_t": window and window.delta_t,
         "drop_fraction": getattr(method, "drop_fraction", None),
         "t_end": window and window.t_end,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cli.beginning import Beginning
 from cli.flags import create_method, find_method, settings_kept, spell
 from cli.join import create_sparsifier, try_out
 from image_classification import build
@@ -89,7 +90,13 @@ def saved_masks(c: Config, start: build.Start) -> Saved:
     return Saved(start.state, start.path)
 
 
-def check_sparsity(c: Config, flags: Any, start: build.Start, model: nn.Module) -> list[str]:
+def check_sparsity(
+    c: Config,
+    flags: Any,
+    start: build.Start,
+    model: nn.Module,
+    beginning: Beginning | None = None,
+) -> list[str]:
     """Compare the sparse flags with the network, the run and the checkpoint that it starts from.
 
     Args:
@@ -97,6 +104,7 @@ def check_sparsity(c: Config, flags: Any, start: build.Start, model: nn.Module) 
         flags: The sparse flags.
         start: Where the run begins.
         model: The network on the meta device, where trying it out costs nothing.
+        beginning: Masks that it begins, or began, with.
 
     Returns:
         Lines for the log.
@@ -110,10 +118,10 @@ def check_sparsity(c: Config, flags: Any, start: build.Start, model: nn.Module) 
         _check_drop_masks(c, flags)
     if c.evaluate:
         return saved.violations()
-    try_out(c, flags, model, total_steps)
+    try_out(c, flags, model, total_steps, beginning)
     if start.path is not None:
-        return _check_resume(c, flags, saved, model, total_steps)
-    if not saved.masks:
+        return _check_resume(c, flags, saved, model, total_steps, beginning)
+    if not saved.masks or beginning is not None:
         return []
     if not flags.drop_masks:
         raise ValueError(
@@ -136,7 +144,12 @@ def _check_drop_masks(c: Config, flags: Any) -> None:
 
 
 def _check_resume(
-    c: Config, flags: Any, saved: Saved, model: nn.Module, total_steps: int
+    c: Config,
+    flags: Any,
+    saved: Saved,
+    model: nn.Module,
+    total_steps: int,
+    beginning: Beginning | None,
 ) -> list[str]:
     method = flags.sparse_method
     if not saved.entry:
@@ -159,28 +172,45 @@ def _check_resume(
         or "these flags"
     )
     try:
-        _rehearse(c, flags, saved, model, total_steps)
-        _check_counts(c, flags, saved, model, total_steps)
+        _rehearse(c, flags, saved, model, total_steps, beginning)
+        _check_counts(c, flags, saved, model, total_steps, beginning)
     except ValueError as error:
         raise ValueError(f"{saved.path} cannot go on with {changed}: {error}") from error
     return saved.violations()
 
 
-def _rehearse(c: Config, flags: Any, saved: Saved, model: nn.Module, total_steps: int) -> None:
+def _rehearse(
+    c: Config,
+    flags: Any,
+    saved: Saved,
+    model: nn.Module,
+    total_steps: int,
+    beginning: Beginning | None,
+) -> None:
     """Load the state of the method into a network that is thrown away."""
     scratch = copy.deepcopy(model).to_empty(device="cpu")
     with torch.no_grad():
         for parameter in scratch.parameters():
             parameter.zero_()
     optimizer = build.stand_in_optimizer(c, scratch)
-    sparsifier = create_sparsifier(scratch, optimizer, total_steps, 0, flags=flags, epochs=c.epochs)
+    sparsifier = create_sparsifier(
+        scratch, optimizer, total_steps, 0, flags=flags, epochs=c.epochs, beginning=beginning
+    )
     assert sparsifier is not None
     sparsifier.load_state_dict(saved.entry)
 
 
-def _check_counts(c: Config, flags: Any, saved: Saved, model: nn.Module, total_steps: int) -> None:
+def _check_counts(
+    c: Config,
+    flags: Any,
+    saved: Saved,
+    model: nn.Module,
+    total_steps: int,
+    beginning: Beginning | None,
+) -> None:
     """Refuse a sparsity that the run cannot reach any more."""
-    method = create_method(flags, total_steps, c.epochs)
+    num_active = None if beginning is None else beginning.num_active
+    method = create_method(flags, total_steps, c.epochs, begins_with=num_active)
     assert method is not None
     left = {name: int(mask.sum()) for name, mask in saved.masks.items()}
     if left:

@@ -9,12 +9,14 @@ import importlib
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import torch
 
 from cli import foreign
 from cli.foreign import Network
 from image_classification import weights
 from image_classification.weights import Weights, explained
+from sparse import runtime
 from sparse.training.checkpoints import read_masks
 
 
@@ -39,6 +41,26 @@ def read(path: Path, *, ema: bool = False) -> Network:
     found = weights.read(path, ema=ema)
     with explained(path):
         return _with_masks(found)
+
+
+def read_sparse(path: Path) -> Network:
+    """Return the weights and masks in a file that `read` reads, or in a compact file.
+
+    Raises:
+        ValueError: One line: the file is missing, damaged or of no known kind.
+    """
+    if not _is_compact(path):
+        return read(path)
+    compact = runtime.read(path)
+    return Network(compact.state_dict(), arch=compact.header.arch, masks=compact.masks())
+
+
+def _is_compact(path: Path) -> bool:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return any(name.endswith(".values") for name in file.keys())  # noqa: SIM118, no dict
+    except (safetensors.SafetensorError, OSError):
+        return False
 
 
 def _with_masks(found: Weights) -> Network:

@@ -149,7 +149,7 @@ STUB = """\
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
@@ -182,6 +182,8 @@ def _function(name: str, factory: Callable[..., Any]) -> str:
 
 
 def _literal(value: Any) -> str:
+    if value is ...:
+        return "..."
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 

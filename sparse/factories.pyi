@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
@@ -14,6 +14,7 @@ __all__ = [
     "gap",
     "gmp",
     "granet",
+    "magnitude",
     "rigl",
     "rigl_reset",
     "set",
@@ -60,7 +61,7 @@ def acdc(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        scope: Rank weights within layers or over all (snip, gmp).
+        scope: Rank weights within layers or over all.
         total_steps: Optimizer steps of acdc's run.
         dense_warmup: Optimizer steps before acdc's first compression, at least 1.
         sparse_phase: Optimizer steps from acdc's compression to decompression, at least 1.
@@ -134,6 +135,7 @@ def gmp(
     prune_start: int = 0,
     prune_end: int,
     prune_every: int = 100,
+    masks: Mapping[str, Tensor] | None = None,
     hooks: bool = True,
     process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
@@ -149,10 +151,11 @@ def gmp(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        scope: Rank weights within layers or over all (snip, gmp).
+        scope: Rank weights within layers or over all.
         prune_start: Optimizer step at which gmp starts.
         prune_end: Step of gmp's final sparsity.
         prune_every: Optimizer steps between gmp's prunings, at least 1.
+        masks: Bool masks to begin with, by name; layers without one begin dense.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         process_group: The processes that train this model, where neither DistributedDataParallel
             nor sharded weights tell it; see `Sparsifier`.
@@ -209,11 +212,44 @@ def granet(
             nor sharded weights tell it; see `Sparsifier`.
     """
 
-def rigl(
+def magnitude(
     model: nn.Module,
     optimizer: Optimizer,
     *,
     sparsity: float,
+    distribution: Literal["uniform", "er", "erk"] | None = None,
+    power_scale: float = 1.0,
+    dense_layers: Sequence[str] | None = None,
+    sparsity_map: Mapping[str, float] | None = None,
+    include: Sequence[str] | None = None,
+    scope: Literal["layer", "global"] = "layer",
+    hooks: bool = True,
+    process_group: ProcessGroup | None = None,
+) -> Sparsifier:
+    """One-shot magnitude pruning: keep the largest weights, then train with these masks.
+
+    The masks are those of the weights that the model has when it is made sparse: load a trained
+    network before. They never change. Of n weights, n - floor(s * n) are kept. The scope "layer"
+    does this in every layer, "global" over all layers together.
+
+    Args:
+        sparsity: Fraction of zero weights, in [0, 1).
+        distribution: How sparsity is spread over layers; erk by default.
+        power_scale: Exponent of the ERK ratio.
+        dense_layers: Globs of layers kept dense; by default uniform's first layer.
+        sparsity_map: Layer globs and their sparsities.
+        include: Globs of further weights to make sparse.
+        scope: Rank weights within layers or over all.
+        hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
+        process_group: The processes that train this model, where neither DistributedDataParallel
+            nor sharded weights tell it; see `Sparsifier`.
+    """
+
+def rigl(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    sparsity: float = ...,
     distribution: Literal["uniform", "er", "erk"] | None = "erk",
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
@@ -228,6 +264,7 @@ def rigl(
     grow_init: Literal["zeros", "gradient", "random"] = "zeros",
     drop_noise: float = 0.0,
     initial_acc_scale: float = 0.0,
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
@@ -254,6 +291,8 @@ def rigl(
         grow_init: Weights of new connections.
         drop_noise: Standard deviation of noise on |w| when dropping.
         initial_acc_scale: Momentum of rigl's new connections per gradient.
+        masks: Bool masks to begin with, by name; layers without one begin dense, and sparsity may
+            be left out.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
@@ -265,7 +304,7 @@ def rigl_reset(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    sparsity: float,
+    sparsity: float = ...,
     distribution: Literal["uniform", "er", "erk"] | None = "erk",
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
@@ -278,6 +317,7 @@ def rigl_reset(
     drop_anneal: Literal["cosine", "constant", "linear", "exponential"] = "cosine",
     drop_power: float | None = None,
     drop_noise: float = 0.0,
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     hooks: bool = True,
     process_group: ProcessGroup | None = None,
@@ -301,6 +341,8 @@ def rigl_reset(
         drop_anneal: How the drop fraction falls.
         drop_power: Exponent of the exponential drop_anneal, above 0.
         drop_noise: Standard deviation of noise on |w| when dropping.
+        masks: Bool masks to begin with, by name; layers without one begin dense, and sparsity may
+            be left out.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         process_group: The processes that train this model, where neither DistributedDataParallel
@@ -311,7 +353,7 @@ def set(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    sparsity: float,
+    sparsity: float = ...,
     distribution: Literal["uniform", "er", "erk"] | None = "erk",
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
@@ -325,6 +367,7 @@ def set(
     drop_power: float | None = None,
     grow_init: Literal["zeros", "gradient", "random"] = "zeros",
     drop_noise: float = 0.0,
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
@@ -350,6 +393,8 @@ def set(
         drop_power: Exponent of the exponential drop_anneal, above 0.
         grow_init: Weights of new connections.
         drop_noise: Standard deviation of noise on |w| when dropping.
+        masks: Bool masks to begin with, by name; layers without one begin dense, and sparsity may
+            be left out.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
@@ -361,7 +406,7 @@ def snfs(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    sparsity: float,
+    sparsity: float = ...,
     distribution: Literal["uniform", "er", "erk"] | None = "erk",
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
@@ -377,6 +422,7 @@ def snfs(
     drop_fraction_min: float = 0.0,
     redistribution: Literal["momentum", "magnitude", "nonzero", "numel", "none"] = "momentum",
     growth: Literal["momentum", "random"] = "momentum",
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
@@ -411,6 +457,8 @@ def snfs(
         drop_fraction_min: What the cosine of the drop fraction ends at.
         redistribution: What a layer's share of snfs's growth follows; none: counts stay.
         growth: Where snfs grows.
+        masks: Bool masks to begin with, by name; layers without one begin dense, and sparsity may
+            be left out.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
@@ -429,6 +477,7 @@ def snip(
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
     scope: Literal["layer", "global"] = "layer",
+    masks: Mapping[str, Tensor] | None = None,
     hooks: bool = True,
     process_group: ProcessGroup | None = None,
 ) -> Sparsifier:
@@ -445,7 +494,8 @@ def snip(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        scope: Rank weights within layers or over all (snip, gmp).
+        scope: Rank weights within layers or over all.
+        masks: Bool masks to begin with, by name; layers without one begin dense.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         process_group: The processes that train this model, where neither DistributedDataParallel
             nor sharded weights tell it; see `Sparsifier`.
@@ -515,12 +565,13 @@ def static(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    sparsity: float,
+    sparsity: float = ...,
     distribution: Literal["uniform", "er", "erk"] | None = "erk",
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     hooks: bool = True,
     process_group: ProcessGroup | None = None,
@@ -534,6 +585,8 @@ def static(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        masks: Bool masks to begin with, by name; layers without one begin dense, and sparsity may
+            be left out.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         process_group: The processes that train this model, where neither DistributedDataParallel

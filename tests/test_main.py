@@ -136,6 +136,8 @@ def test_phases_of_acdc_are_given_in_epochs(epochs: int, events: int) -> None:
         ("static", 0),
         ("set --delta-t 70", 1 + 375 // 70),
         ("snfs --redistribution none --t-end 400", 5),
+        ("magnitude", 0),
+        ("magnitude --scope global", 0),
         ("snip", 0),
         ("snip --scope global", 0),
         ("gmp --prune-start 10 --prune-end 60 --prune-every 20", 4),  # 10, 30, 50 and 60

@@ -265,7 +265,7 @@ def test_settings_of_the_optimizer_are_those_of_the_flags(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "flags", [LESS, "--distribution uniform".split(), "--dense-layers fc".split()]
 )
-@pytest.mark.parametrize("method", ["static", "set", "rigl", "rigl_reset", "snip"])
+@pytest.mark.parametrize("method", ["static", "magnitude", "set", "rigl", "rigl_reset", "snip"])
 def test_counts_that_are_fixed_refuse_another_sparsity(
     tmp_path: Path, method: str, flags: list[str]
 ) -> None:

@@ -7,6 +7,7 @@ from .base import Method as Method
 from .gap import Gap as Gap
 from .gmp import Gmp as Gmp
 from .granet import Granet as Granet
+from .magnitude import Magnitude as Magnitude
 from .rigl import Rigl as Rigl
 from .rigl_reset import RiglReset as RiglReset
 from .set import Set as Set

@@ -30,6 +30,7 @@ class Acdc(Pruning):
     title: ClassVar[str] = "AC/DC"
     paper: ClassVar[str] = "[Peste et al., 2021](https://arxiv.org/abs/2106.12379)"
     grows = True
+    from_masks = None
 
     total_steps: int = setting(MISSING, "optimizer steps of acdc's run", share=1.0)
     dense_warmup: int = setting(
@@ -70,22 +71,6 @@ class Acdc(Pruning):
             goes_on = step + period <= end - self.sparse_phase
             found[step + self.sparse_phase if goes_on else end] = False
         return found | {last: True}
-
-    @property
-    def final_counts(self) -> Mapping[str, int] | None:
-        if self.scope == "global":
-            return None
-        zeros, sizes = self.allocation.sparsities, self.allocation.sizes
-        found = {n: self.num_final(sizes[n], zeros[n]) for n in self.allocation.maskable}
-        return {**sizes, **found}
-
-    @property
-    def final_total(self) -> int:
-        if self.final_counts is not None:
-            return sum(self.final_counts.values())
-        pruned = sum(self.allocation.sizes[name] for name in self.allocation.maskable)
-        whole = sum(self.allocation.sizes.values())
-        return whole - pruned + self.num_final(pruned, self.sparsity)
 
     def due(self, step: int) -> bool:
         return step + 1 in self.events

@@ -26,6 +26,11 @@ class Allocation:
     sparsities: Mapping[str, float] = field(default_factory=dict)
     maskable: tuple[str, ...] = ()
 
+    @property
+    def sparsity(self) -> float:
+        """Share of inactive weights in all layers."""
+        return 1.0 - sum(self.num_active.values()) / sum(self.sizes.values())
+
 
 def unless_included(
     dense_layers: Sequence[str] | None, names: Iterable[str], extra: Collection[str]
@@ -96,3 +101,45 @@ def allocate_layers(
         sparsities=sparsities,
         maskable=tuple(name for name in shapes if fixed.get(name) != 0.0),
     )
+
+
+def allocation_of(
+    model: nn.Module, num_active: Mapping[str, int], include: Sequence[str] | None = None
+) -> Allocation:
+    """Take the numbers of active weights from masks; layers that have none are dense.
+
+    Args:
+        model: The model.
+        num_active: Name -> number of active weights, of the layers that have a mask.
+        include: Globs of further weights, see `prunable`.
+
+    Raises:
+        ValueError: A mask belongs to no layer.
+    """
+    modules = prunable_modules(model, included(model, include))
+    weights = {name: weight_of(name, module) for name, module in modules.items()}
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    check_named(num_active, sizes)
+    counts = {**sizes, **num_active}
+    masked = {name: weights[name] for name in sizes if counts[name] < sizes[name]}
+    parameters_only(masked)
+    return Allocation(
+        sizes=sizes,
+        num_active=counts,
+        sparsities={name: 1.0 - counts[name] / size for name, size in sizes.items()},
+        maskable=tuple(masked),
+    )
+
+
+def check_named(masked: Iterable[str], names: Collection[str]) -> None:
+    """Refuse masks that belong to no layer.
+
+    Raises:
+        ValueError: Names the first one.
+    """
+    for name in masked:
+        if name not in names:
+            raise ValueError(
+                f"there is a mask for {name}, which is no weight that is made sparse here: name it "
+                "in include, or leave its mask out"
+            )

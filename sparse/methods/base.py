@@ -22,7 +22,7 @@ from ..topology.rng import Draw
 from ..topology.schedules import Anneal, DropFraction, Window, num_dropped
 from ..topology.selection import Scores, largest_in_layers
 from ..topology.shards import part_like
-from .allocation import Allocation, allocate_layers
+from .allocation import Allocation, allocate_layers, allocation_of
 from .settings import check_types, setting
 
 Tensors = Mapping[str, Tensor]
@@ -151,10 +151,14 @@ class Allocated(Method):
     """Methods that share out a sparsity among the layers, as `layer_sparsities` explains.
 
     Attributes:
+        from_masks: What masks mean that a run begins with: the "counts" of the layers, or what the
+            method goes on to "prune". None: it takes none.
+        begins_with: Layer name -> active weights in these masks; see `begin_with`.
         allocation: What this comes to for the layers of a model; `fitted_to` computes it.
     """
 
     scope = "layer"  # a sparsity per layer
+    from_masks: ClassVar[Literal["counts", "prune"] | None] = "counts"
 
     sparsity: float = setting(MISSING, "fraction of zero weights, in [0, 1)")
     distribution: Distribution | None = setting(
@@ -167,6 +171,7 @@ class Allocated(Method):
     sparsity_map: Mapping[str, float] | None = setting(None, "layer globs and their sparsities")
     include: Sequence[str] | None = setting(None, "globs of further weights to make sparse")
     allocation: Allocation = field(default_factory=Allocation, repr=False)
+    begins_with: Mapping[str, int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -177,9 +182,18 @@ class Allocated(Method):
         Raises:
             ValueError: A setting does not fit the layers, or has no effect.
         """
+        if self.follows_masks:
+            assert self.begins_with is not None
+            found = allocation_of(model, self.begins_with, self.include)
+            return dataclasses.replace(self, allocation=found, sparsity=found.sparsity)
         names = "sparsity distribution power_scale dense_layers sparsity_map include scope".split()
         settings = {name: getattr(self, name) for name in names}
         return dataclasses.replace(self, allocation=allocate_layers(model, **settings))
+
+    @property
+    def follows_masks(self) -> bool:
+        """Whether masks that the run begins with take the place of sparsity and distribution."""
+        return self.begins_with is not None and self.from_masks == "counts"
 
     @property
     def num_active(self) -> Mapping[str, int]:

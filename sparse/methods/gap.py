@@ -41,6 +41,7 @@ class Gap(Allocated):
     title: ClassVar[str] = "GaP, cyclic"
     paper: ClassVar[str] = "[Ma et al., 2022](https://arxiv.org/abs/2106.09857)"
     grows = True
+    from_masks = None
 
     partitions: Sequence[str] | None = setting(
         None,

@@ -1,6 +1,7 @@
 """Gradual magnitude pruning."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import ClassVar
 
@@ -41,6 +42,11 @@ class Gmp(Pruning):
     def window(self) -> Window:
         return Window(self.prune_every, self.prune_start, self.prune_end, at_end=True)
 
+    @property
+    def final_counts(self) -> Mapping[str, int] | None:
+        # Plans have the counts of `allocate`; those of `num_final` differ by one at most.
+        return self.allocation.num_active if self.scope == "layer" else None
+
     def due(self, step: int) -> bool:
         return self.window.due(step)
 
@@ -64,13 +70,22 @@ class Gmp(Pruning):
         """
         if total_steps is None:
             raise ValueError("the cost of gmp depends on the length of the run: pass total_steps")
-        return 3 * (dense - self.mean_ramp(total_steps) * (dense - sparse))
+        begun = 0.0  # the share of the ramp that masks to begin with have done
+        if self.begins_with and self.allocation.sizes:
+            whole = sum(self.allocation.sizes.values())
+            begun = whole - sum(self.num_active.values())
+            begun /= max(whole - self.final_total, 1)
+        return 3 * (dense - self.mean_ramp(total_steps, begun) * (dense - sparse))
 
-    def mean_ramp(self, total_steps: int) -> float:
+    def mean_ramp(self, total_steps: int, begun: float = 0.0) -> float:
         """Compute the mean of sparsity / final sparsity over a run.
 
         Between two prunings the sparsity does not change: it is that of the last pruning. The
         first one removes nothing. Steps at and after `prune_end` have the final sparsity.
+
+        Args:
+            total_steps: Optimizer steps of the run.
+            begun: This ratio at the start.
 
         Raises:
             ValueError: total_steps is less than 1.
@@ -78,10 +93,10 @@ class Gmp(Pruning):
         if total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         start, end = self.prune_start, self.prune_end
-        total, ramp_end = 0.0, min(end, total_steps)
+        total, ramp_end = begun * min(start, total_steps), min(end, total_steps)
         for step in range(start, ramp_end, self.prune_every):
             share = cubic_sparsity(step, start, end, 1.0)
-            total += share * (min(step + self.prune_every, ramp_end) - step)
+            total += max(share, begun) * (min(step + self.prune_every, ramp_end) - step)
         return (total + max(0, total_steps - end)) / total_steps
 
 

@@ -29,6 +29,7 @@ class Granet(AfterSteps):
     name: ClassVar[str] = "granet"
     title: ClassVar[str] = "GraNet, from sparse or dense"
     paper: ClassVar[str] = "[Liu et al., 2021](https://arxiv.org/abs/2106.10404)"
+    from_masks = None
 
     initial_sparsity: float = setting(0.5, "granet's fraction of zeros at first, 0 to begin dense")
     prune_end: int = setting(MISSING, "step of granet's final sparsity", share=0.3)

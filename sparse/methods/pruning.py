@@ -3,10 +3,13 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Self
+
+from torch import nn
 
 from ..topology.distributions import Distribution
 from ..topology.selection import largest_in_layers, largest_together
+from .allocation import check_named
 from .base import Allocated, Tensors
 from .settings import setting
 
@@ -17,14 +20,42 @@ Scope = Literal["layer", "global"]
 class Pruning(Allocated):
     """Methods that start dense and prune: per layer, or all layers together."""
 
+    from_masks: ClassVar[Literal["counts", "prune"] | None] = "prune"
+
     distribution: Distribution | None = setting(
         None, "how sparsity is spread over layers; erk by default"
     )
-    scope: Scope = setting("layer", "rank weights within layers or over all (snip, gmp)")
+    scope: Scope = setting("layer", "rank weights within layers or over all")
+
+    def fitted_to(self, model: nn.Module) -> Self:
+        fitted = super().fitted_to(model)
+        sizes, maskable = fitted.allocation.sizes, fitted.allocation.maskable
+        if self.begins_with:
+            check_named(self.begins_with, sizes)
+            for name in self.begins_with.keys() - set(maskable):
+                raise ValueError(f"{name} has a mask, but is to be dense: prune it, too")
+            fitted._check_enough({name: fitted.num_active[name] for name in maskable})
+        return fitted
 
     @property
     def num_active(self) -> Mapping[str, int]:
-        return self.allocation.sizes
+        return {**self.allocation.sizes, **(self.begins_with or {})}
+
+    @property
+    def final_counts(self) -> Mapping[str, int] | None:
+        if self.scope == "global":
+            return None
+        zeros, sizes = self.allocation.sparsities, self.allocation.sizes
+        found = {n: self.num_final(sizes[n], zeros[n]) for n in self.allocation.maskable}
+        return {**sizes, **found}
+
+    @property
+    def final_total(self) -> int:
+        if self.final_counts is not None:
+            return sum(self.final_counts.values())
+        pruned = sum(self.allocation.sizes[name] for name in self.allocation.maskable)
+        whole = sum(self.allocation.sizes.values())
+        return whole - pruned + self.num_final(pruned, self.sparsity)
 
     def prune(
         self, scores: Tensors, masks: Tensors, num_kept: Callable[[int, float], int]
@@ -51,6 +82,9 @@ class Pruning(Allocated):
         """Compute how many of some weights are left in the end."""
 
     def check_left(self, num_left: Mapping[str, int]) -> None:
+        self._check_enough(num_left, exact=self.timing == "once")
+
+    def _check_enough(self, num_left: Mapping[str, int], *, exact: bool = False) -> None:
         sizes = {name: self.allocation.sizes[name] for name in num_left}
         zeros = self.allocation.sparsities
         if self.scope == "global":
@@ -58,7 +92,7 @@ class Pruning(Allocated):
             zeros = {"all": self.sparsity}
         for name, left in num_left.items():
             wanted = self.num_final(sizes[name], zeros[name])
-            if left < wanted or (self.timing == "once" and left > wanted):
+            if left < wanted or (exact and left > wanted):
                 where = "the network" if self.scope == "global" else name
                 raise ValueError(
                     f"{where} has {left} weights left, this run would keep {wanted}, and what is "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from ..methods.allocation import check_named
 from ..methods.base import Method
 from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weight_of
 from ..topology import rng
@@ -145,11 +146,13 @@ class MaskedModel:
         values = {name: weight.detach() for name, weight in masked.items()}
         return dict(method.first_masks(draws, num_active, all_true(masked), values))
 
-    def _check_given(self, masks: Tensors, num_active: Mapping[str, int]) -> None:
-        """Refuse masks of the caller that do not fit the weights and their counts."""
+    def _given(self, masks: Tensors, num_active: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return masks of the caller where the weights are, if they fit them and their counts."""
         wanted = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
+        check_named(masks, self._weights)
         check_masks(masks, wanted | {n: self._weights[n] for n in masks}, "the caller")
         check_counts(masks, num_active)
+        return {name: mask.to(self._weights[name].device) for name, mask in masks.items()}
 
     @torch.no_grad()
     def _install(self, masks: Tensors) -> None:

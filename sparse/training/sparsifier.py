@@ -60,8 +60,8 @@ class Sparsifier(HookedModel):
                 By default what the method computes from its sparsity and its distribution.
             maskable: Names of the weights that may have a mask; by default what the method says,
                 or with `num_active` those that begin with less than all weights active.
-            masks: Masks to begin with, by name, with the counts of `num_active`; random ones by
-                default.
+            masks: Masks to begin with, by name, with the counts of `num_active` or of the method
+                (see `begin_with`); by default the method chooses them.
             new_connections: How new connections begin; by default as the method says.
             seed: Seed of the random masks; by default that of the method.
             hooks: Whether to hook the optimizer's steps; if not, call `before_step` and
@@ -101,7 +101,7 @@ class Sparsifier(HookedModel):
         if masks is None:
             masks = self._random_masks(method, num_active, seed)
         else:
-            self._check_given(masks, num_active)
+            masks = self._given(masks, num_active)
         self._begins_dense = not masks
         if masks:  # also of layers that begin full, so that all gates lie together from the start
             masks = {**all_true(self._maskable), **masks}

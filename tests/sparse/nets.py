@@ -25,6 +25,8 @@ METHODS: dict[str, tuple[Callable[..., sparse.Sparsifier], dict[str, Any]]] = {
     "rigl_reset": (sparse.rigl_reset, {"delta_t": 4, "t_end": 15}),
     "snfs": (sparse.snfs, {"delta_t": 4, "t_end": 15}),
     "snfs_none": (sparse.snfs, {"delta_t": 4, "t_end": 15, "redistribution": "none"}),
+    "magnitude": (sparse.magnitude, {}),
+    "magnitude_global": (sparse.magnitude, {"scope": "global"}),
     "snip": (sparse.snip, {}),
     "snip_global": (sparse.snip, {"scope": "global"}),
     "gmp": (sparse.gmp, {"prune_every": 4, "prune_start": 2, "prune_end": 14}),

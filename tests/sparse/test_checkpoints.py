@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 def new_run(method: str) -> tuple[Any, Any, sparse.Sparsifier]:
     model = convnet()
     optimizer = sgd(model)
-    options = {} if method in ("static", "gmp", "gmp_global") or "snip" in method else TRACKED
+    grows = not method.startswith(("static", "gmp", "snip", "magnitude"))
+    options = TRACKED if grows else {}
     if method == "rigl_reset":
         options = {}
     return model, optimizer, make(method, model, optimizer, **options)

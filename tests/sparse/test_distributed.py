@@ -21,6 +21,8 @@ METHODS = [
     "set",
     "snfs",
     "snfs_none",
+    "magnitude",
+    "magnitude_global",
     "snip",
     "snip_global",
     "gmp",

@@ -16,6 +16,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "rigl": {"t_end": 100},
     "rigl_reset": {"t_end": 100},
     "snfs": {"t_end": 100},
+    "magnitude": {},
     "snip": {},
     "gmp": {"prune_end": 100},
     "acdc": ACDC,
@@ -25,7 +26,9 @@ REQUIRED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["static", "set", "rigl", "rigl_reset", "snfs", "snfs_none"])
+@pytest.mark.parametrize(
+    "name", ["static", "magnitude", "set", "rigl", "rigl_reset", "snfs", "snfs_none"]
+)
 @pytest.mark.parametrize("distribution", ["uniform", "er", "erk"])
 def test_counts_are_those_of_the_allocation(name: str, distribution: str) -> None:
     model = convnet()
@@ -85,7 +88,7 @@ def test_every_argument_of_a_factory_is_for_its_method() -> None:
         assert ("drop_fraction" in arguments) == (
             name in ("set", "rigl", "rigl_reset", "snfs", "granet", "srigl")
         )
-        assert ("seed" in arguments) == (name not in ("snip", "gmp", "acdc"))
+        assert ("seed" in arguments) == (name not in ("snip", "gmp", "acdc", "magnitude"))
         assert ("grow_init" in arguments) == (name in ("set", "rigl", "snfs"))
 
 

@@ -240,3 +240,59 @@ def test_average_of_gradients_decides_where_momentum_grows() -> None:
         count = num_dropped(int(old[name].sum()), sparsifier.method.fraction_at(3))
         expected = sparse.drop_and_grow(old[name], weights[name], average[name], count)
         assert torch.equal(mask, expected)
+
+
+def test_magnitude_keeps_the_largest_weights_by_hand() -> None:
+    first = [[0.1, -0.9, 0.3, 0.5], [-0.2, 0.5, 0.0, 0.7]]
+    second = [[-0.8, 0.6, 0.05, 0.5]]
+    expected = {
+        # 8 - floor(0.6 * 8) = 4 and 4 - floor(0.6 * 4) = 2 weights; of equals, the first one
+        "layer": ([[0, 1, 0, 1], [0, 1, 0, 1]], [[1, 1, 0, 0]]),
+        # 12 - floor(0.6 * 12) = 5 weights of all
+        "global": ([[0, 1, 0, 1], [0, 0, 0, 1]], [[1, 1, 0, 0]]),
+    }
+    for scope, masks in expected.items():
+        model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(4, 1))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor(first))
+            model[1].weight.copy_(torch.tensor(second))
+        uniform = {"distribution": "uniform", "dense_layers": []} if scope == "layer" else {}
+        sparsifier = sparse.magnitude(model, sgd(model), sparsity=0.6, scope=scope, **uniform)
+        for name, mask in zip(("0.weight", "1.weight"), masks, strict=True):
+            assert sparsifier.masks[name].int().tolist() == mask
+        assert model[0].weight.tolist() == pytest.approx(
+            (torch.tensor(first) * torch.tensor(masks[0])).numpy()
+        )
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_magnitude_trains_with_the_masks_of_the_trained_network(scope: str) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    list(train(model, optimizer, range(5), rows))
+    dense = {name: weight.detach().clone() for name, weight in sparse.prunable(model).items()}
+    sparsifier = make("magnitude", model, optimizer, scope=scope)
+    masks = sparsifier.masks
+    for name, mask in masks.items():
+        assert dense[name][mask].abs().min() >= dense[name][~mask].abs().max()
+    for _ in train(model, optimizer, range(5, 10), rows):
+        assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier.masks.items())
+    assert (sparsifier.step, sparsifier.num_updates) == (5, 0)  # no step was spent on pruning
+
+
+def test_plans_of_pruning_have_exact_counts() -> None:
+    for name in ("magnitude", "snip", "gmp", "acdc"):
+        model = mlp()
+        optimizer = sgd(model)
+        for scope in ("layer", "global"):
+            model = mlp()
+            optimizer = sgd(model)
+            sparsifier = make(name, model, optimizer, scope=scope, sparsity=0.83)
+            plan = sparsifier.method.fitted_to(model)
+            list(train(model, optimizer, range(18), rows))
+            found = sparsifier.num_active
+            if (name, scope) == ("gmp", "layer"):  # which rounds, where a plan is of `allocate`
+                assert plan.final_counts == pytest.approx(found, abs=1)
+            else:
+                assert sum(found.values()) == plan.final_total, (name, scope)
+                assert plan.final_counts == (found if scope == "layer" else None)
