@@ -21,6 +21,13 @@ from sparse import runtime
 ROOT = Path(export.__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def fresh_switches() -> None:
+    """Set torch's switches as in a new process: its exporter fails where a training set them."""
+    for part in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        part.fp32_precision = "tf32"
+
+
 def train(directory: Path, *, method: bool = True, **options: object) -> tuple[Path, nn.Module]:
     """Write the checkpoint of a small sparse network after a step, and return it with the network.
 

@@ -63,14 +63,16 @@ def test_a_killed_run_ends_with_the_weights_of_another(
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = [*RUN, *on(device), "--deterministic", "--checkpoint-every-steps", "2"]
-    assert main.main([*flags, "--workspace", str(whole)]) == 0
-    flags += ["--workspace", str(killed), "--resume", "auto"]
-    with subprocess.Popen([sys.executable, str(ROOT / "main.py"), *flags]) as process:
+    # All in processes of their own: what other tests switched in this one may change the sums.
+    command = [sys.executable, str(ROOT / "main.py"), *flags, "--workspace"]
+    subprocess.run([*command, str(whole)], check=True)
+    command += [str(killed), "--resume", "auto"]
+    with subprocess.Popen(command) as process:
         while not (killed / "checkpoint.pth.tar").exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.kill()
-    assert main.main(flags) == 0
+    subprocess.run(command, check=True)
     states = [
         torch.load(workspace / "checkpoint.pth.tar", weights_only=True)["state_dict"]
         for workspace in (whole, killed)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,7 @@ def test_the_packages_get_all_curves(
     read = READERS[name](tmp_path, monkeypatch)
     argv = ["--workspace", str(tmp_path), "--log-to", name]
     for more in (["--run-epochs", "1"], ["--resume", "auto"]):
+        time.sleep(1.1)  # packages name the files of a part of a run by the second
         status, out, err = run(*argv, *more)
         assert (status, err) == (0, "")
         assert len(re.findall("^tracked as .+$", out, re.MULTILINE)) == 1
