@@ -53,6 +53,7 @@ def dry_run(c: Config, flags: Any) -> str:
     try_out(c, flags, model, steps, began)
     num_active = None if began is None else began.num_active
     method = create_method(flags, steps, c.epochs, begins_with=num_active)
+    method = method and method.fitted_to(model)
     found = sparse_plan(model, method, total_steps=steps)
     plan["sparse"] = {"method": flags.sparse_method, **found}
     plan["cost"] = cost_plan(model, method, image_size=plan["image_size"], total_steps=steps)

@@ -14,6 +14,11 @@ def sparse_plan(model: nn.Module, method: Allocated | None, *, total_steps: int)
 
     Where the counts of single layers are not known before training, they are null: with the global
     scope, for example.
+
+    Args:
+        model: The network.
+        method: The method, fitted to it; None in a dense run.
+        total_steps: Optimizer steps of the run.
     """
     weights = sparse.prunable(model, include=None if method is None else method.include)
     shapes = {name: tuple(p.shape) for name, p in weights.items()}
@@ -21,7 +26,6 @@ def sparse_plan(model: nn.Module, method: Allocated | None, *, total_steps: int)
     counts: Mapping[str, int] | None = sizes
     total = sum(sizes.values())
     if method is not None:
-        method = method.fitted_to(model)
         counts, total = method.final_counts, method.final_total
     window = None if method is None else method.window
     known = counts is not None
@@ -57,13 +61,13 @@ def cost_plan(
     """Return FLOPs and bytes (see `sparse.costs.report`), in the published convention.
 
     The training ratio is relative to dense training of the same length. Where the counts of single
-    layers are not known before training, neither are the costs: None.
+    layers are not known before training, neither are the costs: None. The method is fitted to the
+    network.
     """
     include = None if method is None else method.include
     layers = costs.trace_layers(model, image_size, include=include)
     if method is None:
         return costs.report(layers)
-    method = method.fitted_to(model)
     if method.final_counts is None:
         return None
     return costs.report(

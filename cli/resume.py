@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cli.beginning import Beginning
-from cli.flags import create_method, find_method, settings_kept, spell
+from cli.flags import find_method, settings_kept, spell
 from cli.join import create_sparsifier, try_out
 from image_classification import build
 from image_classification.config import Config, changes
@@ -173,7 +173,6 @@ def _check_resume(
     )
     try:
         _rehearse(c, flags, saved, model, total_steps, beginning)
-        _check_counts(c, flags, saved, model, total_steps, beginning)
     except ValueError as error:
         raise ValueError(f"{saved.path} cannot go on with {changed}: {error}") from error
     return saved.violations()
@@ -187,7 +186,11 @@ def _rehearse(
     total_steps: int,
     beginning: Beginning | None,
 ) -> None:
-    """Load the state of the method into a network that is thrown away."""
+    """Load the state of the method into a network that is thrown away.
+
+    Raises:
+        ValueError: The state does not fit, or the run cannot reach its sparsity any more.
+    """
     scratch = copy.deepcopy(model).to_empty(device="cpu")
     with torch.no_grad():
         for parameter in scratch.parameters():
@@ -198,20 +201,6 @@ def _rehearse(
     )
     assert sparsifier is not None
     sparsifier.load_state_dict(saved.entry)
-
-
-def _check_counts(
-    c: Config,
-    flags: Any,
-    saved: Saved,
-    model: nn.Module,
-    total_steps: int,
-    beginning: Beginning | None,
-) -> None:
-    """Refuse a sparsity that the run cannot reach any more."""
-    num_active = None if beginning is None else beginning.num_active
-    method = create_method(flags, total_steps, c.epochs, begins_with=num_active)
-    assert method is not None
     left = {name: int(mask.sum()) for name, mask in saved.masks.items()}
     if left:
-        method.fitted_to(model).check_left(left)
+        sparsifier.method.check_left(left)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .costs import LayerCost, inference_flops, trace_layers
-from .methods.layers import included, prunable_modules, unwrap, weight_of
+from .methods.layers import included, prunable_modules, unwrap, weights_of
 from .topology.flat import count_nonzero
 from .training.masked import MaskedModel
 
@@ -137,12 +137,10 @@ def summary(
             raise ValueError("include has no effect with a sparsifier, which knows its weights")
         network, active = unwrap(model.model), model.num_active
         include = list(active)
-        modules = prunable_modules(network, active)
-        weights = {name: weight_of(name, module) for name, module in modules.items()}
+        weights = weights_of(prunable_modules(network, active))
     else:
         network = unwrap(model)
-        modules = prunable_modules(network, included(network, include))
-        weights = {name: weight_of(name, module) for name, module in modules.items()}
+        weights = weights_of(prunable_modules(network, included(network, include)))
         active = _count_nonzero(weights)
     shares: Mapping[str, float] = {}
     flops = dense_flops = None

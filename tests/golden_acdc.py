@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import sparse
 from sparse.methods import Acdc
 from sparse.methods.allocation import Allocation
-from tests.golden_compare import close, require, same
-from tests.golden_tables import Check
+from tests.golden_compare import Check, close, require, same
 
 Arrays = Mapping[str, Any]
 

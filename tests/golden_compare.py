@@ -1,6 +1,9 @@
 """Comparisons that say what differs, for the checks of recorded outputs."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,32 @@ def close(what: str, found: Any, expected: Any, tolerance: float) -> None:
     distance = np.abs(np.asarray(found, dtype=np.float64) - np.asarray(expected, dtype=np.float64))
     worst = float(distance.max(initial=0.0))
     require(worst <= tolerance, f"{what}: off by {worst:.3g}")
+
+
+Check = Callable[[], None]
+Checker = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
+
+
+def case_of(path: Path, index: str) -> dict[str, Any]:
+    """Find the entry of a file in an index beside it."""
+    cases = json.loads(path.with_name(index).read_text())["cases"]
+    (found,) = (case for case in cases if case["file"] == path.name)
+    assert isinstance(found, dict)
+    return found
+
+
+def indexed_cases(path: Path, check: Checker) -> Iterator[tuple[str, Check]]:
+    """List the files of an index: each checked, where it is there, with its arrays and its entry.
+
+    An index may list more files than there are.
+    """
+    for entry in json.loads(path.read_text())["cases"]:
+        yield entry["file"], partial(_check_file, path.with_name(entry["file"]), entry, check)
+
+
+def _check_file(path: Path, entry: Mapping[str, Any], check: Checker) -> None:
+    if path.exists():
+        check(np.load(path), entry)
 
 
 def distribution(kind: str) -> str:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from cli.combine import merge
 from sparse.methods import Gap
 from sparse.methods.gap import magnitude_sparsities, num_kept, num_random
-from tests.golden_compare import close, require, same
-from tests.golden_tables import Check
+from tests.golden_compare import Check, close, require, same
 
 Arrays = Mapping[str, Any]
 

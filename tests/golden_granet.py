@@ -12,15 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import sparse
 from sparse.methods import Granet
 from sparse.topology.selection import largest_in_layers, largest_together
-from tests.golden_compare import close, require, same
-from tests.golden_tables import Check
+from tests.golden_compare import Check, case_of, close, indexed_cases, require, same
 
 Arrays = Mapping[str, Any]
 
@@ -99,15 +97,11 @@ def _check_counts(entry: Mapping[str, Any]) -> None:
 
 def granet_index_cases(path: Path) -> Iterator[tuple[str, Check]]:
     """List the files of an index."""
-    for entry in json.loads(path.read_text())["cases"]:
-        yield entry["file"], partial(_check_entry, path.with_name(entry["file"]), entry)
+    return indexed_cases(path, _check_entry)
 
 
-def _check_entry(path: Path, entry: Mapping[str, Any]) -> None:
-    """Check the counts of the original by ours; an index may list more files than there are."""
-    if not path.exists():
-        return
-    data = np.load(path)
+def _check_entry(data: Arrays, entry: Mapping[str, Any]) -> None:
+    """Check the counts of the original by ours."""
     for number, update in enumerate(entry["updates"]):
         for name, count in update["ones_after"].items():
             found = int(data[f"mask_after__{name}"][number].sum())
@@ -116,18 +110,11 @@ def _check_entry(path: Path, entry: Mapping[str, Any]) -> None:
 
 def check_granet(data: Arrays, path: Path) -> None:
     """Check all updates of a file."""
-    entry = _entry(path)
+    entry = case_of(path, "granet_index.json")
     config, updates = entry["config"], entry["updates"]
     names = [key.removeprefix("init_mask__") for key in data if key.startswith("init_mask__")]
     for number in range(len(data["step"])):
         _Update(data, names, number, config, updates[number]).check()
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    cases = json.loads(path.with_name("granet_index.json").read_text())["cases"]
-    (found,) = (case for case in cases if case["file"] == path.name)
-    assert isinstance(found, dict)
-    return found
 
 
 class _Update:

@@ -19,8 +19,7 @@ import sparse
 from sparse.methods import Srigl
 from sparse.methods.allocation import Allocation
 from sparse.topology.distributions import layer_sparsities
-from tests.golden_compare import close, require, same
-from tests.golden_tables import Check
+from tests.golden_compare import Check, case_of, close, indexed_cases, require, same
 
 Arrays = Mapping[str, Any]
 
@@ -123,15 +122,11 @@ def _check_network(network: Mapping[str, Any]) -> None:
 
 def srigl_index_cases(path: Path) -> Iterator[tuple[str, Check]]:
     """List the files of an index."""
-    for entry in json.loads(path.read_text())["cases"]:
-        yield entry["file"], partial(_check_entry, path.with_name(entry["file"]), entry)
+    return indexed_cases(path, _check_entry)
 
 
-def _check_entry(path: Path, entry: Mapping[str, Any]) -> None:
-    """Check what the index says of a file; an index may list more files than there are."""
-    if not path.exists():
-        return
-    data = np.load(path)
+def _check_entry(data: Arrays, entry: Mapping[str, Any]) -> None:
+    """Check what the index says of a file."""
     for number, update in enumerate(entry["updates"]):
         for name, layer in update["layers"].items():
             mask = data[f"mask_after__{name}"][number]
@@ -143,8 +138,7 @@ def _check_entry(path: Path, entry: Mapping[str, Any]) -> None:
 
 def check_srigl(data: Arrays, path: Path) -> None:
     """Check all updates of a file."""
-    cases = json.loads(path.with_name("srigl_index.json").read_text())["cases"]
-    (entry,) = (case for case in cases if case["file"] == path.name)
+    entry = case_of(path, "srigl_index.json")
     for number in range(len(data["step"])):
         _Update(data, number, entry).check()
 

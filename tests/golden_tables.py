@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 
 import sparse
-from tests.golden_compare import close, distribution, require, torch_shape
-
-Check = Callable[[], None]
+from tests.golden_compare import Check, close, distribution, require, torch_shape
 
 
 def schedule_cases(path: Path) -> Iterator[tuple[str, Check]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..topology.distributions import count_active, fixed_sparsities, layer_sparsities
-from .layers import included, parameters_only, prunable_modules, weight_of
+from .layers import included, parameters_only, prunable_modules, weights_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def allocate_layers(
         ValueError: An argument is out of range or has no effect.
     """
     extra = included(model, include)
-    weights = {name: weight_of(name, m) for name, m in prunable_modules(model, extra).items()}
+    weights = weights_of(prunable_modules(model, extra))
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     if scope == "global":
         if distribution is not None or power_scale != 1.0 or sparsity_map:
@@ -116,8 +116,7 @@ def allocation_of(
     Raises:
         ValueError: A mask belongs to no layer.
     """
-    modules = prunable_modules(model, included(model, include))
-    weights = {name: weight_of(name, module) for name, module in modules.items()}
+    weights = weights_of(prunable_modules(model, included(model, include)))
     sizes = {name: weight.numel() for name, weight in weights.items()}
     check_named(num_active, sizes)
     counts = {**sizes, **num_active}

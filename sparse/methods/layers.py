@@ -44,8 +44,7 @@ def prunable(model: nn.Module, include: Sequence[str] | None = None) -> dict[str
             created, computed from other parameters, or no floating-point tensor of 16, 32 or 64
             bits.
     """
-    modules = prunable_modules(model, included(model, include))
-    return parameters_only({name: weight_of(name, module) for name, module in modules.items()})
+    return parameters_only(weights_of(prunable_modules(model, included(model, include))))
 
 
 def included(model: nn.Module, include: Sequence[str] | None) -> list[str]:
@@ -108,16 +107,19 @@ def owners_of(
                 yield names[id(parameter)], module
 
 
-def weight_of(name: str, module: nn.Module) -> Tensor:
-    """Give a weight of its module: a parameter, or a stand-in where it is computed from others.
+def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Give the weights of modules: parameters, or stand-ins where they are computed from others.
 
-    The stand-in has the shape of the weight and takes no memory. The weight is not computed,
+    A stand-in has the shape of the weight and takes no memory. The weight is not computed,
     because computing it may change the state it is computed from, as in spectral normalization.
 
     Raises:
-        ValueError: The weight is not yet created, or no floating-point tensor of 16, 32 or
-            64 bits.
+        ValueError: A weight is not yet created, or no floating-point tensor of 16, 32 or 64 bits.
     """
+    return {name: _weight_of(name, module) for name, module in modules.items()}
+
+
+def _weight_of(name: str, module: nn.Module) -> Tensor:
     weight = module._parameters.get(_own(name))
     if weight is None:
         like = next(module.parameters())

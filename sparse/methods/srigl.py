@@ -17,7 +17,7 @@ from ..topology.selection import largest_in_layers
 from ..topology.shards import any_sharded
 from .after import AfterSteps
 from .base import Tensors
-from .layers import included, prunable_modules, weight_of
+from .layers import included, prunable_modules, weights_of
 from .settings import setting
 
 FanIn = Literal["sparse", "dense"]
@@ -71,8 +71,7 @@ class Srigl(AfterSteps):
 
     def fitted_to(self, model: nn.Module) -> Self:
         fitted = super().fitted_to(model)
-        modules = prunable_modules(model, included(model, self.include))
-        weights = {name: weight_of(name, module) for name, module in modules.items()}
+        weights = weights_of(prunable_modules(model, included(model, self.include)))
         if any_sharded(weights.values()):
             raise ValueError("srigl cannot count the rows of weights that are sharded; use DDP")
         allocation, rows = fitted.allocation, {n: len(weight) for n, weight in weights.items()}

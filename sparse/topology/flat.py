@@ -234,6 +234,12 @@ def _line(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 1 else tensor.view(-1)
 
 
+def apart(joined: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take entries that were joined without gaps apart, into the shapes of tensors by name."""
+    parts = torch.split(joined, [tensor.numel() for tensor in like.values()])
+    return {name: part.view(like[name].shape) for name, part in zip(like, parts, strict=True)}
+
+
 def zeros_like(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Make zeros in the shapes and strides of tensors of one device: parts of one tensor."""
     layout = layout_of(tuple(tensor.numel() for tensor in tensors))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import radix
-from .flat import batched, layout_of
+from .flat import apart, batched, layout_of
 from .rng import Draw
 from .selection import order_keys
 
@@ -82,8 +82,7 @@ def fill_rows(
     taken = torch.zeros(num_rows, dtype=torch.int32, device=flat.device)
     missing = counts - taken.index_add_(0, row_of, kept.to(torch.int32))
     grown = _largest_joined(_join(grow, masks), missing, ~kept, row_of, starts)
-    parts = torch.split(kept | grown, [mask.numel() for mask in masks.values()])
-    return {n: part.view(masks[n].shape) for n, part in zip(masks, parts, strict=True)}
+    return apart(kept | grown, masks)
 
 
 def within_rows(masks: Tensors, rows: Tensor) -> dict[str, Tensor]:
@@ -94,9 +93,7 @@ def within_rows(masks: Tensors, rows: Tensor) -> dict[str, Tensor]:
             name: mask & marks[name].view(-1, *[1] * (mask.dim() - 1))
             for name, mask in masks.items()
         }
-    flat = _join(masks) & rows.index_select(0, _rows(masks)[0])
-    parts = torch.split(flat, [mask.numel() for mask in masks.values()])
-    return {n: part.view(masks[n].shape) for n, part in zip(masks, parts, strict=True)}
+    return apart(_join(masks) & rows.index_select(0, _rows(masks)[0]), masks)
 
 
 def _together(masks: Tensors) -> bool:

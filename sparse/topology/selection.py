@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import radix, sharded
-from .flat import Layout, batched, layout_of, vector
+from .flat import Layout, apart, batched, layout_of, vector
 from .rng import CHUNK, Draw
 from .shards import Ranks, any_sharded, local, part_like, spread_as
 
@@ -96,8 +96,7 @@ def largest_together(
         return _by_layer(chosen, layout, names, among)
     flat = torch.cat([scores[name].reshape(-1).float() for name in among])
     marks = torch.cat([mask.reshape(-1) for mask in among.values()])
-    parts = torch.split(largest(flat, k, marks), [mask.numel() for mask in among.values()])
-    return {n: part.view(among[n].shape) for n, part in zip(among, parts, strict=True)}
+    return apart(largest(flat, k, marks), among)
 
 
 def replace(

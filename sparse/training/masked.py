@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..methods.allocation import check_named
 from ..methods.base import Method
-from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weight_of
+from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weights_of
 from ..topology import rng
 from ..topology.flat import all_true, count_nonzero, vector
 from ..topology.shards import Ranks, local, locals_of, part_like
@@ -53,7 +53,7 @@ class MaskedModel:
         self.model = model
         modules = prunable_modules(model, num_active)
         # A weight that is computed from parameters stays dense; a stand-in tells its size.
-        self._weights = {name: weight_of(name, module) for name, module in modules.items()}
+        self._weights = weights_of(modules)
         if list(num_active) != list(self._weights):
             raise ValueError("num_active must have the names that prunable(model) lists, in order")
         if maskable is None:

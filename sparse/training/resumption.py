@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..methods.base import Allocated
-from ..methods.layers import prunable_modules, weight_of
+from ..methods.layers import prunable_modules, weights_of
 from ..topology.flat import count_nonzero
 from ..topology.shards import local
 from . import checkpoints
@@ -40,8 +40,7 @@ def resume(
     """
     method = method.fitted_to(model)
     checkpoints.check(state, method.name)
-    modules = prunable_modules(model, method.num_active)
-    weights = {name: weight_of(name, module) for name, module in modules.items()}
+    weights = weights_of(prunable_modules(model, method.num_active))
     counts = {name: weight.numel() for name, weight in weights.items()}
     is_dense = method.num_active == counts and state["num_updates"] == 0
     maskable = {} if is_dense else {name: weights[name] for name in method.maskable}
