@@ -162,11 +162,16 @@ def _load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 values[name] = _laid_out_like(parameter, value)
 
 
-def _spread_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[int, Any]:
-    """Spread the saved state of every parameter as the parameter is."""
+def _numbered(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Give the parameters by the numbers that a saved state has for them."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [n for group in saved["param_groups"] for n in group["params"]]
-    like = dict(zip(numbers, parameters, strict=True))
+    return dict(zip(numbers, parameters, strict=True))
+
+
+def _spread_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[int, Any]:
+    """Spread the saved state of every parameter as the parameter is."""
+    like = _numbered(optimizer, saved)
     return {
         number: {name: sharding.spread_like(value, like[number]) for name, value in values.items()}
         for number, values in saved["state"].items()
@@ -213,9 +218,7 @@ def _optimizer_misfit(optimizer: Optimizer, saved: Any) -> str | None:
             is_number = isinstance(value, int | float | tuple) and not isinstance(value, bool)
             if is_number and name not in theirs:
                 return f"it is the state of another optimizer, which has no '{name}'"
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [n for group in saved["param_groups"] for n in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
+    for number, parameter in _numbered(optimizer, saved).items():
         for name, value in saved["state"].get(number, {}).items():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
                 return f"'{name}' of parameter {number} is {_shape(value)}, " + (
