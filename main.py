@@ -35,7 +35,7 @@ from image_classification.log import Logger, run_metadata
 from image_classification.preemption import Preempted
 from image_classification.trackers import open_tracker
 from image_classification.trainer import TrainingError
-from sparse import SparsityError, __version__
+from sparse import SparsityError, __version__, costs
 
 DESCRIPTION = "Train a network, dense or sparse, on a directory of images."
 
@@ -116,8 +116,17 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
     )
     stack.callback(logger.close)
     machine = run_metadata(project=__version__, distribution=DISTRIBUTION)
-    logger.parameters({**machine, **distributed.environment(), **vars(c), **vars(flags)})
-    join: build.Attach = functools.partial(attach, flags=flags, epochs=c.epochs, beginning=began)
+    layers = costs.trace_layers(model, build.image_size(c), include=flags.include)
+    lengths: dict[str, Any] = {
+        "steps_per_epoch": start.steps.steps_per_epoch,
+        "images_per_step": start.steps.optimizer_batch_size,
+        "dense_flops": costs.inference_flops(layers),
+    }
+    facts = {**machine, **distributed.environment(), **lengths}
+    logger.parameters(facts | vars(c) | vars(flags))
+    join: build.Attach = functools.partial(
+        attach, flags=flags, epochs=c.epochs, layers=layers, beginning=began
+    )
     if c.evaluate:
         join = functools.partial(
             report_costs,

@@ -1,8 +1,7 @@
 """Join a sparse method to the trainer: its log records, its checkpoint state, its costs."""
 
-import functools
 import glob
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,9 +109,24 @@ def attach(
     *,
     flags: Any,
     epochs: int,
+    layers: Sequence[costs.LayerCost],
     beginning: Beginning | None = None,
 ) -> Extension:
-    """Join the sparse method of `flags` to training."""
+    """Join the sparse method of `flags` to training.
+
+    At the end of an epoch the raport gets the costs of the whole run as if its layers ended as
+    sparse as they are then: "sparse.training_ratio" and "sparse.inference_ratio" to dense.
+
+    Args:
+        model: The model, like `optimizer`, `total_steps` and `seed` as the trainer hands them over.
+        optimizer: Its optimizer.
+        total_steps: Optimizer steps of the run.
+        seed: Of all random choices.
+        flags: The sparse flags.
+        epochs: Epochs of the run.
+        layers: Geometry of the model's layers.
+        beginning: Masks that the run begins with.
+    """
     sparsifier = create_sparsifier(
         model, optimizer, total_steps, seed, flags=flags, epochs=epochs, beginning=beginning
     )
@@ -125,6 +139,19 @@ def attach(
         values = sparsifier.metrics().items()
         return {f"sparse.{k}": v for k, v in values if k.startswith("sparsity.") == per_layer}
 
+    sizes = {layer.name: layer.num_weights for layer in layers}
+
+    def epoch_metrics() -> dict[str, float]:
+        counts = sparsifier.num_active
+        report = costs.report(
+            layers,
+            {name: counts[name] / sizes[name] for name in counts},
+            method=sparsifier.method,
+            total_steps=total_steps,
+        )
+        ratios = {f"sparse.{k}": report[k] for k in ("training_ratio", "inference_ratio")}
+        return {**metrics(per_layer=True), **ratios}
+
     masked_at = -1
 
     def prepare_ema(averaged: nn.Module) -> None:
@@ -136,7 +163,7 @@ def attach(
 
     return Extension(
         metrics=lambda: {**metrics(per_layer=False), **wire.metrics()},
-        epoch_metrics=functools.partial(metrics, per_layer=True),
+        epoch_metrics=epoch_metrics,
         bar=("sparse.sparsity",),
         prepare_ema=prepare_ema,
         prepare_ddp=wire.prepare,

@@ -7,6 +7,8 @@ FORMATS: Formats = {
     "sparse.drop_fraction": SHARE,
     "sparse.exploration_rate": SHARE,
     "sparse.sent_ratio": SHARE,
+    "sparse.training_ratio": SHARE,
+    "sparse.inference_ratio": SHARE,
     "sparse.dropped": COUNT,
     "sparse.grown": COUNT,
 }

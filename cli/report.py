@@ -1,6 +1,7 @@
 """Turn finished runs into a table: `python -m cli.report RAPORT...`.
 
-Runs that differ in their seed alone are one row: mean and sample standard deviation over them.
+Runs that differ in their seed alone are one row: mean and sample standard deviation over them. With
+--compare there is a row per method and sparsity: accuracy against the operations of training.
 """
 
 from image_classification import versions
@@ -9,6 +10,7 @@ if __name__ == "__main__":
     versions.require()
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +49,37 @@ class Run:
         flags = names[names.index(first) :] if first in names else names
         return {k: self.parameters[k] for k in flags if k not in _NOT_THE_EXPERIMENT}
 
+    @property
+    def method(self) -> str:
+        """Name of the method of sparse training, or "dense"."""
+        return str(self.parameters.get("sparse_method") or "dense")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all epochs are there."""
+        return max(self.epochs, default=-1) + 1 == self.parameters.get("epochs")
+
+    @property
+    def dense_training_flops(self) -> float | None:
+        """Operations that dense training of the same length takes; None in older raports."""
+        names = "epochs", "steps_per_epoch", "images_per_step", "dense_flops"
+        if not all(name in self.parameters for name in names):
+            return None
+        # forward, and backward for the inputs and for the weights
+        return 3.0 * math.prod(float(self.parameters[name]) for name in names)
+
+    @property
+    def training_flops(self) -> float | None:
+        """Operations that the run took; None if it is not complete, or its raport is older."""
+        dense, ratio = self.dense_training_flops, 1.0 if self.method == "dense" else None
+        ratio = self.last("sparse.training_ratio") or ratio
+        return dense * ratio if dense and ratio and self.is_complete else None
+
+    def last(self, metric: str) -> float | None:
+        """Return a metric of the last epoch that has it; None: no epoch has."""
+        found = [data[metric] for _, data in sorted(self.epochs.items()) if metric in data]
+        return found[-1] if found else None
+
     def values(self, metric: str) -> list[float]:
         """Return a metric of all epochs that have it, in order.
 
@@ -67,13 +100,31 @@ def read_raport(path: Path) -> Run:
     """
     parameters: dict[str, Any] = {}
     epochs: dict[int, dict[str, float]] = {}
+    within: dict[int, dict[str, float]] = {}  # the last values of records within an epoch
     for record in _records(path):
         step = record.get("step")
         if step == "PARAMETER":
             parameters.update(record["data"])
         elif isinstance(step, list) and len(step) == 1:
             epochs.setdefault(step[0], {}).update(record["data"])
-    return Run(path, parameters, epochs)
+        elif isinstance(step, list) and len(step) == 2:
+            within.setdefault(step[0], {}).update(record["data"])
+    return Run(path, parameters, {n: within.get(n, {}) | data for n, data in epochs.items()})
+
+
+def find_raports(paths: Iterable[Path]) -> list[Path]:
+    """Return raport files; a folder stands for all `*raport.json` in it and below.
+
+    Raises:
+        ValueError: A folder has none; names it.
+    """
+    found = []
+    for path in paths:
+        below = sorted(path.rglob("*raport.json")) if path.is_dir() else [path]
+        if not below:
+            raise ValueError(f"{path} has no file *raport.json: name the files of its runs")
+        found += below
+    return list(dict.fromkeys(found))
 
 
 def _records(path: Path) -> Iterable[dict[str, Any]]:
@@ -108,12 +159,18 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     if len(groups) == 1:
         return [str(groups[0][0].path)]
     flags = [runs[0].experiment() for runs in groups]
+    names = _differing(flags)
+    return [_spell(f, names).removeprefix(", ") or "defaults" for f in flags]
+
+
+def _differing(flags: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List the flags in which experiments differ."""
     names = dict.fromkeys(name for of_group in flags for name in of_group)
-    differing = [n for n in names if len({json.dumps(f.get(n)) for f in flags}) > 1]
-    return [
-        ", ".join(f"{n} {f[n]}" for n in differing if f.get(n) is not None) or "defaults"
-        for f in flags
-    ]
+    return [n for n in names if len({json.dumps(f.get(n)) for f in flags}) > 1]
+
+
+def _spell(flags: Mapping[str, Any], names: Sequence[str]) -> str:
+    return "".join(f", {n} {flags[n]}" for n in names if flags.get(n) is not None)
 
 
 def table(groups: Sequence[Sequence[Run]], metric: str = "val.top1") -> str:
@@ -161,9 +218,102 @@ def plot(groups: Sequence[Sequence[Run]], path: Path, metric: str = "val.top1") 
     figure.savefig(path, dpi=120)
 
 
+def comparison(groups: Sequence[Sequence[Run]], metric: str = "val.top1") -> str:
+    """Return a Markdown table with a row per method and sparsity: accuracy and cost.
+
+    Args:
+        groups: Result of `group`.
+        metric: As for `table`.
+
+    Raises:
+        ValueError: A run has no epoch with the metric.
+    """
+    head = ["method", "sparsity", "runs", "epochs", f"{metric} last", "best", "training FLOPs"]
+    head += ["of dense", "inference of dense"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for label, runs in _by_method(groups):
+        series = [run.values(metric) for run in runs]
+        flops = _known(run.training_flops for run in runs)
+        dense = _known(run.dense_training_flops for run in runs)
+        cells = [
+            label,
+            f"{_mean_last(runs, 'sparse.sparsity', 0.0):.4f}",
+            str(len(runs)),
+            _epochs(runs),
+            _mean([values[-1] for values in series], 2),
+            _mean([max(values) for values in series], 2),
+            f"{statistics.mean(flops):.3e}" if flops else "",
+            f"{statistics.mean(flops) / statistics.mean(dense):.3f}" if flops else "",
+            f"{_mean_last(runs, 'sparse.inference_ratio', 1.0):.3f}" if dense else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot_comparison(groups: Sequence[Sequence[Run]], path: Path, metric: str = "val.top1") -> None:
+    """Draw the last value of a metric against the operations of training, a line per method.
+
+    Bars are the sample standard deviation. Runs whose operations are not known are left out.
+
+    Raises:
+        ValueError: Of no run are they known.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for label, runs in _by_method(groups):
+        if flops := _known(run.training_flops for run in runs):
+            last = [run.values(metric)[-1] for run in runs]
+            spread = statistics.stdev(last) if len(last) > 1 else 0.0
+            point = statistics.mean(flops), statistics.mean(last), spread
+            lines.setdefault(label, []).append(point)
+    if not lines:
+        raise ValueError(
+            "--compare --plot: no run is complete and has its operations in the raport; "
+            "leave out --plot"
+        )
+    for label, points in lines.items():
+        x, y, spread_of = zip(*points, strict=True)
+        axis.errorbar(x, y, yerr=spread_of, marker="o", capsize=3, label=label)
+    axis.set(xlabel="training, FLOPs (multiplies + adds)", ylabel=metric, xscale="log")
+    axis.grid(which="both", alpha=0.25)
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _by_method(groups: Sequence[Sequence[Run]]) -> list[tuple[str, Sequence[Run]]]:
+    """Name groups by their method, and by what else differs between groups of one method.
+
+    Ordered by sparsity within a method. Its sparsity is no part of a name.
+    """
+    methods = dict.fromkeys(runs[0].method for runs in groups)
+    found = []
+    for method in methods:
+        of_method = [runs for runs in groups if runs[0].method == method]
+        of_method.sort(key=lambda runs: _mean_last(runs, "sparse.sparsity", 0.0))
+        seen: dict[Any, int] = {}
+        for runs in of_method:
+            sparsity = runs[0].parameters.get("sparsity")
+            seen[sparsity] = seen.get(sparsity, 0) + 1
+        flags = [runs[0].experiment() for runs in of_method]
+        names = _differing(flags) if max(seen.values()) > 1 else []
+        names = [name for name in names if name not in ("sparsity", "dense_allocation")]
+        found += [(f"{method}{_spell(f, names)}", r) for f, r in zip(flags, of_method, strict=True)]
+    return found
+
+
+def _known(numbers: Iterable[float | None]) -> list[float]:
+    """Return the numbers; none if any of them is missing."""
+    found = list(numbers)
+    return [] if None in found else [number for number in found if number is not None]
+
+
 def _last(runs: Sequence[Run], metric: str) -> list[float]:
-    found = [[d[metric] for _, d in sorted(r.epochs.items()) if metric in d] for r in runs]
-    return [values[-1] for values in found if values]
+    return [value for value in (run.last(metric) for run in runs) if value is not None]
+
+
+def _mean_last(runs: Sequence[Run], metric: str, of_dense: float) -> float:
+    return statistics.mean(_last(runs, metric) or [of_dense])
 
 
 def _epochs(runs: Sequence[Run]) -> str:
@@ -183,9 +333,14 @@ def _mean(values: Sequence[float], digits: int) -> str:
 class Flags:
     """Turn finished runs into a table."""
 
-    raports: list[Path] = argument("raport files", nargs="+", metavar="RAPORT")
+    raports: list[Path] = argument(
+        "raport files, or folders with some", nargs="+", metavar="RAPORT"
+    )
     metric: str = flag("val.top1", "metric of an epoch")
-    plot: Path | None = flag(None, "draw the metric over the epochs", metavar="PNG")
+    compare: bool = flag(False, "a row per method and sparsity: accuracy and training FLOPs")
+    plot: Path | None = flag(
+        None, "draw the metric over the epochs; with --compare over training FLOPs", metavar="PNG"
+    )
 
 
 def run(given: Flags) -> str:
@@ -194,10 +349,11 @@ def run(given: Flags) -> str:
     Raises:
         ValueError: A user's mistake, in one line.
     """
-    groups = group(map(read_raport, given.raports))
-    text = table(groups, given.metric)
+    groups = group(map(read_raport, find_raports(given.raports)))
+    write, draw = (comparison, plot_comparison) if given.compare else (table, plot)
+    text = write(groups, given.metric)
     if given.plot:
-        plot(groups, given.plot, given.metric)
+        draw(groups, given.plot, given.metric)
     return text
 
 

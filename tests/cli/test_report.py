@@ -1,9 +1,11 @@
 """Tables of finished runs, from raports that the harness's own logger wrote."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+import main
 from cli import report
 from image_classification.config import Config
 from image_classification.log import Logger, run_metadata
@@ -86,3 +88,88 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         said = capsys.readouterr().err
         assert words in said
         assert said.count("\n") == 1
+
+
+TRAIN = "--data-backend synthetic --synthetic-batches 4 --arch small_cnn --image-size 32 -b 8 --cpu"
+TRAIN += " --num-classes 10 --epochs 2 --console summary --topk 2"
+
+
+def train(workspace: Path, *flags: str, seed: int = 0) -> Path:
+    """Train for 8 steps of 8 images."""
+    argv = [*TRAIN.split(), "--workspace", str(workspace), "--seed", str(seed), *flags]
+    assert main.main(argv) == 0
+    return workspace
+
+
+def test_methods_are_compared_by_accuracy_and_training_flops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rigl = "--sparse-method rigl --delta-t 2 --distribution uniform --sparsity".split()
+    train(tmp_path / "runs/dense")
+    for seed in (1, 2):
+        train(tmp_path / f"runs/rigl_0.8/{seed}", *rigl, "0.8", seed=seed)
+    train(tmp_path / "runs/rigl_0.5", *rigl, "0.5")
+    acdc = "--dense-warmup-epochs 0.5 --last-dense-epochs 0.5 --last-sparse-epochs 1".split()
+    train(tmp_path / "runs/acdc", "--sparse-method", "acdc", "--sparsity", "0.8", *acdc)
+    capsys.readouterr()
+    picture = tmp_path / "compare.png"
+    argv = [str(tmp_path / "runs"), "--compare", "--plot", str(picture)]
+    assert report.main(argv) == 0
+    rows = cells(capsys.readouterr().out)
+    assert [(row[0], row[2], row[3]) for row in rows] == [
+        ("acdc", "1", "2"),
+        ("dense", "1", "2"),
+        ("rigl", "1", "2"),
+        ("rigl", "2", "2"),
+    ]
+    sparsities = [float(row[1]) for row in rows]
+    assert sparsities == pytest.approx([0.8, 0.0, 0.5, 0.8], abs=1e-2)  # conv1 of rigl is dense
+    assert "±" in rows[3][4]
+    of_dense = {row[0]: (float(row[7]), float(row[8])) for row in rows}
+    assert of_dense["dense"] == (1.0, 1.0)
+    train_ratio, inference_ratio = of_dense["rigl"]  # one pass of nine is dense
+    assert train_ratio == pytest.approx((8 * inference_ratio + 1) / 9, abs=2e-3)
+    train_ratio, inference_ratio = of_dense["acdc"]  # half of the run is sparse
+    assert train_ratio == pytest.approx((1 + inference_ratio) / 2, abs=2e-3)
+    for row in rows:
+        assert float(row[6]) / float(rows[1][6]) == pytest.approx(float(row[7]), abs=1e-3)
+    assert picture.stat().st_size > 1000
+    # What the operations are is told by costs.py: 3 passes for each of 64 images.
+    status = main.main([*TRAIN.split(), "--dry-run"])
+    plan = json.loads(capsys.readouterr().out)
+    assert status == 0
+    assert float(rows[1][6]) == pytest.approx(64 * 3 * plan["cost"]["dense_flops"], rel=1e-3)
+
+
+def test_groups_of_one_method_and_sparsity_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [
+        write(tmp_path / "a/raport.json", [70.0, 71.0], delta_t=100),
+        write(tmp_path / "b/raport.json", [74.0, 73.0], delta_t=200),
+    ]
+    capsys.readouterr()
+    assert report.main([*map(str, paths), "--compare"]) == 0
+    rows = cells(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["rigl, delta_t 100", "rigl, delta_t 200"]
+    assert [row[6:] for row in rows] == [["", "", ""]] * 2  # raports without operations
+    for argv, words in (
+        ([str(tmp_path / "a"), "--compare", "--plot", "x.png"], "no run is complete and has its"),
+        ([str(tmp_path / "a/none")], "none cannot be read"),
+    ):
+        assert report.main(argv) == 2
+        assert words in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert report.main([str(tmp_path / "empty")]) == 2
+    assert "empty has no file *raport.json" in capsys.readouterr().err
+
+
+def test_operations_of_runs_that_are_not_complete_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "runs", "--run-epochs", "1")
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "runs"), "--compare"]) == 0
+    (row,) = cells(capsys.readouterr().out)
+    assert row[3] == "1 of 2"
+    assert row[6:8] == ["", ""]
