@@ -4,7 +4,8 @@ Reads whatever `cli.weights` does: files of torchvision, timm, NVIDIA's ConvNets
 of RigL and of torch.nn.utils.prune with their masks, of the RigL repository (TensorFlow 1,
 ResNet-50 and MobileNet-v1) with theirs, and our own. Writes a checkpoint for
 `main.py --evaluate --resume` and `--pretrained-from-file`, or the weights alone under
-torchvision's or NVIDIA's names.
+torchvision's or NVIDIA's names. With `--to sparsity-map` it writes, for `main.py --sparsity-map`,
+how sparse each layer would be if the smallest weights of all layers together were pruned.
 """
 
 from image_classification import versions
@@ -14,21 +15,26 @@ if __name__ == "__main__":
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import safetensors.torch
 import torch
-from torch import Tensor
+import yaml
+from torch import Tensor, nn
 
+import sparse
 from cli import foreign, networks, weights
 from cli.foreign import Network
 from cli.program import Program
 from image_classification import models
 from image_classification.flags import argument, flag
 from image_classification.weights import fit
+from sparse.methods.gap import magnitude_sparsities
+from sparse.topology.distributions import check_sparsity, match_layers
 
-Format = Literal["checkpoint", "torchvision", "nvidia"]
+Format = Literal["checkpoint", "torchvision", "nvidia", "sparsity-map"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +44,15 @@ class Flags:
     source: Path = argument("file of weights, or the prefix of a TensorFlow checkpoint")
     target: Path = argument("file to write; .safetensors for weights alone is understood")
     arch: str | None = flag(None, "network of SOURCE, where it does not say (resnet50)", "-a")
-    to: Format = flag("checkpoint", "a checkpoint with masks, or the weights alone under our names "
-                      "or NVIDIA's")  # fmt: skip
+    to: Format = flag("checkpoint", "a checkpoint with masks, the weights alone under our names "
+                      "or NVIDIA's, or the layers' sparsities by magnitude")  # fmt: skip
     ema: bool = flag(False, "take the averaged weights of SOURCE")
+    sparsity: float | None = flag(
+        None, "--to sparsity-map: fraction of zeros over all layers that are not kept dense"
+    )
+    dense_layers: list[str] = flag(
+        [], "--to sparsity-map: globs of layers kept dense", nargs="*", metavar="GLOB"
+    )
 
 
 def read(source: Path, *, arch: str | None = None, ema: bool = False) -> Network:
@@ -57,15 +69,58 @@ def read(source: Path, *, arch: str | None = None, ema: bool = False) -> Network
     """
     found = weights.read(source, ema=ema)
     name = arch or found.arch or "resnet50"
-    options = {key: found.config[key] for key in ("stem", "width") if key in found.config}
     try:
-        num_classes = models.count_classes(name, found.state_dict)
-        with torch.device("meta"):
-            own = models.create_model(name, num_classes=num_classes, **options).state_dict()
+        own = sketch(dataclasses.replace(found, arch=name)).state_dict()
         fitted = fit(found.state_dict, own, name)
     except ValueError as error:
         raise ValueError(f"{source} cannot be converted: {error}") from error
     return dataclasses.replace(found, state_dict=fitted, arch=name)
+
+
+def sketch(network: Network) -> nn.Module:
+    """Return a module of the network's architecture, on the meta device.
+
+    Raises:
+        ValueError: There is no such architecture, or the weights are not of it.
+    """
+    assert network.arch is not None
+    options = {key: network.config[key] for key in ("stem", "width") if key in network.config}
+    num_classes = models.count_classes(network.arch, network.state_dict)
+    with torch.device("meta"):
+        return models.create_model(network.arch, num_classes=num_classes, **options)
+
+
+def sparsity_map(
+    network: Network, sparsity: float, dense_layers: Sequence[str] = ()
+) -> dict[str, float]:
+    """Share a sparsity out among the layers of a trained network by the magnitude of its weights.
+
+    Args:
+        network: The network.
+        sparsity: Fraction of zeros over all layers that are not dense.
+        dense_layers: Globs of layers that are left out.
+
+    Returns:
+        Layer name -> sparsity, for `main.py --sparsity-map`.
+
+    Raises:
+        ValueError: The sparsity is out of range, a glob matches nothing, or no weight of a layer is
+            large enough to be kept.
+    """
+    check_sparsity(sparsity)
+    names = sparse.prunable(sketch(network))
+    dense = {n for glob in dense_layers for n in match_layers(glob, names, "--dense-layers")}
+    weights = {name: network.state_dict[name] for name in names if name not in dense}
+    if not weights:
+        raise ValueError("--dense-layers leaves no layer that could be sparse")
+    found = magnitude_sparsities(weights, sparsity)
+    for name, zeros in found.items():
+        if zeros == 1.0:
+            raise ValueError(
+                f"--sparsity {sparsity} leaves no weight of {name}: lower it, or keep the layer "
+                "with --dense-layers"
+            )
+    return found
 
 
 def write(network: Network, target: Path, *, arch: str, to: Format = "checkpoint") -> None:
@@ -112,15 +167,41 @@ def describe(found: Network, target: Path, *, to: Format) -> str:
     return "\n".join(lines)
 
 
+def write_sparsity_map(found: Network, given: Flags) -> str:
+    """Write the sparsities of layers; return the line that says so.
+
+    Raises:
+        ValueError: A user's mistake, in one line.
+    """
+    if given.sparsity is None:
+        raise ValueError("--to sparsity-map needs --sparsity")
+    if given.target.exists():
+        raise ValueError(f"{given.target} exists: name a new file")
+    layers = sparsity_map(found, given.sparsity, given.dense_layers)
+    given.target.parent.mkdir(parents=True, exist_ok=True)
+    given.target.write_text(yaml.safe_dump(layers, sort_keys=False))
+    lowest, highest = min(layers.values()), max(layers.values())
+    return (
+        f"{given.target}: sparsities of {len(layers)} layers, {lowest:.4f} to {highest:.4f}, for "
+        "main.py --sparsity-map"
+    )
+
+
 def run(given: Flags) -> str:
     """Convert; return the lines that say what was written.
 
     Raises:
         ValueError: A user's mistake, in one line.
     """
+    is_map = given.to == "sparsity-map"
+    for name, value in (("--sparsity", given.sparsity), ("--dense-layers", given.dense_layers)):
+        if value not in (None, []) and not is_map:
+            raise ValueError(f"{name} has no effect without --to sparsity-map")
     found = read(given.source, arch=given.arch, ema=given.ema)
     assert found.arch is not None
     with networks.writing(given.target):
+        if is_map:
+            return write_sparsity_map(found, given)
         write(found, given.target, arch=found.arch, to=given.to)
     return describe(found, given.target, to=given.to)
 
