@@ -37,7 +37,7 @@ class SparseFlags:
     from_sparse: str | None = flag(
         None,
         "checkpoint or compact file whose weights and masks training starts from: kept by static, "
-        "moved by set, rigl and snfs, pruned further by gmp and snip",
+        "moved by set, rigl, snfs, srigl and gap, pruned further by gmp, snip and granet",
     )
     drop_masks: bool = flag(
         False,
@@ -223,8 +223,8 @@ def resolve(flags: Any, *, resumes: bool = False) -> Any:
         raise ValueError("--from-sparse needs a --sparse-method: static keeps its masks")
     if flags.from_sparse is not None and find_method(method).from_masks is None:
         raise ValueError(
-            f"--from-sparse: {method} chooses its own masks; --pretrained-from-file with "
-            "--drop-masks starts it from the weights alone"
+            f"--from-sparse: {method} {find_method(method).why_no_masks}; --pretrained-from-file "
+            "with --drop-masks starts it from the weights alone"
         )
     if "sparsity" in used and sparsity is None and not resumes and flags.from_sparse is None:
         raise ValueError(f"--sparse-method {method} needs --sparsity")

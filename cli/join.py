@@ -94,11 +94,14 @@ def try_out(
         beginning: Masks that it begins with.
     """
     optimizer = build.stand_in_optimizer(c, model)
+    masks = None if beginning is None else beginning.masks
     if beginning is not None:  # the numbers will do, where weights have no values
         beginning = Beginning(beginning.num_active)
-    create_sparsifier(
+    made = create_sparsifier(
         model, optimizer, total_steps, 0, flags=flags, epochs=c.epochs, beginning=beginning
     )
+    if made is not None and masks is not None and isinstance(made.method, sparse.Allocated):
+        made.method.begin_from(masks)
 
 
 def attach(

@@ -78,7 +78,7 @@ def gap(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    sparsity: float,
+    sparsity: float = ...,
     distribution: Literal["uniform", "er", "erk"] | None = "erk",
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
@@ -88,6 +88,7 @@ def gap(
     phase: int,
     mask_init: Literal["random", "magnitude"] = "random",
     num_phases: int = 8,
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
@@ -114,6 +115,8 @@ def gap(
         phase: Optimizer steps that gap trains with a partition dense, at least 1.
         mask_init: Masks gap begins with: random, or the largest weights.
         num_phases: Phases of gap, at least 1; what is left of the run is sparse.
+        masks: Bool masks to begin with, by name; layers without one begin dense, and sparsity may
+            be left out.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
@@ -179,6 +182,7 @@ def granet(
     initial_sparsity: float = 0.5,
     prune_end: int,
     drop_fraction_min: float = 0.005,
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
@@ -205,6 +209,7 @@ def granet(
         initial_sparsity: Granet's fraction of zeros at first, 0 to begin dense.
         prune_end: Step of granet's final sparsity.
         drop_fraction_min: What the cosine of the drop fraction ends at.
+        masks: Bool masks to begin with, by name; layers without one begin dense.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.
@@ -505,7 +510,7 @@ def srigl(
     model: nn.Module,
     optimizer: Optimizer,
     *,
-    sparsity: float,
+    sparsity: float = ...,
     distribution: Literal["uniform", "er", "erk"] | None = "erk",
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
@@ -521,6 +526,7 @@ def srigl(
     min_salient_of: Literal["sparse", "dense"] = "sparse",
     never_ablated: Sequence[str] | None = None,
     gradient_steps: int = 1,
+    masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     hooks: bool = True,
     track_exploration: bool = False,
@@ -554,6 +560,8 @@ def srigl(
         min_salient_of: Fan-in that srigl's min_salient below 1 is of.
         never_ablated: Globs of layers whose rows srigl never ablates; by default the last layer.
         gradient_steps: Last steps whose mean gradient srigl grows by, up to delta_t.
+        masks: Bool masks to begin with, by name; layers without one begin dense, and sparsity may
+            be left out.
         seed: Seed of masks and all other random choices; the same on all ranks.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         track_exploration: Whether to record which weights were ever active.

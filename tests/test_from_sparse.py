@@ -12,7 +12,7 @@ from torch import Tensor
 import export
 from sparse.training.checkpoints import read_masks
 from tests import forks
-from tests.test_resume_flags import SMALL, first_epoch, load, refusal, run, train
+from tests.test_resume_flags import ACDC, SMALL, first_epoch, load, refusal, run, train
 
 STATIC = "--sparse-method static".split()
 RIGL = "--sparse-method rigl --delta-t 2 --drop-fraction 0.5".split()
@@ -106,6 +106,42 @@ def test_gmp_prunes_further_and_revives_nothing(source: Path, tmp_path: Path) ->
     assert "weights left, this run would keep" in line
 
 
+GRANET = "--sparse-method granet --delta-t 1 --sparsity 0.9".split()
+GAP = (
+    "--sparse-method gap --partitions features.[0-3].* features.[5-9].* --phase-epochs 0.34 "
+    "--num-phases 3"
+).split()
+SRIGL = "--sparse-method srigl --delta-t 2".split()
+
+
+@pytest.mark.parametrize("flags", [GRANET, GAP, SRIGL], ids=lambda flags: flags[1])
+def test_other_methods_go_on_from_masks(source: Path, tmp_path: Path, flags: list[str]) -> None:
+    if flags is SRIGL:
+        source = first_epoch(tmp_path / "source", *SRIGL, "--sparsity", "0.7")
+    begin = ["--from-sparse", str(source)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    status, out, err = run(tmp_path, "--dry-run", "--epochs", "2", *flags, *begin)
+    assert status == 0, err
+    plan = json.loads(out)["sparse"]
+    train(whole, *flags, *begin)
+    before, after = masks(source.parent), masks(whole)
+    assert any(not torch.equal(after[name], before[name]) for name in with_zeros(before))
+    total = sum(int(mask.sum()) for mask in after.values())
+    size = sum(torch.Size(layer["shape"]).numel() for layer in plan["layers"])
+    if flags is GRANET:
+        assert plan["overall_sparsity"] == pytest.approx(0.9, abs=1e-4)
+        assert total == round((1 - plan["overall_sparsity"]) * size)
+    elif flags is GAP:
+        active = {layer["name"]: layer["num_active"] for layer in plan["layers"]}
+        assert counts(after) == counts(before) == {name: active[name] for name in counts(after)}
+    else:
+        assert sum(counts(after).values()) <= sum(counts(before).values())
+    train(parts, *flags, *begin, "--run-epochs", "1")
+    train(parts, *flags, "--resume", "auto")
+    assert_equal(load(parts)["state_dict"], load(whole)["state_dict"])
+    assert_equal(masks(parts), masks(whole))
+
+
 def test_a_compact_file_begins_a_run(source: Path, tmp_path: Path) -> None:
     compact = tmp_path / "network.safetensors"
     assert export.main([str(source), str(compact)]) == 0
@@ -136,7 +172,8 @@ def test_what_contradicts_the_masks_is_refused(source: Path, tmp_path: Path) -> 
         ([*RIGL, "--dense-layers", "fc"], "dense_layers has no effect without sparsity"),
         ([*STATIC, "--distribution", "uniform"], "distribution has no effect without sparsity"),
         ("--sparse-method magnitude --sparsity 0.9".split(), "magnitude chooses its own masks"),
-        ("--sparse-method gap --sparsity 0.9".split(), "gap chooses its own masks"),
+        ([*ACDC], "acdc begins dense, where no mask has an effect; --pretrained-from-file with"),
+        ("--sparse-method srigl --delta-t 2".split(), "srigl needs masks with as many weights in"),
         ([], "--from-sparse needs a --sparse-method"),
         ([*STATIC, "--pretrained-from-file", str(source)], "leave it or --pretrained-from-file"),
         ([*STATIC, "--drop-masks"], "leave it or --drop-masks out"),

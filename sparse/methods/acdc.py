@@ -31,6 +31,7 @@ class Acdc(Pruning):
     paper: ClassVar[str] = "[Peste et al., 2021](https://arxiv.org/abs/2106.12379)"
     grows = True
     from_masks = None
+    why_no_masks = "begins dense, where no mask has an effect"
 
     total_steps: int = setting(MISSING, "optimizer steps of acdc's run", share=1.0)
     dense_warmup: int = setting(

@@ -1,5 +1,6 @@
 """Turn a sparsity into numbers of active weights of the layers of a model."""
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ class Allocation:
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
-    num_active: Mapping[str, int] = field(default_factory=dict)
+    num_active: dict[str, int] = field(default_factory=dict)
     sparsities: Mapping[str, float] = field(default_factory=dict)
     maskable: tuple[str, ...] = ()
 
@@ -128,6 +129,23 @@ def allocation_of(
         sparsities={name: 1.0 - counts[name] / size for name, size in sizes.items()},
         maskable=tuple(masked),
     )
+
+
+def begun(found: Allocation, num_active: Mapping[str, int]) -> Allocation:
+    """Return an allocation with the numbers of active weights of masks, which are pruned further.
+
+    Args:
+        found: What the layers are to become; those without a mask begin dense.
+        num_active: Name -> number of active weights, of the layers that have a mask.
+
+    Raises:
+        ValueError: A mask belongs to no layer, or to one that is to be dense.
+    """
+    check_named(num_active, found.sizes)
+    for name in num_active:
+        if name not in found.maskable:
+            raise ValueError(f"{name} has a mask, but is to be dense: prune it, too")
+    return dataclasses.replace(found, num_active={**found.sizes, **num_active})
 
 
 def check_named(masked: Iterable[str], names: Collection[str]) -> None:

@@ -152,13 +152,17 @@ class Allocated(Method):
 
     Attributes:
         from_masks: What masks mean that a run begins with: the "counts" of the layers, or what the
-            method goes on to "prune". None: it takes none.
+            method goes on to "prune". None: it takes none, for the reason `why_no_masks`.
+        masks_replace: Settings, beside those of the sparsity of layers where masks are "counts",
+            that have no effect in a run that begins with masks.
         begins_with: Layer name -> active weights in these masks; see `begin_with`.
         allocation: What this comes to for the layers of a model; `fitted_to` computes it.
     """
 
     scope = "layer"  # a sparsity per layer
     from_masks: ClassVar[Literal["counts", "prune"] | None] = "counts"
+    why_no_masks: ClassVar[str] = "chooses its own masks"
+    masks_replace: ClassVar[Sequence[str]] = ()
 
     sparsity: float = setting(MISSING, "fraction of zero weights, in [0, 1)")
     distribution: Distribution | None = setting(
@@ -199,6 +203,22 @@ class Allocated(Method):
     def num_active(self) -> Mapping[str, int]:
         """Layer name -> number of active weights to begin with, of all prunable layers in order."""
         return self.allocation.num_active
+
+    @property
+    def num_in_masks(self) -> Mapping[str, int]:
+        """Layer name -> number of active weights that masks must have to begin a run with them."""
+        return self.num_active
+
+    def begin_from(self, masks: Tensors) -> Tensors:
+        """Return the masks that a run begins with, where masks are given.
+
+        Args:
+            masks: Masks with the numbers of active weights in `num_in_masks`.
+
+        Raises:
+            ValueError: They are not such as the method makes; names the layer.
+        """
+        return masks
 
     @property
     def final_counts(self) -> Mapping[str, int] | None:

@@ -32,18 +32,26 @@ def begin_with(
         ValueError: The method takes no masks, or a setting has no effect.
     """
     if method.from_masks is None:
-        raise ValueError(f"{method.name} cannot begin with masks, because it chooses its own")
+        raise ValueError(f"{method.name} takes no masks: it {method.why_no_masks}")
+    known = settings_of(method)
+
+    def is_given(name: str) -> bool:
+        return name in known and settings.get(name, known[name].default) != known[name].default
+
+    for name in filter(is_given, method.masks_replace):
+        raise ValueError(
+            f"{name} has no effect in a run that begins with masks, which take its place: leave it "
+            "out"
+        )
     if method.from_masks == "prune":
         return method(**settings, begins_with=num_active)
     if "sparsity" in settings:
         return method(**settings)
-    known = settings_of(method)
-    for name in _SHARES:
-        if name in known and settings.get(name, known[name].default) != known[name].default:
-            raise ValueError(
-                f"{name} has no effect without sparsity, because the masks say how many weights a "
-                "layer has: leave it out"
-            )
+    for name in filter(is_given, _SHARES):
+        raise ValueError(
+            f"{name} has no effect without sparsity, because the masks say how many weights a "
+            "layer has: leave it out"
+        )
     return method(**settings, sparsity=0.0, begins_with=num_active)  # `fitted_to` replaces it
 
 
@@ -60,7 +68,7 @@ def check_agreement(method: Allocated, model: nn.Module, num_active: Mapping[str
     """
     method = method.fitted_to(model)
     check_named(num_active, method.num_active)
-    for name, planned in method.num_active.items():
+    for name, planned in method.num_in_masks.items():
         count = num_active.get(name, method.allocation.sizes[name])
         if count != planned:
             raise ValueError(

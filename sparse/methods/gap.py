@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -14,7 +13,7 @@ from ..topology.distributions import match_layers
 from ..topology.flat import all_true
 from ..topology.rng import Draw
 from ..topology.selection import largest_in_layers, largest_together
-from .allocation import allocate_layers
+from .allocation import allocate_layers, allocation_of
 from .base import Allocated, Tensors
 from .layers import included, prunable_modules
 from .settings import setting
@@ -41,7 +40,7 @@ class Gap(Allocated):
     title: ClassVar[str] = "GaP, cyclic"
     paper: ClassVar[str] = "[Ma et al., 2022](https://arxiv.org/abs/2106.09857)"
     grows = True
-    from_masks = None
+    masks_replace = ("mask_init",)
 
     partitions: Sequence[str] | None = setting(
         None,
@@ -71,6 +70,15 @@ class Gap(Allocated):
         for name in seen:
             if seen.count(name) > 1:
                 raise ValueError(f"partitions: {name} is in more than one")
+        if self.begins_with is not None:
+            found = allocation_of(model, self.begins_with, self.include)
+            grown = {name: found.sizes[name] for name in members[0]}
+            return dataclasses.replace(
+                self,
+                allocation=dataclasses.replace(found, num_active=found.num_active | grown),
+                sparsity=found.sparsity,
+                members=members,
+            )
         dense = self.dense_layers
         if not isinstance(dense, str):  # which is refused with what else it might be
             dense = [*(dense or ()), *(name for name in names if name not in seen)]
@@ -84,6 +92,13 @@ class Gap(Allocated):
         found = dataclasses.replace(found, num_active=counts)
         return dataclasses.replace(self, allocation=found, members=members)
 
+    @property
+    def num_in_masks(self) -> Mapping[str, int]:
+        return self.final_counts
+
+    def begin_from(self, masks: Tensors) -> Tensors:
+        return {name: mask for name, mask in masks.items() if name not in self.members[0]}
+
     def first_masks(
         self,
         draws: Mapping[str, Draw],
@@ -95,10 +110,15 @@ class Gap(Allocated):
             return super().first_masks(draws, num_active, among, weights)
         return largest_in_layers(weights, num_active, among)
 
-    @functools.cached_property
-    def final_counts(self) -> Mapping[str, int] | None:
-        zeros, sizes = self.allocation.sparsities, self.allocation.sizes
-        return {name: num_kept(size, zeros[name]) for name, size in sizes.items()}
+    @property
+    def final_counts(self) -> Mapping[str, int]:
+        return {name: self.num_left(name, size) for name, size in self.allocation.sizes.items()}
+
+    def num_left(self, name: str, numel: int) -> int:
+        """Compute how many weights a layer keeps when its partition is pruned."""
+        if self.begins_with is not None:
+            return self.begins_with.get(name, numel)
+        return num_kept(numel, self.allocation.sparsities[name])
 
     def due(self, step: int) -> bool:
         return (step + 1) % self.phase == 0 and step < self.phase * self.num_phases
@@ -117,8 +137,7 @@ class Gap(Allocated):
         grown = set(self.grown_at(step))
         # Sparse layers have no more than that many, so that they stay as they are.
         pruned = {name: mask for name, mask in masks.items() if name not in grown}
-        zeros = self.allocation.sparsities
-        counts = {name: num_kept(mask.numel(), zeros[name]) for name, mask in pruned.items()}
+        counts = {name: self.num_left(name, mask.numel()) for name, mask in pruned.items()}
         full = all_true({name: mask for name, mask in masks.items() if name in grown})
         new = full | (largest_in_layers(weights, counts, pruned) if pruned else {})
         return {name: new[name] for name in masks}

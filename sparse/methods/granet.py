@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from decimal import Decimal
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from ..topology.distributions import check_sparsity, count_active
 from ..topology.flat import count_nonzero
 from ..topology.selection import largest_together, replace
 from .after import AfterSteps
-from .allocation import allocate_layers
+from .allocation import allocate_layers, begun
 from .base import Tensors
 from .settings import setting
 
@@ -29,7 +29,8 @@ class Granet(AfterSteps):
     name: ClassVar[str] = "granet"
     title: ClassVar[str] = "GraNet, from sparse or dense"
     paper: ClassVar[str] = "[Liu et al., 2021](https://arxiv.org/abs/2106.10404)"
-    from_masks = None
+    from_masks: ClassVar[Literal["counts", "prune"] | None] = "prune"
+    masks_replace = ("initial_sparsity", "distribution", "power_scale")
 
     initial_sparsity: float = setting(0.5, "granet's fraction of zeros at first, 0 to begin dense")
     prune_end: int = setting(MISSING, "step of granet's final sparsity", share=0.3)
@@ -41,7 +42,7 @@ class Granet(AfterSteps):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sparsity(self.sparsity)
-        if not 0.0 <= self.initial_sparsity <= self.sparsity:
+        if self.begins_with is None and not 0.0 <= self.initial_sparsity <= self.sparsity:
             raise ValueError(
                 f"initial_sparsity must be in [0, {self.sparsity}], up to the final sparsity, got "
                 f"{self.initial_sparsity}"
@@ -60,8 +61,16 @@ class Granet(AfterSteps):
     def fitted_to(self, model: nn.Module) -> Self:
         names = "distribution power_scale dense_layers include".split()
         settings = {name: getattr(self, name) for name in names}
-        allocation = allocate_layers(model, self.initial_sparsity, **settings)
-        return dataclasses.replace(self, allocation=allocation)
+        if self.begins_with is None:
+            allocation = allocate_layers(model, self.initial_sparsity, **settings)
+            return dataclasses.replace(self, allocation=allocation)
+        found = begun(allocate_layers(model, 0.0, **settings), self.begins_with)
+        left = {name: found.num_active[name] for name in found.maskable}
+        ranked = sum(found.sizes[name] for name in left)
+        initial = 1.0 - sum(left.values()) / max(ranked, 1)
+        fitted = dataclasses.replace(self, allocation=found, initial_sparsity=initial)
+        fitted.check_left(left)
+        return fitted
 
     @property
     def final_counts(self) -> Mapping[str, int] | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..topology.distributions import Distribution
 from ..topology.selection import largest_in_layers, largest_together
-from .allocation import check_named
+from .allocation import begun
 from .base import Allocated, Tensors
 from .settings import setting
 
@@ -29,12 +29,9 @@ class Pruning(Allocated):
 
     def fitted_to(self, model: nn.Module) -> Self:
         fitted = super().fitted_to(model)
-        sizes, maskable = fitted.allocation.sizes, fitted.allocation.maskable
         if self.begins_with:
-            check_named(self.begins_with, sizes)
-            for name in self.begins_with.keys() - set(maskable):
-                raise ValueError(f"{name} has a mask, but is to be dense: prune it, too")
-            fitted._check_enough({name: fitted.num_active[name] for name in maskable})
+            begun(fitted.allocation, self.begins_with)
+            fitted._check_enough({n: fitted.num_active[n] for n in fitted.allocation.maskable})
         return fitted
 
     @property

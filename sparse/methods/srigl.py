@@ -39,7 +39,6 @@ class Srigl(AfterSteps):
     name: ClassVar[str] = "srigl"
     title: ClassVar[str] = "SRigL, with or without ablation"
     paper: ClassVar[str] = "[Lasby et al., 2024](https://arxiv.org/abs/2305.02299)"
-    from_masks = None
 
     min_salient: float = setting(
         0.3, "weights that must matter in a row of srigl; below 1 of its fan-in; 0: no ablation"
@@ -79,10 +78,15 @@ class Srigl(AfterSteps):
         for name, size in allocation.sizes.items():
             budgets[name] = size - math.ceil(allocation.sparsities[name] * size)
             counts[name] = budgets[name] // rows[name] * rows[name]
-            if counts[name] == 0:
+            if self.follows_masks:
+                budgets[name] = counts[name] = allocation.num_active[name]
+            if budgets[name] < rows[name]:
+                remedy = "give it more with sparsity_map, or keep it with dense_layers"
+                if self.follows_masks:
+                    remedy = "leave its mask out, and it is dense"
                 raise ValueError(
                     f"{name} would have {budgets[name]} weights for {rows[name]} outputs, less "
-                    "than one each: give it more with sparsity_map, or keep it with dense_layers"
+                    f"than one each: {remedy}"
                 )
         globs = self.never_ablated if self.never_ablated is not None else [list(rows)[-1]]
         whole = {name for glob in globs for name in match_layers(glob, rows, "never_ablated")}
@@ -92,6 +96,23 @@ class Srigl(AfterSteps):
             budgets=budgets,
             whole=whole,
         )
+
+    def begin_from(self, masks: Tensors) -> Tensors:
+        """Refuse masks without a constant fan-in; rows without weights may be ablated ones."""
+        for name, mask in masks.items():
+            counts = sorted(set(mask.flatten(1).sum(1).tolist()))
+            if len(set(counts) - {0}) > 1:
+                raise ValueError(
+                    f"srigl needs masks with as many weights in every row; rows of {name} have "
+                    f"{counts[0]} to {counts[-1]}: begin with masks of srigl, or with the weights "
+                    "alone"
+                )
+            if 0 in counts and self.threshold(name, len(mask), mask[0].numel()) == 0:
+                raise ValueError(
+                    f"srigl ablates no rows of {name}, but its mask has rows without weights: give "
+                    "min_salient and never_ablated as in the run of the masks"
+                )
+        return masks
 
     def first_masks(
         self,

@@ -81,6 +81,7 @@ class Sparsifier(HookedModel):
             method = method.fitted_to(model)
             num_active = method.num_active
             maskable = method.maskable if maskable is None else maskable
+            masks = None if masks is None else method.begin_from(masks)
         super().__init__(model, optimizer, num_active, maskable, process_group, track_exploration)
         self.method = method
         self.num_updates = 0
