@@ -42,11 +42,6 @@ class Gmp(Pruning):
     def window(self) -> Window:
         return Window(self.prune_every, self.prune_start, self.prune_end, at_end=True)
 
-    @property
-    def final_counts(self) -> Mapping[str, int] | None:
-        # Plans have the counts of `allocate`; those of `num_final` differ by one at most.
-        return self.allocation.num_active if self.scope == "layer" else None
-
     def due(self, step: int) -> bool:
         return self.window.due(step)
 
