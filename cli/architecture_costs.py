@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import sparse
-from cli.flags import find_method, flag_name
+from cli.flags import find_method
 from image_classification import models
 from sparse import costs
 from sparse.methods.allocation import unless_included
 from sparse.methods.layers import included
-from sparse.methods.settings import settings_of
+from sparse.methods.settings import complete, names_of
 from sparse.topology.distributions import count_active, layer_sparsities
 
 
@@ -94,17 +94,11 @@ def _method(name: str, settings: Mapping[str, Any]) -> sparse.Allocated:
     """Return a method of which only the costs are asked."""
     method = find_method(name)
     given = {}
-    for key, known in settings_of(method).items():
-        if key in settings:
-            given[key] = settings[key]
-        elif known.is_end:
-            given[key] = settings["total_steps"]
-        elif known.share is not None:
-            given[key] = int(known.share * settings["total_steps"])
-        elif known.epochs is not None:
-            epochs = settings.get(flag_name(key, known), known.epochs)
-            given[key] = round(epochs * settings["total_steps"] / settings["epochs"])
-    return method(**given)
+    for name in names_of(method):
+        if name in settings:
+            given[name] = settings[name]
+    steps = settings.get("total_steps", math.inf)
+    return method(**complete(method, given, steps, steps / settings.get("epochs", 1), 1.0))
 
 
 @functools.cache

@@ -260,11 +260,10 @@ def arguments(flags: Any, total_steps: int, epochs: int) -> dict[str, Any]:
         value = getattr(flags, flag_name(name, known))
         spelled = spelling(flag_name(name, known))
         if known.epochs is not None:
-            value = round(value * total_steps / epochs)
-        elif known.share is not None and value is None:
-            value = int(known.share * total_steps)
-        elif known.is_end and value is None:
-            value = int(flags.t_end_fraction * total_steps)
+            known = dataclasses.replace(known, epochs=value)
+            value = None
+        if known.follows_from_length and value is None:
+            value = known.steps(total_steps, total_steps / epochs, flags.t_end_fraction)
         elif known.is_end and flags.t_end_fraction != SparseFlags.t_end_fraction:
             raise ValueError(f"{spelled} and --t-end-fraction say the same: give one of them")
         elif (known.is_end or known.share is not None) and value > total_steps:

@@ -1,6 +1,5 @@
 """What the callbacks share: a method that is attached when a loop has its model and optimizer."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch.optim import Optimizer
 
 from ..errors import check_choice
 from ..methods import METHODS, Allocated
-from ..methods.settings import settings_of
+from ..methods.settings import complete, names_of
 from ..training.checkpoints import collected
 from ..training.resumption import resume
 from ..training.sparsifier import Sparsifier
@@ -23,7 +22,7 @@ class Attachment:
             raise ValueError(f"t_end_fraction must be in (0, 1], got {fraction}")
         if isinstance(method, str):
             check_choice("method", method, list(METHODS))
-        known = [*settings_of(METHODS[method]), "seed"] if isinstance(method, str) else []
+        known = [*names_of(METHODS[method]), "seed"] if isinstance(method, str) else []
         for name in settings.keys() - known:
             raise ValueError(f"method {method!r} takes no setting {name}")
         self._method, self._settings, self._fraction = method, dict(settings), fraction
@@ -32,10 +31,12 @@ class Attachment:
         self._state: dict[str, Any] = {}  # of the weights, between trainings
         self._reported = -1  # number of updates at the newest report
 
-    def attach(self, model: nn.Module, optimizer: Optimizer, total_steps: float) -> None:
+    def attach(
+        self, model: nn.Module, optimizer: Optimizer, total_steps: float, epoch_steps: float
+    ) -> None:
         """Make the model sparse, or go on with the state of the weights that it holds."""
         self.detach()  # of a training that was interrupted
-        method = self._create(total_steps)
+        method = self._create(total_steps, epoch_steps)
         make, state = (resume, [self._state]) if self._state else (Sparsifier, [])
         self.sparsifier = self._trained = make(model, optimizer, method, *state)
         self._state, self._reported = {}, -1
@@ -68,11 +69,8 @@ class Attachment:
             f"sparse/{name}": value for name, value in found if not name.startswith("sparsity.")
         }
 
-    def _create(self, total_steps: float) -> Allocated:
+    def _create(self, total_steps: float, epoch_steps: float) -> Allocated:
         if isinstance(self._method, Allocated):
             return self._method
-        kind, given = METHODS[self._method], self._settings
-        ends = [n for n, known in settings_of(kind).items() if known.is_end and n not in given]
-        if ends and not 0 < total_steps < math.inf:
-            raise ValueError(f"the run has no known length: give {ends[0]}, in steps")
-        return kind(**given | {name: int(self._fraction * total_steps) for name in ends})
+        kind = METHODS[self._method]
+        return kind(**complete(kind, self._settings, total_steps, epoch_steps, self._fraction))

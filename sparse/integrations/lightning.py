@@ -16,7 +16,8 @@ class SparseCallback(Callback):
         method: Name of a method, or the record of one.
         t_end_fraction: Share of `trainer.estimated_stepping_batches` after which the topology
             settles, unless the settings say when.
-        **settings: Settings of the named method, as its function takes them (`sparse.rigl`).
+        **settings: Settings of the named method, as its function takes them (`sparse.rigl`). Those
+            that follow from the length of training may be left out, as with `main.py`.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class SparseCallback(Callback):
                 f"SparseCallback needs one optimizer, the model has {len(trainer.optimizers)}: "
                 "call sparse.rigl or another method in configure_optimizers instead"
             )
-        steps = trainer.estimated_stepping_batches
+        steps = trainer.estimated_stepping_batches  # makes the loader, which the next line asks
+        epoch_steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)  # up
         # With DDP around it, the model tells which processes share it.
         model = trainer.strategy.model or pl_module
-        self._attachment.attach(model, trainer.optimizers[0], steps)
+        self._attachment.attach(model, trainer.optimizers[0], steps, epoch_steps)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Log at the first step and after each update."""

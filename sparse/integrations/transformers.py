@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, trainer_utils
 
 from ..methods import Allocated
 from ..training.sparsifier import Sparsifier
@@ -18,9 +18,8 @@ class SparseCallback(TrainerCallback):
 
     Args:
         method: Name of a method, or the record of one.
-        t_end_fraction: Share of all optimizer steps after which the topology settles, unless the
-            settings say when.
-        **settings: Settings of the named method, as its function takes them (`sparse.rigl`).
+        t_end_fraction: Share of all steps after which the topology settles, unless settings say it.
+        **settings: Settings of the named method, as for Lightning.
     """
 
     def __init__(
@@ -39,7 +38,9 @@ class SparseCallback(TrainerCallback):
             given = args.resume_from_checkpoint
             folder = Path(given) if given and Path(given).is_dir() else _folder(args, state)
             self._attachment.load_state_dict(_load(folder))
-        self._attachment.attach(kwargs["model"], kwargs["optimizer"], state.max_steps)
+        batches, every = kwargs["train_dataloader"], args.gradient_accumulation_steps
+        epoch = -(-len(batches) // every) if trainer_utils.has_length(batches) else float("inf")
+        self._attachment.attach(kwargs["model"], kwargs["optimizer"], state.max_steps, epoch)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the metrics to a record of training."""

@@ -153,8 +153,7 @@ class Allocated(Method):
     Attributes:
         from_masks: What masks mean that a run begins with: the "counts" of the layers, or what the
             method goes on to "prune". None: it takes none, for the reason `why_no_masks`.
-        masks_replace: Settings, beside those of the sparsity of layers where masks are "counts",
-            that have no effect in a run that begins with masks.
+        masks_replace: Further settings that masks take the place of.
         begins_with: Layer name -> active weights in these masks; see `begin_with`.
         allocation: What this comes to for the layers of a model; `fitted_to` computes it.
     """
@@ -206,18 +205,11 @@ class Allocated(Method):
 
     @property
     def num_in_masks(self) -> Mapping[str, int]:
-        """Layer name -> number of active weights that masks must have to begin a run with them."""
+        """Layer name -> number of active weights in masks that a run can begin with."""
         return self.num_active
 
     def begin_from(self, masks: Tensors) -> Tensors:
-        """Return the masks that a run begins with, where masks are given.
-
-        Args:
-            masks: Masks with the numbers of active weights in `num_in_masks`.
-
-        Raises:
-            ValueError: They are not such as the method makes; names the layer.
-        """
+        """Return the masks that a run begins with, made from given ones; ValueError refuses them."""
         return masks
 
     @property

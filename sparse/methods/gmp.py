@@ -1,7 +1,6 @@
 """Gradual magnitude pruning."""
 
 import functools
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import ClassVar
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +56,23 @@ class Setting:
     share: float | None
     epochs: float | None
 
+    @property
+    def follows_from_length(self) -> bool:
+        """Whether the length of a run decides it where it is not given."""
+        return self.is_end or self.share is not None or self.epochs is not None
+
+    def steps(self, total_steps: float, steps_per_epoch: float, end: float) -> int:
+        """Return its value in a run where it is not given.
+
+        Args:
+            total_steps: Optimizer steps of the run.
+            steps_per_epoch: Those of an epoch.
+            end: Share of the steps after which the topology settles.
+        """
+        if self.epochs is not None:
+            return round(self.epochs * steps_per_epoch)
+        return int((end if self.share is None else self.share) * total_steps)
+
 
 @functools.cache
 def settings_of(method: type) -> dict[str, Setting]:
@@ -72,6 +91,48 @@ def settings_of(method: type) -> dict[str, Setting]:
                 **declared.metadata,
             )
     return found
+
+
+def complete(
+    method: type,
+    given: Mapping[str, Any],
+    total_steps: float,
+    steps_per_epoch: float,
+    end: float,
+) -> dict[str, Any]:
+    """Return settings with those that follow from the length of a run.
+
+    Args:
+        method: The method.
+        given: Settings by name; what is a number of epochs by default may be given in epochs, too,
+            as <name>_epochs.
+        total_steps: As for `Setting.steps`, infinite if it is not known, like `steps_per_epoch`.
+        steps_per_epoch: Steps of an epoch.
+        end: Share of the steps after which the topology settles.
+
+    Raises:
+        ValueError: A length that is needed is not known, or a setting is given twice.
+    """
+    found = dict(given)
+    for name, known in settings_of(method).items():
+        in_epochs = f"{name}_epochs"
+        if known.epochs is not None and in_epochs in found:
+            if name in found:
+                raise ValueError(f"{name} and {in_epochs} say the same: give one of them")
+            known = dataclasses.replace(known, epochs=found.pop(in_epochs))
+        if name in found or not known.follows_from_length:
+            continue
+        length = total_steps if known.epochs is None else steps_per_epoch
+        if not 0 < length < math.inf:
+            raise ValueError(f"the run has no known length: give {name}, in steps")
+        found[name] = known.steps(total_steps, steps_per_epoch, end)
+    return found
+
+
+def names_of(method: type) -> list[str]:
+    """List what `complete` takes: the settings by name, and <name>_epochs."""
+    known = settings_of(method)
+    return [*known, *(f"{name}_epochs" for name in known if known[name].epochs is not None)]
 
 
 def check_types(method: Any) -> None:

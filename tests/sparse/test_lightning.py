@@ -187,6 +187,27 @@ def test_the_topology_settles_in_time(tmp_path: Path) -> None:
     fit(SparseCallback(Rigl(sparsity=0.8, t_end=5, delta_t=2)), tmp_path / "record")
 
 
+def test_settings_in_steps_follow_from_the_length_of_training(tmp_path: Path) -> None:
+    """As main.py derives them: shares of all steps, and epochs."""
+    fit(callback := SparseCallback("granet", sparsity=0.8), tmp_path, epochs=2)
+    granet = callback.sparsifier.method
+    assert (granet.prune_end, granet.t_end) == (int(0.3 * 2 * STEPS), 2 * STEPS)
+    partitions = ["network.0", "network.3"]
+    options: dict[str, Any] = {"partitions": partitions, "phase_epochs": 0.5, "num_phases": 2}
+    callback = SparseCallback("gap", sparsity=0.8, **options)
+    fit(callback, tmp_path, epochs=2, accumulate_grad_batches=2)
+    assert callback.sparsifier.method.phase == round(0.5 * -(-STEPS // 2))
+    epochs = dict.fromkeys(("dense_warmup_epochs", "sparse_phase_epochs", "dense_phase_epochs"), 1)
+    epochs |= dict.fromkeys(("last_dense_epochs", "last_sparse_epochs"), 0.5)
+    callback = SparseCallback("acdc", sparsity=0.8, **epochs)
+    fit(callback, tmp_path, epochs=3)
+    acdc = callback.sparsifier.method
+    assert (acdc.total_steps, acdc.dense_warmup) == (3 * STEPS, STEPS)
+    assert acdc.last_sparse == round(STEPS / 2)
+    with pytest.raises(ValueError, match="phase and phase_epochs say the same: give one of them"):
+        fit(SparseCallback("gap", sparsity=0.8, phase=3, **options), tmp_path)
+
+
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     for options, words in (
         ({"method": "lottery"}, "method must be one of .*rigl.*, got 'lottery'"),

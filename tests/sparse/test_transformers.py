@@ -215,3 +215,14 @@ def test_records_have_the_sparsity(tmp_path: Path) -> None:
         assert len(found) == STEPS // 3
         assert all(0.79 < value < 0.81 for value in found)
         assert all("sparse/dropped" in record for record in records if "loss" in record)
+
+
+def test_settings_in_steps_follow_from_the_length_of_training(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"partitions": ["*encoder*", "*pooler*,*classifier*"]}
+    callback = SparseCallback("gap", sparsity=0.8, phase_epochs=0.25, num_phases=2, **options)
+    train(callback, tmp_path / "gap")
+    assert callback.sparsifier.method.phase == round(0.25 * STEPS)
+    callback = SparseCallback("granet", sparsity=0.8)
+    train(callback, tmp_path / "granet")
+    granet = callback.sparsifier.method
+    assert (granet.prune_end, granet.t_end) == (int(0.3 * STEPS), STEPS)
