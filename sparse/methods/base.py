@@ -209,7 +209,7 @@ class Allocated(Method):
         return self.num_active
 
     def begin_from(self, masks: Tensors) -> Tensors:
-        """Return the masks that a run begins with, made from given ones; ValueError refuses them."""
+        """Return the masks that a run begins with; given ones are refused by a ValueError."""
         return masks
 
     @property
