@@ -144,27 +144,30 @@ class Srigl(AfterSteps):
         kept = torch.minimum(kept, count_nonzero({name: weights[name] for name in seen}))
         num_kept = dict(zip(seen, kept.unbind(), strict=True))
         num_dropped = dict(zip(seen, (active - kept).unbind(), strict=True))
-        counts = self._counts(seen, weights, grads, num_kept, num_dropped)
+        largest = {} if self.keeps_counts else largest_in_layers(weights, num_kept, seen)
+        counts = self._counts(seen, largest, grads, num_dropped)
         left = within_rows(seen, counts > 0)
-        new = fill_rows(largest_in_layers(weights, num_kept, left), counts, weights, grads)
-        return {**masks, **new}
+        # Where no row is ablated the largest ones are known.
+        changed = {n: mask for n, mask in left.items() if n not in largest or mask is not seen[n]}
+        stay = {**largest, **largest_in_layers(weights, num_kept, changed)}
+        return {**masks, **fill_rows(stay, counts, weights, grads)}
 
     def _counts(
         self,
         masks: Tensors,
-        weights: Tensors,
+        largest: Tensors,
         grads: Tensors,
-        num_kept: Tensors,
         num_dropped: Tensors,
     ) -> Tensor:
-        """Compute how many weights every row shall have, 0 in those that are ablated."""
+        """Compute how many weights every row shall have, 0 in those that are ablated.
+
+        What matters are the largest weights that the drop leaves, and the largest gradients.
+        """
         budgets = [self.budgets[name] for name in masks]
         rows = [len(mask) for mask in masks.values()]
         if self.keeps_counts:
             shares = zip(budgets, rows, strict=True)
             return per_row([budget // number for budget, number in shares], masks)
-        # What matters: the largest weights that the drop leaves, and the largest gradients.
-        largest = largest_in_layers(weights, num_kept, masks)
         every = all_true(masks)
         steepest = largest_in_layers(grads, num_dropped, every)
         salient = count_in_rows(largest, steepest)

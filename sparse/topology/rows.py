@@ -1,11 +1,14 @@
 """Rows of layers: the weights that lead to one output, along the first dimension.
 
 A row lies whole in a layer. Entries are ranked as in `selection`. On a device the rows of all
-layers are handled together, in a fixed number of operations.
+layers are handled together, in a fixed number of operations. On a CPU every layer is handled by
+itself, without a full sort: the threshold of a row is found among its largest entries.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -39,8 +42,8 @@ def count_in_rows(masks: Tensors, others: Tensors) -> Tensor:
         int64 tensor, of all layers one after the other.
     """
     if not _together(masks):
-        either = {name: mask | others[name] for name, mask in masks.items()}
-        return torch.cat([mask.flatten(1).sum(1) for mask in either.values()])
+        either = (mask | others[name] for name, mask in masks.items())
+        return torch.cat([_count(mask.flatten(1)) for mask in either])
     row_of, num_rows, _ = _rows(masks)
     counts = torch.zeros(num_rows, dtype=torch.int32, device=row_of.device)
     found = _join(masks) | _join(others, masks)
@@ -72,7 +75,7 @@ def fill_rows(
             kept = torch.zeros_like(mask.flatten(1))
             if keep is not None:
                 kept = _largest_of_rows(keep[name], limits[name], mask.flatten(1))
-            missing = limits[name] - kept.sum(1)
+            missing = limits[name] - _count(kept)
             new[name] = (kept | _largest_of_rows(grow[name], missing, ~kept)).view(mask.shape)
         return new
     flat, (row_of, num_rows, starts) = _join(masks), _rows(masks)
@@ -86,11 +89,16 @@ def fill_rows(
 
 
 def within_rows(masks: Tensors, rows: Tensor) -> dict[str, Tensor]:
-    """Leave of masks what lies in the rows that are marked, of all rows one after the other."""
+    """Leave of masks what lies in the rows that are marked, of all rows one after the other.
+
+    On a CPU the mask itself is returned where all rows are marked.
+    """
     if not _together(masks):
         marks = by_layer(rows, masks)
         return {
-            name: mask & marks[name].view(-1, *[1] * (mask.dim() - 1))
+            name: mask
+            if bool(marks[name].all())
+            else mask & marks[name].view(-1, *[1] * (mask.dim() - 1))
             for name, mask in masks.items()
         }
     return apart(_join(masks) & rows.index_select(0, _rows(masks)[0]), masks)
@@ -115,15 +123,43 @@ def _rows(masks: Tensors) -> tuple[Tensor, int, Tensor]:
 
 def _keys(scores: Tensor, among: Tensor) -> Tensor:
     """Rank candidates by magnitude, and everything else below them."""
-    return order_keys(scores).masked_fill(~among, -1)
+    keys = order_keys(scores)
+    others = among.logical_not()
+    return keys.masked_fill(others, -1) if keys is scores else keys.masked_fill_(others, -1)
+
+
+def _count(rows: Tensor) -> Tensor:
+    """Count the True entries of every row of a matrix on the CPU: int64."""
+    return rows.view(torch.uint8).sum(1, dtype=torch.int32).long()  # sums of bools are slow
 
 
 def _largest_of_rows(scores: Tensor, counts: Tensor, among: Tensor) -> Tensor:
-    order = (
-        _keys(scores.reshape(among.shape), among).sort(dim=1, descending=True, stable=True).indices
-    )
-    chosen = torch.arange(among.shape[1], device=among.device) < counts[:, None]
-    return torch.zeros_like(among).scatter_(1, order, chosen) & among
+    """Mark so many entries of every row of a matrix on the CPU, or all candidates of a row."""
+    some = ((counts > 0) & (counts < _count(among))).nonzero().flatten()  # rows with a choice
+    scores = scores.detach().reshape(among.shape)
+    if len(some) == len(among):
+        return torch.from_numpy(_largest_keys(_keys(scores, among).numpy(), counts.numpy()))
+    chosen = among & (counts > 0)[:, None]
+    if len(some):
+        keys = _keys(scores[some], among[some]).numpy()
+        chosen[some] = torch.from_numpy(_largest_keys(keys, counts[some].numpy()))
+    return chosen
+
+
+def _largest_keys(keys: Any, counts: Any) -> Any:
+    """Mark the largest keys of every row, NumPy arrays, of which there are more than asked for."""
+    most = int(counts.max())
+    top = keys
+    if most < keys.shape[1]:
+        top = numpy.partition(keys, keys.shape[1] - most, axis=1)[:, keys.shape[1] - most :]
+    top = numpy.sort(top, axis=1)
+    threshold = top[numpy.arange(len(top)), most - counts]
+    chosen = keys >= threshold[:, None]
+    excess = _count(torch.from_numpy(chosen)).numpy() - counts
+    for row in excess.nonzero()[0]:  # of equal keys, the last ones are too many
+        ties = (keys[row] == threshold[row]).nonzero()[0]
+        chosen[row, ties[len(ties) - excess[row] :]] = False
+    return chosen
 
 
 def _largest_joined(

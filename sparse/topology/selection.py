@@ -27,6 +27,14 @@ Counts = Mapping[str, int] | Mapping[str, Tensor] | Mapping[str, int | Tensor]
 
 _ONLY = ""  # the name of a layer that is alone
 
+# Integers of a float's size, and the bits of infinity.
+_INFINITY = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+
 _SAMPLE = 1 << 12  # entries sampled in a layer
 _SIGMAS = 4.0  # safety margin of the bound, in standard deviations of the estimate
 
@@ -208,9 +216,9 @@ def order_keys(scores: Tensor) -> Tensor:
     """Map scores to non-negative integers that are ordered as their magnitudes, with NaN on top."""
     if not scores.is_floating_point():
         return scores
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()]
-    # NaN has many bit patterns, which all rank the same.
-    return scores.abs().view(integer).masked_fill_(scores.isnan(), torch.iinfo(integer).max)
+    integer, infinity = _INFINITY[scores.dtype]
+    # NaN has many bit patterns above that of infinity, which all rank the same.
+    return scores.view(integer).bitwise_and(torch.iinfo(integer).max).clamp_(max=infinity + 1)
 
 
 def _select_cpu(
