@@ -40,6 +40,7 @@ class Srigl(AfterSteps):
     title: ClassVar[str] = "SRigL, with or without ablation"
     paper: ClassVar[str] = "[Lasby et al., 2024](https://arxiv.org/abs/2305.02299)"
     from_masks = None
+    why_no_blocks = "srigl gives every row the same number of single weights, not of blocks"
 
     min_salient: float = setting(
         0.3, "weights that must matter in a row of srigl; below 1 of its fan-in; 0: no ablation"
