@@ -349,7 +349,7 @@ def spell(kept: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             value = f"FILE with {dict(value)}"
         elif isinstance(value, list):
-            value = " ".join(value)
+            value = " ".join(map(str, value))
         words.append(f"{spelling(name)} {value}")
     return " ".join(words)
 
