@@ -33,12 +33,14 @@ class Run:
     weight_decay: float = 5e-4
     delta_t: int = 50
     drop_fraction: float = 0.3
+    block: str = "1x1"
 
     @property
     def name(self) -> str:
         """A name that tells runs apart whose flags differ."""
         name = f"{self.arch}-{self.method}-{self.sparsity}-seed{self.seed}-{self.epochs}epochs"
-        return f"{name}-batch{self.batch_size}-delta{self.delta_t}"
+        name += f"-batch{self.batch_size}-delta{self.delta_t}"
+        return name if self.block == "1x1" else f"{name}-block{self.block}"
 
 
 def attach(
@@ -47,6 +49,8 @@ def attach(
     """Make the model sparse as the run says; the topology is frozen in the last quarter or so."""
     recipe = RECIPES[run.arch]
     shared: dict[str, Any] = {"sparsity": run.sparsity, "distribution": run.distribution}
+    if run.block != "1x1":
+        shared["block"] = [int(size) for size in run.block.split("x")]
     if run.method == "dense":
         return None
     if run.method == "static":

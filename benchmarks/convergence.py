@@ -31,7 +31,7 @@ from benchmarks.cifar_run import Run, train
 from cli.program import fail
 
 METHODS = ("dense", "static", "set", "snfs", "rigl", "gmp", "acdc", "granet", "srigl", "gap")
-BEFORE = {"arch": "small", "distribution": "erk"}
+BEFORE = {"arch": "small", "distribution": "erk", "block": "1x1"}
 """What the lines of earlier versions do not say."""
 
 
@@ -66,6 +66,7 @@ def planned(arguments: argparse.Namespace) -> list[Run]:
                     arch=arguments.arch,
                     batch_size=arguments.batch_size,
                     delta_t=arguments.delta_t or recipe.delta_t,
+                    block="x".join(map(str, arguments.block)),
                 )
                 if run not in runs:
                     runs.append(run)
@@ -164,6 +165,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--delta-t", type=int, help="steps between updates; 50 or 100 by default")
     parser.add_argument(
         "--sparsities", type=float, nargs="+", help="0.95 0.98 (small) or 0.95 by default"
+    )
+    parser.add_argument(
+        "--block", type=int, nargs=2, default=[1, 1], help="weights that are active together"
     )
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all"], default=["all"])
     parser.add_argument(

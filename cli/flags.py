@@ -120,7 +120,7 @@ def _declare(name: str, known: Setting) -> tuple[Any, Any]:
     if _is(kind, Mapping):
         kind, help = str, f"YAML file of {help}"
     elif _is(kind, Sequence) and kind is not str:
-        kind, nargs = list[str], "*"
+        kind, nargs = list[typing.get_args(kind)[0]], "*"  # type: ignore[misc]
     hint = kind if default is not None else kind | None
     return hint, flag(default, help, *SPELLINGS.get(name, ()), nargs=nargs)
 
@@ -348,7 +348,7 @@ def spell(kept: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             value = f"FILE with {dict(value)}"
         elif isinstance(value, list):
-            value = " ".join(value)
+            value = " ".join(map(str, value))
         words.append(f"{spelling(name)} {value}")
     return " ".join(words)
 

@@ -29,6 +29,7 @@ def sparse_plan(model: nn.Module, method: Allocated | None, *, total_steps: int)
         counts, total = method.final_counts, method.final_total
     window = None if method is None else method.window
     known = counts is not None
+    blocks = None if method is None else method.blocks
     shared = known and (method is None or not method.follows_masks)
     return {
         "sparsity": getattr(method, "sparsity", None),
@@ -44,6 +45,7 @@ def sparse_plan(model: nn.Module, method: Allocated | None, *, total_steps: int)
                 "shape": list(shapes[name]),
                 "num_active": counts[name] if counts is not None else None,
                 "density": counts[name] / size if counts is not None else None,
+                **({"block": list(blocks[name])} if blocks else {}),
             }
             for name, size in sizes.items()
         ],

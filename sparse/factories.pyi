@@ -34,6 +34,7 @@ def acdc(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     scope: Literal["layer", "global"] = "layer",
     total_steps: int,
     dense_warmup: int,
@@ -61,6 +62,7 @@ def acdc(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         scope: Rank weights within layers or over all.
         total_steps: Optimizer steps of acdc's run.
         dense_warmup: Optimizer steps before acdc's first compression, at least 1.
@@ -84,6 +86,7 @@ def gap(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     partitions: Sequence[str] | None = None,
     phase: int,
     mask_init: Literal["random", "magnitude"] = "random",
@@ -110,6 +113,7 @@ def gap(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         partitions: Globs of gap's partitions in turn, those of one joined by commas; by default the
             stages of a ResNet.
         phase: Optimizer steps that gap trains with a partition dense, at least 1.
@@ -134,6 +138,7 @@ def gmp(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     scope: Literal["layer", "global"] = "layer",
     prune_start: int = 0,
     prune_end: int,
@@ -154,6 +159,7 @@ def gmp(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         scope: Rank weights within layers or over all.
         prune_start: Optimizer step at which gmp starts.
         prune_end: Step of gmp's final sparsity.
@@ -173,6 +179,7 @@ def granet(
     power_scale: float = 1.0,
     dense_layers: Sequence[str] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -200,6 +207,7 @@ def granet(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -227,6 +235,7 @@ def magnitude(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     scope: Literal["layer", "global"] = "layer",
     hooks: bool = True,
     process_group: ProcessGroup | None = None,
@@ -244,6 +253,7 @@ def magnitude(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         scope: Rank weights within layers or over all.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         process_group: The processes that train this model, where neither DistributedDataParallel
@@ -260,6 +270,7 @@ def rigl(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -287,6 +298,7 @@ def rigl(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -315,6 +327,7 @@ def rigl_reset(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -339,6 +352,7 @@ def rigl_reset(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -364,6 +378,7 @@ def set(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -390,6 +405,7 @@ def set(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -417,6 +433,7 @@ def snfs(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -452,6 +469,7 @@ def snfs(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -481,6 +499,7 @@ def snip(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     scope: Literal["layer", "global"] = "layer",
     masks: Mapping[str, Tensor] | None = None,
     hooks: bool = True,
@@ -499,6 +518,7 @@ def snip(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         scope: Rank weights within layers or over all.
         masks: Bool masks to begin with, by name; layers without one begin dense.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
@@ -516,6 +536,7 @@ def srigl(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     delta_t: int = 100,
     t_start: int = 0,
     t_end: int,
@@ -549,6 +570,7 @@ def srigl(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -579,6 +601,7 @@ def static(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     include: Sequence[str] | None = None,
+    block: Sequence[int] | None = None,
     masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     hooks: bool = True,
@@ -593,6 +616,7 @@ def static(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
+        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
         masks: Bool masks to begin with, by name; layers without one begin dense, and sparsity may
             be left out.
         seed: Seed of masks and all other random choices; the same on all ranks.

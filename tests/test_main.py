@@ -117,6 +117,13 @@ def test_dry_run_is_the_plan_of_a_published_row() -> None:
     assert cost["training_ratio"] == pytest.approx(oracle["rigl"], rel=1e-6)
 
 
+def test_the_plan_says_which_layers_have_blocks() -> None:
+    argv = "--arch resnet18 --sparse-method rigl --sparsity 0.9 --block 1 4 -b 256 --epochs 2"
+    layers = plan(*argv.split())["sparse"]["layers"]
+    assert [layer["name"] for layer in layers if layer["block"] == [1, 1]] == ["conv1.weight"]
+    assert all(layer["block"] == [1, 4] and layer["num_active"] % 4 == 0 for layer in layers[1:])
+
+
 @pytest.mark.parametrize(("epochs", "events"), [(100, 15), (200, 35)])
 def test_phases_of_acdc_are_given_in_epochs(epochs: int, events: int) -> None:
     argv = "--arch resnet50 --sparse-method acdc --sparsity 0.9 --distribution uniform -b 256"

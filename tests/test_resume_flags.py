@@ -69,11 +69,14 @@ GAP = (
 ).split()
 
 
-@pytest.mark.parametrize("phases", [GAP, "granet --delta-t 2".split(), "srigl --delta-t 2".split()])
+@pytest.mark.parametrize(
+    "phases",
+    [GAP, "granet --delta-t 2".split(), "srigl --delta-t 2".split(), [*RIGL, "--block", "1", "4"]],
+)
 def test_a_run_that_stops_between_phases_ends_as_one_that_does_not(
     tmp_path: Path, phases: list[str]
 ) -> None:
-    argv = phases if len(phases) > 3 else ["--sparse-method", *phases, "--sparsity", "0.8"]
+    argv = phases if "--sparsity" in phases else ["--sparse-method", *phases, "--sparsity", "0.8"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(whole, *argv, epochs="4")
     for _ in range(2):
@@ -138,6 +141,7 @@ def test_the_flags_that_a_refusal_names_are_those_to_repeat(tmp_path: Path) -> N
     for index, flags in enumerate(
         (
             " ".join(RIGL),
+            " ".join([*RIGL, "--block 1 4"]),
             "--sparse-method gmp --sparsity 0.9 --prune-every 2 --scope global",
             "--sparse-method snfs --sparsity 0.8 --redistribution none --t-end-fraction 0.5",
             "--sparse-method snip --sparsity 0.5 --distribution uniform --dense-layers fc feat*0",

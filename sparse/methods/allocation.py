@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..topology.blocks import ONE, Block, Blocks, blocks_of
 from ..topology.distributions import count_active, fixed_sparsities, layer_sparsities
 from .layers import included, parameters_only, prunable_modules, weights_of
 
@@ -20,12 +21,23 @@ class Allocation:
         num_active: Name -> number of active weights.
         sparsities: Name -> sparsity.
         maskable: The layers that are not dense by choice; a distribution may fill some of them.
+        blocks: What is active or inactive as a whole.
     """
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     num_active: dict[str, int] = field(default_factory=dict)
     sparsities: Mapping[str, float] = field(default_factory=dict)
     maskable: tuple[str, ...] = ()
+    blocks: Blocks = field(default_factory=lambda: Blocks({}))
+
+    def in_blocks(self) -> "Allocation":
+        """Count blocks instead of weights."""
+
+        def counted(numbers: Mapping[str, int]) -> dict[str, int]:
+            return {name: number // self.blocks.numel(name) for name, number in numbers.items()}
+
+        sizes, num_active = counted(self.sizes), counted(self.num_active)
+        return Allocation(sizes, num_active, self.sparsities, self.maskable)
 
     @property
     def sparsity(self) -> float:
@@ -56,6 +68,7 @@ def allocate_layers(
     include: Sequence[str] | None = None,
     *,
     scope: str = "layer",
+    block: Block = ONE,
 ) -> Allocation:
     """Share a sparsity out among the layers of a model.
 
@@ -69,6 +82,7 @@ def allocate_layers(
         include: Globs of further weights, see `prunable`.
         scope: "layer", or "global" for methods that rank the weights of all layers together. With
             "global" all layers share one sparsity, and arguments about single layers are refused.
+        block: What is active or inactive as a whole. The counts are those of whole blocks.
 
     Raises:
         ValueError: An argument is out of range or has no effect.
@@ -96,16 +110,25 @@ def allocate_layers(
     fixed = fixed_sparsities(shapes, distribution, dense_layers, sparsity_map)
     parameters_only({name: w for name, w in weights.items() if fixed.get(name) != 0.0})
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    blocks = blocks_of(shapes, block)
     return Allocation(
         sizes=sizes,
-        num_active={name: count_active(size, sparsities[name]) for name, size in sizes.items()},
+        num_active={
+            name: count_active(size, sparsities[name], blocks.numel(name))
+            for name, size in sizes.items()
+        },
         sparsities=sparsities,
         maskable=tuple(name for name in shapes if fixed.get(name) != 0.0),
+        blocks=blocks,
     )
 
 
 def allocation_of(
-    model: nn.Module, num_active: Mapping[str, int], include: Sequence[str] | None = None
+    model: nn.Module,
+    num_active: Mapping[str, int],
+    include: Sequence[str] | None = None,
+    *,
+    block: Block = ONE,
 ) -> Allocation:
     """Take the numbers of active weights from masks; layers that have none are dense.
 
@@ -113,6 +136,7 @@ def allocation_of(
         model: The model.
         num_active: Name -> number of active weights, of the layers that have a mask.
         include: Globs of further weights, see `prunable`.
+        block: What is active or inactive as a whole.
 
     Raises:
         ValueError: A mask belongs to no layer.
@@ -128,6 +152,7 @@ def allocation_of(
         num_active=counts,
         sparsities={name: 1.0 - counts[name] / size for name, size in sizes.items()},
         maskable=tuple(masked),
+        blocks=blocks_of({name: tuple(weight.shape) for name, weight in weights.items()}, block),
     )
 
 

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, Self
 from torch import Tensor, nn
 
 from ..topology import rng
+from ..topology.blocks import ONE, Blocks, check_block
 from ..topology.distributions import Distribution
 from ..topology.masks import drop_and_grow_layers
 from ..topology.rng import Draw
@@ -86,6 +87,20 @@ class Method(ABC):
             weights: The weights, for methods that begin with the largest ones.
         """
         return largest_in_layers(draws, num_active, among)
+
+    @property
+    def blocks(self) -> Blocks:
+        """What is active or inactive as a whole."""
+        return Blocks({})
+
+    @property
+    def rule(self) -> "Method":
+        """What chooses masks: this method, for a network of one weight per block."""
+        return self
+
+    def ranked(self, weights: Tensors, grads: Tensors) -> tuple[Tensors, Tensors]:
+        """Give what is added up in a block, in place of weights and gradients."""
+        return weights, grads
 
     @abstractmethod
     def due(self, step: int) -> bool:
@@ -173,11 +188,21 @@ class Allocated(Method):
     )
     sparsity_map: Mapping[str, float] | None = setting(None, "layer globs and their sparsities")
     include: Sequence[str] | None = setting(None, "globs of further weights to make sparse")
+    block: Sequence[int] | None = setting(
+        None, "outputs and inputs of the blocks of weights that are active together, such as 1 4"
+    )
     allocation: Allocation = field(default_factory=Allocation, repr=False)
     begins_with: Mapping[str, int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_types(self)
+        if check_block(self.block) != ONE and self.why_no_blocks is not None:
+            raise ValueError(f"{self.why_no_blocks}: leave block out")
+
+    @property
+    def why_no_blocks(self) -> str | None:
+        """Why the method, with these settings, cannot move blocks of weights; None if it can."""
+        return None
 
     def fitted_to(self, model: nn.Module) -> Self:
         """Return this method with the numbers of active weights of a model's layers.
@@ -187,11 +212,27 @@ class Allocated(Method):
         """
         if self.follows_masks:
             assert self.begins_with is not None
-            found = allocation_of(model, self.begins_with, self.include)
+            block = check_block(self.block)
+            found = allocation_of(model, self.begins_with, self.include, block=block)
             return dataclasses.replace(self, allocation=found, sparsity=found.sparsity)
         names = "sparsity distribution power_scale dense_layers sparsity_map include scope".split()
         settings = {name: getattr(self, name) for name in names}
-        return dataclasses.replace(self, allocation=allocate_layers(model, **settings))
+        found = allocate_layers(model, **settings, block=check_block(self.block))
+        return dataclasses.replace(self, allocation=found)
+
+    @property
+    def blocks(self) -> Blocks:
+        return self.allocation.blocks
+
+    @functools.cached_property
+    def rule(self) -> Self:
+        if not self.blocks:
+            return self
+        begins_with = self.begins_with and {
+            name: number // self.blocks.numel(name) for name, number in self.begins_with.items()
+        }
+        counted = self.allocation.in_blocks()
+        return dataclasses.replace(self, allocation=counted, begins_with=begins_with, block=None)
 
     @property
     def follows_masks(self) -> bool:

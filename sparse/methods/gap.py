@@ -41,6 +41,7 @@ class Gap(Allocated):
     paper: ClassVar[str] = "[Ma et al., 2022](https://arxiv.org/abs/2106.09857)"
     grows = True
     masks_replace = ("mask_init",)
+    why_no_blocks = "gap grows and prunes single weights, not blocks"
 
     partitions: Sequence[str] | None = setting(
         None,

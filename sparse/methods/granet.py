@@ -31,6 +31,7 @@ class Granet(AfterSteps):
     paper: ClassVar[str] = "[Liu et al., 2021](https://arxiv.org/abs/2106.10404)"
     from_masks: ClassVar[Literal["counts", "prune"] | None] = "prune"
     masks_replace = ("initial_sparsity", "distribution", "power_scale")
+    why_no_blocks = "granet ranks the single weights of all layers, not blocks"
 
     initial_sparsity: float = setting(0.5, "granet's fraction of zeros at first, 0 to begin dense")
     prune_end: int = setting(MISSING, "step of granet's final sparsity", share=0.3)

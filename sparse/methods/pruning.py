@@ -27,6 +27,11 @@ class Pruning(Allocated):
     )
     scope: Scope = setting("layer", "rank weights within layers or over all")
 
+    @property
+    def why_no_blocks(self) -> str | None:
+        alone = "the global scope ranks the single weights of all layers, not blocks"
+        return alone if self.scope == "global" else None
+
     def fitted_to(self, model: nn.Module) -> Self:
         fitted = super().fitted_to(model)
         if self.begins_with:
@@ -43,8 +48,13 @@ class Pruning(Allocated):
         if self.scope == "global":
             return None
         zeros, sizes = self.allocation.sparsities, self.allocation.sizes
-        found = {n: self.num_final(sizes[n], zeros[n]) for n in self.allocation.maskable}
+        found = {n: self._num_final(n, sizes[n], zeros[n]) for n in self.allocation.maskable}
         return {**sizes, **found}
+
+    def _num_final(self, name: str, size: int, sparsity: float) -> int:
+        """Count the weights of a layer in the end: those of whole blocks."""
+        block = self.blocks.numel(name)
+        return self.num_final(size // block, sparsity) * block
 
     @property
     def final_total(self) -> int:
@@ -88,7 +98,7 @@ class Pruning(Allocated):
             num_left, sizes = {"all": sum(num_left.values())}, {"all": sum(sizes.values())}
             zeros = {"all": self.sparsity}
         for name, left in num_left.items():
-            wanted = self.num_final(sizes[name], zeros[name])
+            wanted = self._num_final(name, sizes[name], zeros[name])
             if left < wanted or (exact and left > wanted):
                 where = "the network" if self.scope == "global" else name
                 raise ValueError(

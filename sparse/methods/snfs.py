@@ -66,6 +66,11 @@ class Snfs(DropAndGrow):
     def keeps_counts(self) -> bool:
         return self.redistribution == "none"
 
+    @property
+    def why_no_blocks(self) -> str | None:
+        moves = f"redistribution {self.redistribution!r} moves single weights between layers"
+        return None if self.keeps_counts else moves
+
     def step_flops(self, dense: float, sparse: float, total_steps: int | None = None) -> float:
         """Count the dense gradient of the weights in every step."""
         return 2 * sparse + dense

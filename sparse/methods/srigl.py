@@ -39,6 +39,7 @@ class Srigl(AfterSteps):
     name: ClassVar[str] = "srigl"
     title: ClassVar[str] = "SRigL, with or without ablation"
     paper: ClassVar[str] = "[Lasby et al., 2024](https://arxiv.org/abs/2305.02299)"
+    why_no_blocks = "srigl gives every row the same number of single weights, not of blocks"
 
     min_salient: float = setting(
         0.3, "weights that must matter in a row of srigl; below 1 of its fan-in; 0: no ablation"

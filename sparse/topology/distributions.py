@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 from ..errors import check_number
+from .blocks import blocks_of, check_block
 
 Distribution = Literal["uniform", "er", "erk"]
 Rounding = Literal["floor", "ceil"]
@@ -21,11 +22,13 @@ def allocate(
     dense_layers: Sequence[str] | None = None,
     sparsity_map: Mapping[str, float] | None = None,
     rounding: str = "floor",
+    block: Sequence[int] | None = None,
 ) -> dict[str, int]:
     """Give every layer its number of active weights.
 
     A layer of n weights at sparsity s has exactly floor(s * n) zeros (double arithmetic), as in the
-    RigL repository. The arguments are those of `layer_sparsities`.
+    RigL repository. The arguments are those of `layer_sparsities`, and `block`: outputs and inputs
+    of the blocks of weights that are active together. Layers that it divides have whole blocks.
 
     Returns:
         Layer name -> number of active weights, in the order of `shapes`.
@@ -39,12 +42,20 @@ def allocate(
         sparsity_map=sparsity_map,
         rounding=rounding,
     )
-    return {name: count_active(math.prod(shape), per_layer[name]) for name, shape in shapes.items()}
+    blocks = blocks_of(shapes, check_block(block))
+    return {
+        name: count_active(math.prod(shape), per_layer[name], blocks.numel(name))
+        for name, shape in shapes.items()
+    }
 
 
-def count_active(numel: int, sparsity: float) -> int:
-    """Compute numel - floor(sparsity * numel), the active weights of a layer."""
-    return numel - math.floor(sparsity * numel)
+def count_active(numel: int, sparsity: float, block: int = 1) -> int:
+    """Compute numel - floor(sparsity * numel), the active weights of a layer.
+
+    Where a block has several weights, it is the number of blocks that is computed so.
+    """
+    num_blocks = numel // block
+    return block * (num_blocks - math.floor(sparsity * num_blocks))
 
 
 def layer_sparsities(

@@ -137,6 +137,24 @@ def part_of(tensor: Tensor) -> Part:
     return Part(shape, tuple(size), tuple(offset), shared, copies, mesh.device_type)
 
 
+def cuts(tensor: Tensor, block: Sequence[int]) -> bool:
+    """Say whether processes share blocks of a tensor. All of its processes say the same.
+
+    Args:
+        tensor: A tensor.
+        block: Size of a block in the first dimensions.
+    """
+    if not is_sharded(tensor):
+        return False
+    sizes, spread = list(tensor.shape), cast(Any, tensor)
+    for dim, placement in enumerate(spread.placements):
+        if placement.is_shard() and placement.dim < len(block):
+            sizes[placement.dim] = -(-sizes[placement.dim] // spread.device_mesh.size(dim))
+            if sizes[placement.dim] % block[placement.dim]:
+                return True
+    return False
+
+
 class Ranks:
     """What the processes that share some tensors do together.
 

@@ -9,9 +9,10 @@ from torch.optim import Optimizer
 
 from ..methods.allocation import check_named
 from ..methods.base import Method
+from ..methods.blocks import first_masks
 from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weights_of
 from ..topology import rng
-from ..topology.flat import all_true, count_nonzero, vector
+from ..topology.flat import count_nonzero, vector
 from ..topology.shards import Ranks, local, locals_of, part_like
 from .checkpoints import check_counts, check_masks
 from .connections import NewConnections, disconnect, mask_module
@@ -136,15 +137,16 @@ class MaskedModel:
     ) -> dict[str, Tensor]:
         masked = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
         indices = {name: index for index, name in enumerate(self._weights)}
+        shapes = {name: method.blocks.shape(name, weight.shape) for name, weight in masked.items()}
         draws = {
-            name: rng.Draw(tuple(weight.shape), (seed, 0, indices[name], rng.INITIAL_MASK))
-            for name, weight in masked.items()
+            name: rng.Draw(shape, (seed, 0, indices[name], rng.INITIAL_MASK))
+            for name, shape in shapes.items()
         }
         rng.words((seed,))  # refuses what is no seed, even if the method draws nothing
         if not draws:
             return {}
         values = {name: weight.detach() for name, weight in masked.items()}
-        return dict(method.first_masks(draws, num_active, all_true(masked), values))
+        return dict(first_masks(method, draws, num_active, values))
 
     def _given(self, masks: Tensors, num_active: Mapping[str, int]) -> dict[str, Tensor]:
         """Return masks of the caller where the weights are, if they fit them and their counts."""

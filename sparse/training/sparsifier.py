@@ -8,6 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..methods.base import Allocated, Method, Tensors
+from ..methods.blocks import new_masks
 from ..methods.layers import warn_of_dense_weights
 from ..topology.flat import all_true
 from ..topology.shards import locals_of
@@ -103,6 +104,7 @@ class Sparsifier(HookedModel):
             masks = self._random_masks(method, num_active, seed)
         else:
             masks = self._given(masks, num_active)
+            method.blocks.check_whole(masks, "the caller")
         self._begins_dense = not masks
         if masks:  # also of layers that begin full, so that all gates lie together from the start
             masks = {**all_true(self._maskable), **masks}
@@ -182,6 +184,7 @@ class Sparsifier(HookedModel):
         checkpoints.check(state, self.method.name)
         still_dense = self._begins_dense and state["num_updates"] == 0
         masks = {} if still_dense else checkpoints.load_masks(state, self._maskable)
+        self.method.blocks.check_whole(masks, "the checkpoint")
         if self.method.keeps_counts:
             checkpoints.check_counts(masks, self.num_active)
         self._seen.load(state, self._maskable)
@@ -258,8 +261,7 @@ class Sparsifier(HookedModel):
         gradients = self._seen.at_update(trained, self._optimizer)
         if not self._ranks.groups and (self._copies or self._invariant.is_known):
             self._invariant.read(self._optimizer)
-        survivors = self.method.survivors(old, weights, step)
-        new = self.method.update(old, weights, gradients, step, self._method_state)
+        survivors, new = new_masks(self.method, old, weights, gradients, step, self._method_state)
         checkpoints.check_masks(new, weights, f"method {self.method.name}")
         old, survivors, new = map(locals_of, (old, survivors, new))
         fresh = self._reconnect(old, survivors, new)

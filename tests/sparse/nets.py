@@ -25,11 +25,16 @@ METHODS: dict[str, tuple[Callable[..., sparse.Sparsifier], dict[str, Any]]] = {
     "rigl_reset": (sparse.rigl_reset, {"delta_t": 4, "t_end": 15}),
     "snfs": (sparse.snfs, {"delta_t": 4, "t_end": 15}),
     "snfs_none": (sparse.snfs, {"delta_t": 4, "t_end": 15, "redistribution": "none"}),
+    "rigl_blocks": (sparse.rigl, {"delta_t": 4, "t_end": 15, "block": (1, 2)}),
     "magnitude": (sparse.magnitude, {}),
     "magnitude_global": (sparse.magnitude, {"scope": "global"}),
     "snip": (sparse.snip, {}),
     "snip_global": (sparse.snip, {"scope": "global"}),
     "gmp": (sparse.gmp, {"prune_every": 4, "prune_start": 2, "prune_end": 14}),
+    "gmp_blocks": (
+        sparse.gmp,
+        {"prune_every": 4, "prune_start": 2, "prune_end": 14, "block": (2, 2)},
+    ),
     "gmp_global": (sparse.gmp, {"prune_every": 4, "prune_end": 14, "scope": "global"}),
     "granet": (sparse.granet, {"delta_t": 4, "t_end": 20, "prune_end": 12}),
     "granet_dense": (
@@ -52,10 +57,10 @@ LONGER: dict[str, dict[str, Any]] = {"acdc": {}, "acdc_global": {}}
 LONGER |= {name: {"t_end": 30, "prune_end": 30} for name in ("granet", "granet_dense")}
 LONGER |= {name: {"t_end": 30, "drop_anneal": "constant"} for name in ("srigl", "srigl_whole")}
 LONGER |= {name: {"num_phases": 7} for name in ("gap", "gap_magnitude")}
-LONGER |= {name: {"prune_end": 30} for name in ("gmp", "gmp_global")}
+LONGER |= {name: {"prune_end": 30} for name in ("gmp", "gmp_blocks", "gmp_global")}
 LONGER |= {
     name: {"drop_anneal": "constant", "t_end": 30}
-    for name in ("set", "rigl", "rigl_reset", "snfs", "snfs_none")
+    for name in ("set", "rigl", "rigl_blocks", "rigl_reset", "snfs", "snfs_none")
 }
 
 

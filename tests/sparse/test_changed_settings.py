@@ -54,7 +54,16 @@ SCHEDULES: list[dict[str, Any]] = [
     {"dense_warmup": 7, "dense_phase": 1},
     {"last_dense": 1, "last_sparse": 9},
 ]
-KEEPS_COUNTS = ("static", "magnitude", "set", "rigl", "rigl_reset", "snfs_none", "srigl_whole")
+KEEPS_COUNTS = (
+    "static",
+    "magnitude",
+    "set",
+    "rigl",
+    "rigl_blocks",
+    "rigl_reset",
+    "snfs_none",
+    "srigl_whole",
+)
 
 
 def start(method: str, steps: int, **options: Any) -> tuple[Any, Any, sparse.Sparsifier]:
