@@ -3,15 +3,18 @@
 Every rival runs the dense network of the same architecture, interleaved with the sparse network,
 so that a change of the machine's load hits both; a ratio is the median over pairs, above 1 where
 the sparse network is faster. With one thread, processor time is compared; with more, wall time.
-Everything computes in float32. Masks are random with exact counts per layer, or those of a trained
-network. All figures of docs/performance.md, with its picture:
+The sparse network computes in float32, and so do the rivals unless their name says bf16 or int8.
+Masks are random with exact counts per layer, or those of a trained network. All figures of
+docs/performance.md, with its picture:
 
     python benchmarks/inference.py --rivals onnxruntime openvino --batch 1 16 --threads 1 2 --json \
         --memory --plot docs/pictures/inference.png
+    python benchmarks/inference.py --rivals onnxruntime onnxruntime-int8 openvino-bf16 openvino-int8
 """
 
 import argparse
 import json
+import logging
 import re
 import statistics
 import subprocess
@@ -36,7 +39,15 @@ from sparse import runtime
 from sparse.native.library import LEVELS
 
 Run = Callable[[Tensor], Any]
-RIVALS = ("onnxruntime", "openvino", "compile", "torch")
+RIVALS = (
+    "onnxruntime",
+    "onnxruntime-int8",
+    "openvino",
+    "openvino-bf16",
+    "openvino-int8",
+    "compile",
+    "torch",
+)
 CONFIGURATIONS = (
     "resnet50/erk/0.8",
     "resnet50/erk/0.9",
@@ -95,24 +106,95 @@ def save(model: nn.Module, masks: Mapping[str, Tensor], arch: str, path: Path) -
 
 
 def rival(name: str, model: nn.Module, images: Tensor, threads: int, directory: Path) -> Run:
-    """Return a function that runs a dense network with another runtime, in float32."""
+    """Return a function that runs a dense network with another runtime.
+
+    Args:
+        name: One of RIVALS.
+        model: The dense network.
+        images: A batch of the shape to be measured.
+        threads: Threads of the runtime.
+        directory: Where graphs are written; one of the same batch size is used again.
+    """
     if name == "torch":
         return model
     if name == "compile":
         return torch.compile(model, options={"freezing": True})
+    program, _, precision = name.partition("-")
+    graph = float_graph(model, images, directory)
+    if precision == "int8":
+        graph = int8_graph(graph, images)
+    if program == "onnxruntime":
+        return run_onnxruntime(graph, threads)
+    return run_openvino(graph, threads, "bf16" if precision == "bf16" else "f32")
+
+
+def float_graph(model: nn.Module, images: Tensor, directory: Path) -> Path:
+    """Return the ONNX graph of a network in float32, for batches of the size of `images`."""
     graph = directory / f"dense-{len(images)}.onnx"
     if not graph.exists():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(model, (images,), graph, dynamo=True, verbose=False)
-    if name == "onnxruntime":
-        import onnxruntime
+    return graph
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        session = onnxruntime.InferenceSession(graph, options)
-        key = session.get_inputs()[0].name
-        return lambda x: session.run(None, {key: x.numpy()})
+
+def int8_graph(graph: Path, images: Tensor) -> Path:
+    """Return the quantized ONNX graph: int8 weights per channel, uint8 activations, calibrated.
+
+    Ranges come from two random batches: they decide about accuracy, not about speed.
+    """
+    import onnx
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    quantized = graph.with_suffix(".int8.onnx")
+    if quantized.exists():
+        return quantized
+
+    dense = onnx.load(graph)
+    key = dense.graph.input[0].name
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        batches = iter([{key: torch.randn_like(images).numpy()} for _ in range(2)])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    prepared = graph.with_suffix(".prepared.onnx")
+    onnx.save(dense, prepared)  # one file, with the weights
+    quant_pre_process(prepared, prepared, skip_symbolic_shape=True)
+    logging.disable(logging.WARNING)  # one for each LayerNorm: its scale has no channels
+    quantize_static(
+        prepared,
+        quantized,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,  # x86 multiplies bytes without a sign by signed ones
+        weight_type=QuantType.QInt8,
+    )
+    logging.disable(logging.NOTSET)
+    return quantized
+
+
+def run_onnxruntime(graph: Path, threads: int) -> Run:
+    """Return a function that runs a graph with ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(graph, options)
+    key = session.get_inputs()[0].name
+    return lambda x: session.run(None, {key: x.numpy()})
+
+
+def run_openvino(graph: Path, threads: int, precision: str) -> Run:
+    """Return a function that runs a graph with OpenVINO; bf16 is slower where it is emulated."""
     import openvino
 
     compiled = openvino.Core().compile_model(
@@ -121,8 +203,8 @@ def rival(name: str, model: nn.Module, images: Tensor, threads: int, directory: 
         {
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
-            # bfloat16 where the processor multiplies matrices of it is another network
-            "INFERENCE_PRECISION_HINT": "f32",
+            # by default OpenVINO computes in bfloat16 where the processor can
+            "INFERENCE_PRECISION_HINT": precision,
         },
     )
     return lambda x: compiled(x.numpy())
