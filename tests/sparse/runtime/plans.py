@@ -20,17 +20,29 @@ from torch import Tensor
 
 from sparse import runtime
 from sparse.native import library
-from sparse.runtime import plan_file
+from sparse.runtime import bindings, plan_file
 from sparse.runtime.execution_plan import ExecutionPlan
 from sparse.runtime.lower import lower
+from tests.sparse.runtime.conftest import LEVELS
 from tests.sparse.runtime.random_networks import RandomChoices, RandomNetwork, another_plan
 
 ROOT = Path(library.__file__).parents[2]
 SOURCES = library.KERNELS.sources
 RUN_PLANS = Path(__file__).with_name("run_plans.c")
 FEW = {1: 14, 2: 6, 4: 3}
-MAX_TILES = {"avx512": {1: 14, 2: 8, 4: 7}, "avx2": FEW, "portable": FEW, "aarch64": FEW}
+MAX_TILES = {"avx512": {1: 14, 2: 8, 4: 7}, "avx2": FEW, "portable": FEW}
+MAX_TILES["aarch64"] = {1: 14, 2: 8, 4: 6}
 """Level -> most vectors of a tile by group, of tiles that every machine with the level has."""
+
+
+HEADER = {
+    name: 40 + 8 * i
+    for i, name in enumerate(
+        "version bytes lanes registers op_bytes threads arena channels height width "
+        "outputs out_height out_width num_ops num_pieces num_tables".split()
+    )
+}
+"""Member of the header -> its place."""
 
 
 @dataclass
@@ -70,6 +82,13 @@ def draw(seed: int, level: str) -> Case:
         plan, level=level, size=size, threads=threads, mean=(0.0,) * channels, std=(1.0,) * channels
     )
     return Case(plan, data, images, wanted)
+
+
+def draw_for(seed: int, kernels: bindings.Kernels) -> Case:
+    """Draw a plan that these kernels open, if they only lend a layout, too."""
+    case = draw(seed, LEVELS[kernels.num_lanes])
+    case.data = replaced(case.data, {HEADER["registers"]: kernels.num_registers})
+    return case
 
 
 def signed(data: bytes) -> bytes:

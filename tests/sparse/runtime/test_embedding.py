@@ -1,20 +1,21 @@
 """The library that CMake builds, and the examples, on this machine and on 64-bit ARM."""
 
-import os
-import platform
-import random
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from torch import nn
 
+import sparse
 from sparse import runtime
 from sparse.native import library
 from tests.sparse.runtime import plans
+from tests.sparse.runtime.conftest import prune_
 from tests.sparse.runtime.plans import RUN_PLANS, Target, compile_program, draw, install
 from tests.sparse.runtime.test_plans import small
 
@@ -127,10 +128,62 @@ def test_cmake_and_python_compile_with_the_same_flags() -> None:
     assert {*library.FAMILIES["x86_64"]} == {"portable", "avx2", "avx512"}
 
 
+def resnet50(size: int, compact: Path) -> nn.Module:
+    """Write ResNet-50 with an ERK mask of sparsity 0.9 as a compact file."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks = sparse.static(model, optimizer, sparsity=0.9, distribution="erk").masks
+    prune_(model.eval(), 1.0)  # draws BatchNorms
+    runtime.save(
+        compact,
+        model.state_dict(),
+        masks,
+        nodes=runtime.trace(model),
+        arch="resnet50",
+        model={},
+        image_size=size,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        fold=True,
+    )
+    return model
+
+
+def compare_resnet50(size: int, threads: int, folder: Path) -> None:
+    """Run a sparse ResNet-50 on 64-bit ARM and with torch."""
+    target = plans.aarch64()
+    model = resnet50(size, folder / "net")
+    runtime.save_plan(folder / "net", folder / "0.plan", level=target.level, threads=threads)
+    images = torch.randn(2, 3, size, size)
+    (folder / "0.in").write_bytes(images.numpy().tobytes())
+    program = compile_program(target, RUN_PLANS, folder / "run_plans", shared=True)
+    target.run(program, 0, 1, folder / "0")
+    found = torch.from_numpy(np.fromfile(folder / "0.out", np.float32)).view(2, 1000)
+    with torch.no_grad():
+        wanted = model.double()(images.double())
+    assert float((found - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_sparse_resnet50_on_arm_equals_torch(threads: int, tmp_path: Path) -> None:
+    compare_resnet50(32, threads, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3])
-def test_resnet50_on_arm_equals_torch(
-    threads: int, save: Callable[..., Path], tmp_path: Path
-) -> None:
-    target = plans.aarch64()
-    compare_resnet50(target, 224, threads, tmp_path)
+def test_a_sparse_resnet50_of_full_size_on_arm_equals_torch(threads: int, tmp_path: Path) -> None:
+    compare_resnet50(224, threads, tmp_path)
+
+
+def test_a_library_for_another_processor_refuses_to_open(tmp_path: Path) -> None:
+    """A processor without AVX runs a library that needs AVX2, as far as the first call."""
+    if "avx2" not in library.family():
+        pytest.skip("needs x86-64")
+    emulator = plans.needed("qemu-x86_64"), "-cpu", "Nehalem"
+    target = Target("avx2")
+    program = compile_program(target, EXAMPLES / "classify.c", tmp_path / "classify", shared=True)
+    done = subprocess.run([*emulator, program, "plan", "image"], capture_output=True, text=True)
+    assert done.stderr == (
+        "SPARSE_OTHER_LEVEL: this library needs AVX2 and FMA, which the processor lacks\n"
+    )

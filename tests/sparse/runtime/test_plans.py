@@ -3,6 +3,8 @@
 import ctypes
 import hashlib
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,28 +20,7 @@ from sparse.runtime import bindings, plan_file
 from sparse.runtime.network import Program
 from tests.sparse.runtime import plans
 from tests.sparse.runtime.conftest import LEVELS
-from tests.sparse.runtime.plans import Api, Case, draw, replaced
-
-HEADER = {
-    name: 40 + 8 * i
-    for i, name in enumerate(
-        "version bytes lanes registers op_bytes threads arena channels height width "
-        "outputs out_height out_width num_ops num_pieces num_tables".split()
-    )
-}
-"""Member of the header -> its place."""
-
-
-def level_of(kernels: bindings.Kernels) -> str:
-    """Return the level whose layout kernels have; those of a foreign level lend it only."""
-    return LEVELS[kernels.num_lanes]
-
-
-def draw_for(seed: int, kernels: bindings.Kernels) -> Case:
-    """Draw a plan that these kernels open, if they only lend a layout, too."""
-    case = draw(seed, level_of(kernels))
-    case.data = replaced(case.data, {HEADER["registers"]: kernels.num_registers})
-    return case
+from tests.sparse.runtime.plans import HEADER, Api, draw_for, replaced
 
 
 def test_random_plans_equal_python_and_torch(each_kernels: bindings.Kernels) -> None:
@@ -286,3 +267,14 @@ def test_the_digest_is_that_of_the_standard(api: Api, plan: bytes) -> None:
     for extra in range(1, 130):
         longer = plan + bytes(extra)
         open_(api, replaced(longer, {HEADER["bytes"]: len(longer)}))
+
+
+def test_changed_plans_do_no_harm(kernels: bindings.Kernels) -> None:
+    command = [sys.executable, "-m", "tests.sparse.runtime.fuzzed_plans", kernels.path]
+    done = subprocess.run(
+        [*map(str, command), "1500", "--limit"], cwd=plans.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-100:] + done.stderr[-2000:]
+    found = re.search(r"opened (\d+), refused (\d+)", done.stdout)
+    assert found
+    assert min(map(int, found.groups())) > 100

@@ -69,3 +69,19 @@ def test_files_of_strangers_touch_their_own_memory_only(kernel_cache: Path, tmp_
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.endswith("clean\n")
+
+
+@pytest.mark.slow
+def test_plans_of_strangers_touch_their_own_memory_only(kernel_cache: Path) -> None:
+    library, environment = sanitized("address,undefined", kernel_cache)
+    options = ":allocator_may_return_null=1:max_allocation_size_mb=256"
+    environment["ASAN_OPTIONS"] += options
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sparse.runtime.fuzzed_plans", str(library), "6000"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-100:] + done.stderr[-4000:]
+    assert "opened " in done.stdout
