@@ -28,7 +28,7 @@ from tests.sparse.runtime.random_networks import RandomChoices, RandomNetwork, a
 
 ROOT = Path(library.__file__).parents[2]
 SOURCES = library.KERNELS.sources
-RUN_PLANS = Path(__file__).with_name("run_plans.c")
+RUN_PLANS = ROOT / "benchmarks" / "run_plans.c"
 FEW = {1: 14, 2: 6, 4: 3}
 MAX_TILES = {"avx512": {1: 14, 2: 8, 4: 7}, "avx2": FEW, "portable": FEW}
 MAX_TILES["aarch64"] = {1: 14, 2: 8, 4: 6}
@@ -183,10 +183,6 @@ def needed(program: str) -> str:
     if found is None:
         pytest.skip(f"needs {program}")
     return found
-
-
-def native(level: str) -> Target:
-    return Target(level)
 
 
 def aarch64() -> Target:
