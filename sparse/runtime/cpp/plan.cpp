@@ -100,20 +100,6 @@ int64_t memory_limit() {
   return pages > 0 && page > 0 ? pages * page / 2 : int64_t(4) << 30;
 }
 
-// What this library needs and the processor lacks; null if there is nothing.
-const char* missing_instructions() {
-#if defined(__AVX512F__)
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512vl")) {
-    return "AVX-512 (F, DQ, VL)";
-  }
-#endif
-#if defined(__AVX2__)
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return "AVX2 and FMA";
-#endif
-  return nullptr;
-}
-
 std::string vectors(int64_t lanes, int64_t registers) {
   return std::to_string(lanes) + " lanes and " + std::to_string(registers) + " registers";
 }
@@ -425,10 +411,6 @@ sparse_status open_bytes(int threads, sparse_network** network, const char* path
     if (threads < 0 || threads > kMaxThreads) {
       throw Failure{SPARSE_BAD_ARGUMENT, "threads must be 0 to " + std::to_string(kMaxThreads) +
                                              ", got " + std::to_string(threads)};
-    }
-    if (const char* missing = missing_instructions()) {
-      throw Failure{SPARSE_OTHER_LEVEL,
-                    std::string("this library needs ") + missing + ", which the processor lacks"};
     }
     try {
       size_t size = 0;

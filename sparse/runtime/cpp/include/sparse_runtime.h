@@ -34,8 +34,7 @@ typedef enum sparse_status {
   SPARSE_NO_FILE = 2,      /* the file cannot be read */
   SPARSE_BAD_PLAN = 3,     /* no plan, or a damaged one */
   SPARSE_OTHER_VERSION = 4, /* a plan of another version of the runtime */
-  SPARSE_OTHER_LEVEL = 5,  /* a plan for other vectors or registers than this library's, or a library
-                              for another processor */
+  SPARSE_OTHER_LEVEL = 5,  /* a plan for other vectors or registers than this library's */
   SPARSE_NO_MEMORY = 6
 } sparse_status;
 
