@@ -22,6 +22,7 @@
 #include "conv.h"
 #include "include/sparse_runtime.h"
 #include "network.h"
+#include "retune.h"
 #include "sha256.h"
 
 namespace sparse_runtime {
@@ -253,35 +254,9 @@ class Plan {
   std::vector<Table> tables_;
 };
 
-// Tiles that compute a sparse convolution with the tables that it has, as in tiles of
-// execution_plan.py: parts of a row of nearly equal size, and any number of rows that fits.
-std::vector<Op> candidates(const Op& op) {
-  constexpr int64_t kMinTile = 4, kMaxRows = 7, kMaxRow = 8;
-  const auto pieces_of = [](int64_t size, int64_t count) { return (size + count - 1) / count; };
-  const int64_t most = max_tile(int(op.group));
-  const int64_t most_rows = std::min(op.rows, op.stride_x <= 2 ? kMaxRows : 1);
-  const int64_t least = pieces_of(op.vectors, std::min(most, kMaxRow));
-  std::vector<Op> found;
-  int64_t largest = 0;
-  for (int64_t count : {least, least + 1}) {
-    const int64_t wide = pieces_of(op.vectors, count);
-    for (int64_t rows = 1; rows <= std::min(most / wide, most_rows); ++rows) {
-      found.push_back(op);
-      found.back().tile_vectors = wide;
-      found.back().tile_rows = pieces_of(op.rows, pieces_of(op.rows, rows));  // even cuts
-      largest = std::max(largest, wide * found.back().tile_rows);
-    }
-  }
-  const auto is_small = [&](const Op& tile) {
-    return tile.tile_vectors * tile.tile_rows < std::min(largest, kMinTile);
-  };
-  found.erase(std::remove_if(found.begin(), found.end(), is_small), found.end());
-  return found;
-}
-
 // The fastest of some ways to compute an operation. They are timed in turn, over several rounds;
 // later rounds keep the faster ones only.
-Op fastest(void* network, const std::vector<Op>& ways) {
+Way fastest(void* network, const std::vector<Way>& ways) {
   std::vector<std::pair<double, size_t>> seconds;
   for (size_t i = 0; i < ways.size(); ++i) {
     seconds.emplace_back(std::numeric_limits<double>::infinity(), i);
@@ -290,7 +265,7 @@ Op fastest(void* network, const std::vector<Op>& ways) {
     std::stable_sort(seconds.begin(), seconds.end());
     for (size_t i = 0; i < (ways.size() + repetitions - 1) / repetitions; ++i) {
       auto& [least, way] = seconds[i];
-      least = std::min(least, sparse_runtime_time(network, &ways[way], int64_t(repetitions)));
+      least = std::min(least, sparse_runtime_time(network, &ways[way].op, int64_t(repetitions)));
     }
   }
   return ways[std::min_element(seconds.begin(), seconds.end())->second];
@@ -357,10 +332,16 @@ struct sparse_network {
 
   void retune() {
     std::vector<Op> ops = plan.ops;
+    std::vector<std::shared_ptr<const ConvTables>> tables = owned;
+    tables.resize(ops.size());
     void* handle = lend();
     try {
-      for (Op& op : ops) {
-        if (op.kind == kSparseConv) op = fastest(handle, candidates(op));
+      for (size_t i = 0; i < ops.size(); ++i) {
+        const std::vector<Way> all = ways(ops[i]);
+        if (all.size() < 2) continue;
+        const Way best = fastest(handle, all);
+        ops[i] = best.op;
+        if (best.tables) tables[i] = best.tables;  // else those that it had
       }
     } catch (...) {
       give_back(handle);
@@ -368,12 +349,14 @@ struct sparse_network {
     }
     give_back(handle);
     plan.ops.swap(ops);
+    owned.swap(tables);
     clear();  // the handles compute with the operations with which they were made
   }
 
   Plan plan;
   const int threads;
   int started;
+  std::vector<std::shared_ptr<const ConvTables>> owned;  // by operation, since retune
   std::mutex mutex;
   std::vector<void*> idle;
 };

@@ -87,8 +87,9 @@ SPARSE_API sparse_status sparse_run(sparse_network* network, const float* images
 SPARSE_API sparse_status sparse_run_uint8(sparse_network* network, const uint8_t* images,
                                           int64_t num_images, float* outputs);
 
-/* Measure on this machine which tiles compute each sparse convolution fastest, and use them. This
- * takes some seconds. Outputs may differ in their last bits afterwards. */
+/* Measure on this machine how each convolution is computed fastest, and compute it so from now on.
+ * This takes some seconds to a minute, and memory for the tables of a layer in all ways that are
+ * tried. Outputs may differ in their last bits afterwards. */
 SPARSE_API sparse_status sparse_retune(sparse_network* network);
 
 #ifdef __cplusplus
