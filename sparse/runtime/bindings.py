@@ -31,7 +31,7 @@ class Op(ctypes.Structure):
     ]
 
 
-NUMBERS = sum(field[1] is _INT for field in Op._fields_)
+NUMBERS = sum(field[1] is not _POINTER for field in Op._fields_)
 """Members of `Op` that are no pointers. They come first."""
 
 INPUT, SPARSE_CONV, DENSE_CONV, MAX_POOL, MEAN_POOL, SPARSE_LINEAR, DENSE_LINEAR, REPACK = range(8)
