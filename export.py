@@ -1,7 +1,8 @@
 """Convert networks: `python export.py SOURCE OUTPUT`.
 
 Writes a trained network as a compact sparse file (a bit per weight and the active values), which
-`sparse.runtime.load` runs; or a compact file back as a checkpoint, or either as a dense ONNX graph.
+`sparse.runtime.load` runs; or a compact file back as a checkpoint, or either as a dense ONNX graph
+or as a plan, which programs run without Python.
 `--compact-channels` first removes the channels that the network does not need.
 """
 
@@ -18,8 +19,9 @@ from typing import Literal
 from cli import networks
 from cli.program import Program
 from image_classification import models
-from image_classification.flags import argument, flag
+from image_classification.flags import argument, flag, spelling
 from sparse import runtime
+from sparse.native.library import LEVELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,10 @@ class Flags:
 
     source: Path = argument("checkpoint of main.py, or a compact file")
     output: Path = argument("file to write; replaced if it exists")
-    to: Literal["compact", "torch", "onnx"] = flag(
-        "compact", "compact sparse file, checkpoint of main.py, or dense ONNX graph"
+    to: Literal["compact", "torch", "onnx", "plan"] = flag(
+        "compact",
+        "compact sparse file, checkpoint of main.py, dense ONNX graph, or plan for programs "
+        "without Python (docs/embedding.md)",
     )
     dtype: str = flag(
         "float32",
@@ -47,6 +51,22 @@ class Flags:
         "remove the channels that are constant or that nobody reads: a smaller network with the "
         "same outputs; --to torch then writes a program for torch.export.load",
     )
+    level: str | None = flag(
+        None,
+        f"instructions of the plan's processor: {', '.join(LEVELS)} (by default this processor's "
+        "best; plan only)",
+    )
+    image_size: int | None = flag(None, "side of the plan's images (that of the training)")
+    threads: int = flag(1, "threads for which the plan is made (plan only)")
+    no_tune: bool = flag(
+        False,
+        "decide by a fixed rule how layers are computed: the same network gives the same bytes "
+        "(plan only; the plan of another machine's level is never tuned)",
+    )
+
+
+PLAN_FLAGS = ("level", "image_size", "threads", "no_tune")
+"""Have an effect with --to plan alone."""
 
 
 def run(given: Flags) -> str:
@@ -59,23 +79,38 @@ def run(given: Flags) -> str:
         raise ValueError(
             f"--dtype and --keep-batch-norm have no effect with --to {given.to}: leave them out"
         )
+    changed = [name for name in PLAN_FLAGS if getattr(given, name) != getattr(Flags, name)]
+    if given.to != "plan" and changed:
+        raise ValueError(
+            f"{', '.join(map(spelling, changed))} only with --to plan: leave out what does not fit"
+        )
     trained = networks.read(given.source, ema=given.ema)
     removed = ""
     if given.compact_channels:
         trained, removed = networks.compact_channels(trained)
     with networks.writing(given.output):
-        write(given, trained)
+        told = write(given, trained)
     active = sum(int(mask.sum()) for mask in trained.masks.values())
     total = sum(mask.numel() for mask in trained.masks.values())
     share = f", {active} of {total} masked weights active" if total else ""
     size = f"{given.output.stat().st_size / 1e6:.3f} MB"
-    line = f"{given.output}: {trained.arch}, {size}{share}"
+    line = f"{given.output}: {trained.arch}, {size}{share}{told}"
     return f"{line}\n{removed}" if removed else line
 
 
-def write(given: Flags, trained: networks.Trained) -> None:
-    """Write a network as the command line says."""
+def write(given: Flags, trained: networks.Trained) -> str:
+    """Write a network as the command line says; return what there is to add about the file."""
     output, fold = given.output, not given.keep_batch_norm
+    if given.to == "plan":
+        as_it_is = networks.is_compact(given.source) and not given.compact_channels
+        return networks.write_plan(
+            given.source if as_it_is else trained,
+            output,
+            level=given.level,
+            image_size=given.image_size,
+            threads=given.threads,
+            tune=not given.no_tune,
+        )
     if given.to == "compact":
         networks.write_compact(trained, output, dtype=given.dtype, fold=fold)
     elif given.to == "onnx":
@@ -86,6 +121,7 @@ def write(given: Flags, trained: networks.Trained) -> None:
         if trained.arch in models.names():
             trained.model()  # fails where the channels of a compact file are not those of its name
         networks.write_checkpoint(output, trained.arch, trained.state, config=trained.config())
+    return ""
 
 
 PROGRAM = Program("export.py", Flags, run)

@@ -95,7 +95,10 @@ setup(
         for inner in ["", *find_packages(folder)]
     ],
     package_dir=FOLDERS,
-    package_data={"": ["py.typed", "*.pyi", "cpp/*"], f"{PROGRAMS}.results": ["table.csv"]},
+    package_data={
+        "": ["py.typed", "*.pyi", "cpp/*", "cpp/include/*"],
+        f"{PROGRAMS}.results": ["table.csv"],
+    },
     include_package_data=False,
     install_requires=required[""],
     extras_require=extras,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from image_classification.data.stage import MEAN, STD
 from image_classification.models import count_classes, create_model, default_image_size
 from sparse import runtime
 from sparse.geometry import trace_layers
+from sparse.native.library import cpu_level
 from sparse.training import checkpoints
 
 MODEL_OPTIONS = ("stem", "width")
@@ -106,12 +108,7 @@ def read(path: Path, *, ema: bool = False) -> Trained:
     Raises:
         ValueError: One line naming the file and what is wrong with it.
     """
-    try:
-        with path.open("rb") as file:
-            is_checkpoint = file.read(2) == b"PK"
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    if is_checkpoint:
+    if not is_compact(path):
         return read_checkpoint(path, ema=ema)
     if ema:
         raise ValueError(f"--ema needs a checkpoint; {path} is none and holds one set of weights")
@@ -125,6 +122,19 @@ def read(path: Path, *, ema: bool = False) -> Trained:
         state=compact.state_dict(),
         masks=compact.masks(),
     )
+
+
+def is_compact(path: Path) -> bool:
+    """Tell a compact file from a checkpoint, by the first bytes.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(2) != b"PK"
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def read_checkpoint(path: Path, *, arch: str | None = None, ema: bool = False) -> Trained:
@@ -191,6 +201,40 @@ def write_compact(trained: Trained, output: Path, *, dtype: str, fold: bool) -> 
         dtype=dtype,
         fold=fold,
     )
+
+
+def write_plan(
+    source: Path | Trained,
+    output: Path,
+    *,
+    level: str | None,
+    image_size: int | None,
+    threads: int,
+    tune: bool,
+) -> str:
+    """Write a plan for programs without Python, of a compact file as it is or of a network.
+
+    Returns:
+        How the plan was made, in words.
+
+    Raises:
+        ValueError: The runtime does not know the network, an option is out of range, or the plan
+            cannot be tuned.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(source, Trained):
+            compact = Path(folder) / "network"
+            write_compact(source, compact, dtype="float32", fold=True)
+        else:
+            compact = source
+        level = level or cpu_level()
+        try:
+            tuned = runtime.save_plan(
+                compact, output, level=level, image_size=image_size, threads=threads, tune=tune
+            )
+        except runtime.BuildError as error:
+            raise ValueError(f"the plan cannot be tuned (--no-tune): {error}") from error
+    return f", level {level}, {'tuned on this machine' if tuned else 'not tuned'}"
 
 
 def write_checkpoint(

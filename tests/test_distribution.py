@@ -64,6 +64,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = "*.py", "requirements*.txt", "*.md", "*.toml", "*.in", "*.cff", "LICENSE"
     for path in (path for pattern in files for path in ROOT.glob(pattern)):
         shutil.copy(path, copy)
+    shutil.copytree(ROOT / "examples", copy / "examples")
     for folder in FOLDERS:
         ignored = shutil.ignore_patterns("__pycache__", "prebuilt", "runs")
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
@@ -134,7 +135,10 @@ def test_the_wheel_has_every_file_of_the_packages_and_no_other_name(
     expected |= {"sparsetrain_programs/classify.py", "sparsetrain_programs/results/table.csv"}
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".pyi", ".typed", ".cpp", ".h") or path.name == "py.typed":
+            if path.suffix in (".py", ".pyi", ".typed", ".cpp", ".h") or path.name in (
+                "py.typed",
+                "CMakeLists.txt",
+            ):
                 package = packages.get(folder, f"sparsetrain_programs/{folder}")
                 expected.add(f"{package}/{path.relative_to(ROOT / folder)}")
     found = {name for name in wheel if ".dist-info/" not in name}
@@ -201,6 +205,8 @@ def test_the_version_is_that_of_the_changelog(described: Message, built: Path) -
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"CHANGELOG.md", "LICENSE", "README.md", "setup.py"} <= names
+    embedding = "examples/embedding/classify.c", "sparse/runtime/cpp/include/sparse_runtime.h"
+    assert {*embedding, "sparse/runtime/cpp/CMakeLists.txt"} <= names
     assert not any(name.startswith("tests") for name in names)
 
 

@@ -38,6 +38,7 @@ from scripts import derive
 from sparse.native import __main__ as native
 from sparse.native import library
 from tests.documents import DOCUMENTS, ROOT, Command, anchors, blocks, commands, links, names
+from tests.sparse.runtime import plans
 
 README = ROOT / "README.md"
 TABLE = ROOT / "results/table.csv"
@@ -148,6 +149,23 @@ def build_kernels(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(Path(line).is_file() for line in printed.getvalue().splitlines())
 
 
+def embed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configure the library, or compile an example with the library that the tests have built.
+
+    tests/sparse/runtime/test_embedding.py does what the other commands do.
+    """
+    program, *arguments = command.words
+    if arguments[0] == "-S":
+        for compiler in re.findall(r"COMPILER=(\S+)", command.line):
+            plans.needed(compiler)
+        plans.run(plans.needed(program), "-S", ROOT / arguments[1], *arguments[2:])
+    elif program in ("cc", "c++"):
+        prefix = plans.install(plans.Target(library.family()[-1]))
+        Path("prefix").symlink_to(prefix)
+        Path("examples").symlink_to(ROOT / "examples")
+        plans.run(plans.needed(program), *arguments)
+
+
 def launcher_flags(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Look for the command's flags in the help of torchrun."""
     assert {*command.flags} <= {*re.findall(r"--[\w-]+", torchrun.get_args_parser().format_help())}
@@ -194,6 +212,7 @@ RULES: dict[str, Rule] = {
     r"python -m build": "tests/test_distribution.py",
     r"pytest": paths_exist,
     LAUNCHERS: launcher_flags,
+    r"cmake|cc|c\+\+|\./classify": embed,
     r"docker (run|load|build|stop)|enroot import|kill|scancel|scontrol|pip install": not_ours,
 }
 """Beginning of a command -> what holds it."""

@@ -239,12 +239,44 @@ def test_networks_that_the_runtime_does_not_know_lose_channels_too(tmp_path: Pat
         assert torch.allclose(found, model(images), rtol=1e-5, atol=1e-5)
 
 
+def test_a_plan_is_the_same_from_the_checkpoint_and_from_the_compact_file(tmp_path: Path) -> None:
+    source, _ = train(tmp_path / "run")
+    compact, first, second = (tmp_path / name for name in ("net", "first", "second"))
+    convert(source, compact)
+    flags = "--to", "plan", "--level", "portable", "--image-size", 48, "--threads", 2, "--no-tune"
+    told = convert(source, first, *flags)
+    assert told.endswith(" masked weights active, level portable, not tuned")
+    convert(compact, second, *flags)
+    assert first.read_bytes() == second.read_bytes()
+    convert(source, second, "--ema", *flags)
+    assert first.read_bytes() != second.read_bytes()
+
+
+def test_a_plan_of_fewer_channels_is_written_from_either_file(tmp_path: Path) -> None:
+    source, _ = train(tmp_path / "run")
+    state = checkpoint.load(source)
+    state["state_dict"]["features.0.weight"][3] = 0
+    state["state_dict"]["features.1.weight"][3] = 0
+    checkpoint.write(source, state)
+    compact, first, second = (tmp_path / name for name in ("net", "first", "second"))
+    flags = "--to", "plan", "--no-tune"
+    assert "removed " in convert(source, first, "--compact-channels", *flags)
+    convert(source, compact, "--compact-channels")
+    convert(compact, second, *flags)
+    assert first.read_bytes() == second.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["missing", "out"], "missing cannot be read: No such file"),
         (["net", "out", "--ema"], "--ema needs a checkpoint"),
         (["net", "out", "--to", "onnx", "--keep-batch-norm"], "--keep-batch-norm have no effect"),
+        (["net", "out", "--to", "plan", "--dtype", "int8"], "--dtype and .* no effect .* plan"),
+        (["net", "out", "--level", "avx2", "--no-tune"], "--level, --no-tune only with --to plan"),
+        (["net", "out", "--to", "plan", "--level", "sse"], "level must be one of .*, got 'sse'"),
+        (["net", "out", "--to", "plan", "--threads", "0"], "threads must be 1 to 1024, got 0"),
+        (["net", "no/out", "--to", "plan", "--no-tune"], "no/out cannot be written"),
         (["net", "no/such/directory/out"], "cannot be written"),
         (["net", "no/out", "--compact-channels", "--to", "torch"], "no/out cannot be written"),
         (["net", "out", "--compact-channels=2"], "compact-channels"),

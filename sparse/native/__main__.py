@@ -1,6 +1,5 @@
 """Compile the libraries into the installation: `python -m sparse.native [LEVEL ...]`."""
 
-import platform
 import sys
 from collections.abc import Sequence
 
@@ -11,11 +10,10 @@ def main(levels: Sequence[str]) -> int:
     """Compile the given levels, by default all of this processor's family; print the paths.
 
     Returns:
-        0, or 2 for an unknown level or a compiler that is missing or fails.
+        0, or 2 for an unknown or foreign level, or a compiler that is missing or fails.
     """
-    family = library.LEVELS if platform.machine() in ("x86_64", "AMD64") else ("portable",)
     try:
-        for level in levels or family:
+        for level in levels or library.family():
             library.check_level(level)
             for sources in (library.GATES, library.KERNELS):
                 print(sources.compile(level, library.PREBUILT))

@@ -24,8 +24,16 @@ PREBUILT = _HERE / "prebuilt"
 LEVELS = {
     "avx512": (16, ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")),
     "avx2": (8, ("-mavx2", "-mfma")),
+    "aarch64": (4, ()),
     "portable": (4, ()),
 }
+FAMILIES = {
+    "x86_64": ("avx512", "avx2", "portable"),
+    "AMD64": ("avx512", "avx2", "portable"),
+    "aarch64": ("aarch64", "portable"),
+    "arm64": ("aarch64", "portable"),
+}
+"""Machine -> its levels, best first; any other machine has "portable" alone."""
 COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fPIC -shared -pthread -Wno-psabi".split()
 
@@ -34,16 +42,34 @@ class BuildError(RuntimeError):
     """The sources cannot be compiled on this machine, or the library cannot be loaded."""
 
 
+def family() -> tuple[str, ...]:
+    """Return the levels for which this machine's compiler compiles, best first."""
+    return FAMILIES.get(platform.machine(), ("portable",))
+
+
 def cpu_level() -> str:
     """Return the best of `LEVELS` that this processor runs; torch reads it from CPUID."""
+    levels = family()
+    if levels[0] == "aarch64":  # every such processor has NEON
+        return "aarch64"
     level = torch.backends.cpu.get_cpu_capability().lower()
-    return level if level in LEVELS else "portable"
+    return level if level in levels else "portable"
+
+
+def num_registers(level: str) -> int:
+    """Return the vector registers of a level: kRegisters of conv.h."""
+    return 32 if level in ("avx512", "aarch64") or "aarch64" in family() else 16
 
 
 def check_level(level: str) -> None:
-    """Raise a ValueError of one line for a level that is not one of `LEVELS`."""
+    """Raise a ValueError of one line for a level that is not one of this machine's `LEVELS`."""
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    if level not in family():
+        raise ValueError(
+            f"level {level} is not for this machine ({platform.machine()}): "
+            f"take one of {', '.join(family())}"
+        )
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -137,7 +163,7 @@ class Library:
 
     def _file_name(self, level: str, arguments: list[str]) -> str:
         digest = hashlib.sha256("\0".join([platform.machine(), *arguments]).encode())
-        for path in sorted(self.sources.iterdir()):
+        for path in sorted(filter(Path.is_file, self.sources.rglob("*"))):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return f"{self.name}-{level}-{digest.hexdigest()[:16]}.so"
 

@@ -13,6 +13,7 @@ from .format import Compact, read, save
 from .graph import Node
 from .header import DTYPES, Header
 from .network import Network, load
+from .plan_file import save_plan
 from .tracing import trace
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "load",
     "read",
     "save",
+    "save_plan",
     "trace",
 ]

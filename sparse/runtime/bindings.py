@@ -31,6 +31,9 @@ class Op(ctypes.Structure):
     ]
 
 
+NUMBERS = sum(field[1] is not _POINTER for field in Op._fields_)
+"""Members of `Op` that are no pointers. They come first."""
+
 INPUT, SPARSE_CONV, DENSE_CONV, MAX_POOL, MEAN_POOL, SPARSE_LINEAR, DENSE_LINEAR, REPACK = range(8)
 OUTPUT = 8
 
@@ -55,6 +58,10 @@ class Kernels:
 
         self.num_lanes = int(function("lanes", _INT)())
         """Floats per vector."""
+        self.num_registers = int(function("registers", _INT)())
+        """Vector registers of the processor."""
+        self.plan_version = int(function("plan_version", _INT)())
+        """The version of plan files (plan_file.py)."""
         max_tile = function("max_tile", _INT, _INT)
         self.max_tiles = {group: int(max_tile(group)) for group in (1, 2, 4)}
         """Output channels computed together -> most vectors of a tile."""

@@ -26,11 +26,16 @@ constexpr int kDenseVectors = kRegisters == 32 ? 6 : 3;
 // Terms that are summed at a time at most: up to 36 KiB of packed input, less with short vectors.
 constexpr int kDenseDepth = 9216 / (kDenseVectors * kLanes);
 
-// Most vectors of a tile of `group` channels: sums, inputs and weights fit the registers.
+// Most vectors of a tile of `group` channels: sums, inputs and weights fit the registers. AVX-512
+// takes weights from memory. ARM needs 4 registers for them.
 constexpr int max_tile(int group) {
   if (group == 1) return kMaxTile;
   if (group == 2) return kRegisters == 32 ? 8 : 6;
+#if defined(__aarch64__)
+  return 6;
+#else
   return kRegisters == 32 ? 7 : 3;
+#endif
 }
 
 // Functions that take sums must be inlined; otherwise the sums are in memory.

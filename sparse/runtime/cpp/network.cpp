@@ -13,6 +13,7 @@
 
 #include "conv.h"
 #include "layers.h"
+#include "network.h"
 #include "pool.h"
 
 namespace sparse_runtime {
@@ -54,11 +55,6 @@ struct Image {
 // Some rows of some channels of an operation.
 struct Slice {
   int64_t begin_part, end_part, begin, end;
-};
-
-// Rows (or channels) of an operation, in the order of the execution plan.
-struct Piece {
-  int64_t op, begin, end;
 };
 
 bool is_conv(const Op& op) { return op.kind == kSparseConv || op.kind == kDenseConv; }
@@ -213,10 +209,12 @@ using sparse_runtime::Piece;
 extern "C" {
 
 int64_t sparse_runtime_lanes() { return sparse_runtime::kLanes; }
+int64_t sparse_runtime_registers() { return sparse_runtime::kRegisters; }
 int64_t sparse_runtime_max_tile(int64_t group) { return sparse_runtime::max_tile(int(group)); }
 int64_t sparse_runtime_op_size() { return int64_t(sizeof(Op)); }
+int64_t sparse_runtime_plan_version() { return sparse_runtime::kPlanVersion; }
+int64_t sparse_runtime_extent(const Op* op) { return sparse_runtime::extent(*op); }
 
-// The caller keeps the tables to which the operations point. Null: no memory.
 void* sparse_runtime_create(const Op* ops, int64_t num_ops, const Piece* pieces,
                             int64_t num_pieces, int64_t arena_floats, int64_t threads) {
   try {
@@ -226,14 +224,12 @@ void* sparse_runtime_create(const Op* ops, int64_t num_ops, const Piece* pieces,
   }
 }
 
-// The number of threads that the system has started, with the caller's.
 int64_t sparse_runtime_threads(const void* network) {
   return static_cast<const Network*>(network)->threads();
 }
 
 void sparse_runtime_destroy(void* network) { delete static_cast<Network*>(network); }
 
-// Return 0, or 1 if memory ran out.
 int64_t sparse_runtime_run(void* network, const float* images, int64_t image_size, float* logits,
                            int64_t logits_size, int64_t num_images) {
   try {

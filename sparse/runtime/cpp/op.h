@@ -26,7 +26,12 @@ enum Kind : int64_t {
   kOutput = 8,
 };
 
-// Positions are in floats from the start of the arena. Every member is 8 bytes wide.
+// The version of plan files. Raise it when the meaning of a member or of a table changes: older plans
+// are then refused. (A change of the size of Op is noticed without it.)
+constexpr int64_t kPlanVersion = 1;
+
+// Positions are in floats from the start of the arena. Every member is 8 bytes wide. The pointers
+// come last, from `mask` on: plan files have the numbers of tables in their place (plan.cpp).
 struct Op {
   int64_t kind;
   int64_t in, out, res;             // res: activation to add, or -1; out: -1 for the logits

@@ -248,7 +248,7 @@ def compare(seed: int, kernels: bindings.Kernels, path: Path) -> int:
                 wanted = exact(images.double())
         except RuntimeError:
             pass
-        with _another_plan(rng, h, w, kernels.num_lanes):
+        with another_plan(rng, h, w, kernels.num_lanes):
             found = _run(network, images)
         if isinstance(found, str):
             assert wanted is None or "the sum" in found, (seed, h, w, found)
@@ -275,7 +275,7 @@ def _tuner(rng: random.Random) -> RandomChoices | None:
 
 
 @contextmanager
-def _another_plan(rng: random.Random, height: int, width: int, lanes: int) -> Iterator[None]:
+def another_plan(rng: random.Random, height: int, width: int, lanes: int) -> Iterator[None]:
     """Let a plan have bands, or go through the network row by row, as for larger images."""
     arranged = arrange.arrange
     with mock.patch.object(arrange, "MAX_WASTE", 4.0):

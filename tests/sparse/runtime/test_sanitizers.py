@@ -22,18 +22,18 @@ def sanitized(name: str, directory: Path) -> tuple[Path, dict[str, str]]:
     if compiler is None:
         pytest.skip("needs g++ and its sanitizers")
 
-    def library(file: str) -> str:
+    def path_of(file: str) -> str:
         command = [compiler, f"-print-file-name={file}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    found = library({"address,undefined": "libasan.so", "thread": "libtsan.so"}[name])
+    found = path_of({"address,undefined": "libasan.so", "thread": "libtsan.so"}[name])
     if not os.path.isabs(found):
         pytest.skip(f"{compiler} comes without {found}")
     flags = (f"-fsanitize={name}", "-O1", "-g", "-fno-omit-frame-pointer")
     return library.KERNELS.compile(library.cpu_level(), directory, flags=flags), {
         **os.environ,
         # Sanitizers look for what throws exceptions when they start.
-        "LD_PRELOAD": f"{found} {library('libstdc++.so.6')}",
+        "LD_PRELOAD": f"{found} {path_of('libstdc++.so.6')}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         # Python itself leaves memory to the end of the process.
@@ -69,3 +69,19 @@ def test_files_of_strangers_touch_their_own_memory_only(kernel_cache: Path, tmp_
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.endswith("clean\n")
+
+
+@pytest.mark.slow
+def test_plans_of_strangers_touch_their_own_memory_only(kernel_cache: Path) -> None:
+    library, environment = sanitized("address,undefined", kernel_cache)
+    options = ":allocator_may_return_null=1:max_allocation_size_mb=256"
+    environment["ASAN_OPTIONS"] += options
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sparse.runtime.fuzzed_plans", str(library), "6000"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-100:] + done.stderr[-4000:]
+    assert "opened " in done.stdout

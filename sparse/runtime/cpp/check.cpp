@@ -1,0 +1,332 @@
+#include "check.h"
+
+#include <algorithm>
+
+#include "conv.h"
+#include "simd.h"
+
+namespace sparse_runtime {
+namespace {
+
+using Wide = __int128;  // products of three members do not overflow
+
+constexpr int64_t kMost = int64_t(1) << 31;  // of a member that is no position
+
+void require(bool fits, const char* what) {
+  if (!fits) throw Damage(what);
+}
+
+// The distances of the first and of the last float from the start of a value.
+struct Span {
+  Wide first = 0, last = 0;
+
+  // Repeat at `count` steps.
+  Span repeat(int64_t count, Wide step) const {
+    const Wide far = (count - 1) * step;
+    return {first + std::min<Wide>(far, 0), last + std::max<Wide>(far, 0)};
+  }
+  Span move(Wide by) const { return {first + by, last + by}; }
+};
+
+constexpr Span kVector{0, kLanes - 1};
+constexpr Span kFloat{0, 0};
+
+class Checker {
+ public:
+  Checker(const Op& op, const Limits& limits) : op_(op), limits_(limits) {}
+
+  void check() const {
+    check_members();
+    switch (op_.kind) {
+      case kInput: return input();
+      case kSparseConv: return sparse_conv();
+      case kDenseConv: return dense_conv();
+      case kMaxPool: return max_pool();
+      case kMeanPool: return mean_pool();
+      case kSparseLinear: return sparse_linear();
+      case kDenseLinear: return dense_linear();
+      case kRepack: return repack();
+      case kOutput: return output();
+      default: throw Damage("kind " + std::to_string(op_.kind) + " is unknown");
+    }
+  }
+
+ private:
+  // All members that are numbers. Positions are checked where they are used.
+  void check_members() const {
+    const int64_t* end = reinterpret_cast<const int64_t*>(&op_.mask);
+    for (const int64_t* member = reinterpret_cast<const int64_t*>(&op_); member < end; ++member) {
+      const bool is_position = member == &op_.in || member == &op_.out || member == &op_.res;
+      const int64_t most = is_position ? limits_.arena : kMost;
+      require(*member >= -kMost && *member <= most, "a member is out of range");
+    }
+    require(op_.in >= 0 && op_.out >= -1 && op_.res >= -1, "a position is negative");
+    for (int64_t size : {op_.in_row, op_.in_plane, op_.out_row, op_.out_plane, op_.res_row,
+                         op_.res_plane, op_.halo, op_.pad_y, op_.pad_x, op_.pad_top, op_.pad_bottom,
+                         op_.mask_row, op_.depth}) {
+      require(size >= 0, "a size is negative");
+    }
+  }
+
+  void in_arena(int64_t position, Span span) const {
+    require(position + span.first >= 0 && position + span.last < limits_.arena,
+            "a value lies outside the arena");
+  }
+
+  // Vectors are loaded from multiples of their size.
+  static void aligned(std::initializer_list<int64_t> sizes) {
+    for (int64_t size : sizes) require(size % kLanes == 0, "vectors are not aligned");
+  }
+
+  // A table must be there and have so many entries.
+  template <typename T>
+  void table(const T* start, Wide count) const {
+    require(start != nullptr, "a table is missing");
+    const auto found = limits_.table_bytes.find(start);
+    require(found != limits_.table_bytes.end() && count * Wide(sizeof(T)) <= found->second,
+            "a table is too short");
+  }
+
+  // The number of entries of a table, which must be there.
+  template <typename T>
+  int64_t entries(const T* start) const {
+    table(start, 0);
+    return limits_.table_bytes.at(start) / int64_t(sizeof(T));
+  }
+
+  // A map that is written, with its borders.
+  void writes_map() const {
+    require(op_.rows >= 1 && op_.vectors >= 1 && op_.channels >= 1, "the output is empty");
+    require(op_.out >= 0, "the output is no map");
+    aligned({op_.out, op_.out_row, op_.out_plane});
+    const Wide plane = (op_.vectors + 2 * op_.halo) * kLanes;
+    // This limits the time, too: an operation computes no float twice.
+    require(op_.out_plane >= plane && op_.out_row >= Wide(op_.channels) * op_.out_plane,
+            "the planes or rows of the output overlap");
+    const Span row = Span{0, plane - 1}.move(-Wide(op_.halo) * kLanes).repeat(op_.channels,
+                                                                            op_.out_plane);
+    in_arena(op_.out, row.repeat(op_.pad_top + op_.rows + op_.pad_bottom, op_.out_row)
+                          .move(-Wide(op_.pad_top) * op_.out_row));
+    if (op_.halo > 0 || op_.pad_top > 0 || op_.pad_bottom > 0) {
+      if (op_.moves) table(op_.moves, 4 * kLanes);
+    }
+    if (op_.mask) {
+      aligned({op_.mask_row});
+      table(op_.mask, Wide(op_.rows - 1) * op_.mask_row + op_.vectors * kLanes);
+    }
+  }
+
+  // Floats that are written one after the other, to the arena or to the output of the network.
+  void writes_floats(Wide count) const {
+    if (op_.out >= 0) return in_arena(op_.out, {0, count - 1});
+    require(count == limits_.output, "the size of the output differs");
+  }
+
+  void input() const {
+    writes_map();
+    require(op_.height >= 1 && op_.width >= 1, "the image is empty");
+    require(Wide(op_.channels) * op_.height * op_.width == limits_.image,
+            "the size of the image differs");
+    require(Wide(op_.rows) * op_.width < kMost, "there are too many rows");
+    table(op_.offsets, Wide(op_.vectors) * kLanes);
+  }
+
+  // The vectors that a convolution reads for `rows` rows, from those at the offsets on.
+  Span taps(const Span& offsets, int64_t rows) const {
+    return Span{offsets.first, offsets.last + kLanes - 1}
+        .repeat(op_.vectors, Wide(op_.stride_x) * kLanes)
+        .repeat(rows, Wide(op_.stride_y) * op_.in_row);
+  }
+
+  static void widen(Span& span, int32_t offset) {
+    aligned({offset});
+    span = {std::min<Wide>(span.first, offset), std::max<Wide>(span.last, offset)};
+  }
+
+  void conv() const {
+    writes_map();
+    require(op_.stride_y >= 1 && op_.stride_x >= 1, "a stride is not positive");
+    require(op_.tile_rows >= 1 && op_.num_parts >= 1, "there are no tiles or parts");
+    aligned({op_.in, op_.in_row, op_.in_plane});
+    table(op_.bias, op_.channels);
+    if (op_.res >= 0) {
+      aligned({op_.res, op_.res_row, op_.res_plane});
+      in_arena(op_.res, Span{0, Wide(op_.vectors) * kLanes - 1}
+                            .repeat(op_.channels, op_.res_plane)
+                            .repeat(op_.rows, op_.res_row));
+    }
+    table(op_.part_begin, Wide(op_.num_parts) + 1);
+    const int64_t* begin = op_.part_begin;
+    require(begin[0] == 0 && begin[op_.num_parts] == op_.channels, "parts lack channels");
+    for (int64_t part = 0; part < op_.num_parts; ++part) {
+      require(begin[part] % 4 == 0 && begin[part] <= begin[part + 1], "a part begins elsewhere");
+    }
+    // Tuning reads the input as a whole.
+    require(op_.height >= 1 && op_.in_channels >= 1, "the input is empty");
+    in_arena(op_.in, kFloat.repeat(op_.in_channels, op_.in_plane).repeat(op_.height, op_.in_row));
+  }
+
+  void sparse_conv() const {
+    conv();
+    require(op_.group == 1 || op_.group == 2 || op_.group == 4, "there is no such group");
+    require(op_.num_blocks >= 1, "there are no blocks");
+    for (int64_t rows = 1; rows <= std::min(op_.tile_rows, op_.rows); ++rows) {
+      for (int64_t vectors = 1; vectors <= std::min(op_.tile_vectors, op_.vectors); ++vectors) {
+        require(find_tile(op_.group, vectors, rows, op_.stride_x), "there is no such tile");
+      }
+    }
+    require(op_.tile_vectors >= 1, "there is no such tile");
+    table(op_.row_channel, op_.channels);
+    for (int64_t i = 0; i < op_.channels; ++i) {
+      require(op_.row_channel[i] >= 0 && op_.row_channel[i] < op_.channels, "there is no channel");
+    }
+    const int64_t patterns = (int64_t(1) << op_.group) - 1;
+    table(op_.counts, Wide(op_.num_blocks) * patterns * groups(0, op_.channels));
+    table(op_.part_stream, op_.num_parts);
+    Span offsets;
+    for (int64_t part = 0; part < op_.num_parts; ++part) stream(part, patterns, offsets);
+    in_arena(op_.in, taps(offsets, op_.rows));
+  }
+
+  int64_t groups(int64_t first, int64_t end) const {
+    return (end - first + op_.group - 1) / op_.group;
+  }
+
+  // Walk through the connections of a part, as the kernels do.
+  void stream(int64_t part, int64_t patterns, Span& offsets) const {
+    const int64_t words = entries(op_.connections);
+    const int64_t first = op_.part_begin[part], end = op_.part_begin[part + 1];
+    const int32_t* count = op_.counts + op_.num_blocks * patterns * (first / op_.group);
+    int64_t at = op_.part_stream[part];
+    require(at >= 0 && at <= words, "connections begin elsewhere");
+    for (int64_t i = 0; i < op_.num_blocks * groups(first, end); ++i, count += patterns) {
+      for (int64_t k = 0; k < patterns; ++k) {
+        const int64_t size = 1 + num_bits(int(k + 1));
+        require(count[k] >= 0 && count[k] * size <= words - at, "there are not enough connections");
+        for (int64_t n = 0; n < count[k]; ++n, at += size) {
+          widen(offsets, offset_at(op_.connections + at));
+        }
+      }
+    }
+  }
+
+  void dense_conv() const {
+    conv();
+    require(op_.tile_rows <= 2 && op_.tile_rows <= op_.rows, "there is no such tile");
+    table(op_.weights, Wide(op_.channels + kDenseChannels - 1) / kDenseChannels * op_.depth *
+                           kDenseChannels);
+    const bool in_pairs = op_.tile_rows == 2;
+    table(op_.offsets, Wide(op_.depth) * (in_pairs ? 3 : 1));
+    Span offsets;
+    for (int64_t k = 0; k < op_.depth; ++k) {
+      widen(offsets, op_.offsets[in_pairs ? 3 * k : k]);
+      if (in_pairs) widen(offsets, op_.offsets[3 * k + 1]);
+    }
+    in_arena(op_.in, taps(offsets, op_.rows - (in_pairs ? 1 : 0)));
+    if (!in_pairs) return;
+    table(op_.counts, 4);
+    int64_t terms = 0;
+    for (int product = 0; product < 4; ++product) {
+      require(op_.counts[product] >= 0, "a product has no number of terms");
+      terms += op_.counts[product];
+    }
+    require(terms == op_.depth, "the products have other terms");
+  }
+
+  void max_pool() const {
+    writes_map();
+    require(op_.stride_y >= 1 && op_.stride_x >= 1, "a stride is not positive");
+    require(op_.window_y >= 1 && op_.window_x >= 1, "the window is empty");
+    aligned({op_.in, op_.in_row, op_.in_plane});
+    const Wide columns = Wide(op_.vectors - 1) * op_.stride_x + op_.window_x;
+    const Wide rows = Wide(op_.rows - 1) * op_.stride_y + op_.window_y;
+    require(op_.width >= columns && columns < kMost && rows < kMost, "columns are missing");
+    table(op_.offsets, (op_.width + rows) * kLanes);
+    in_arena(op_.in, kVector.repeat(int64_t(columns), kLanes)
+                         .repeat(int64_t(rows), op_.in_row)
+                         .repeat(op_.channels, op_.in_plane)
+                         .move(-Wide(op_.pad_y) * op_.in_row - Wide(op_.pad_x) * kLanes));
+  }
+
+  // A map that is read: `rows` rows, and vectors from the first one on.
+  void reads_map(int64_t rows) const {
+    require(rows >= 1 && op_.vectors >= 1 && op_.channels >= 1, "the input is empty");
+    aligned({op_.in, op_.in_row, op_.in_plane});
+    // This limits the time, too.
+    require(op_.in_plane >= op_.vectors * kLanes &&
+                op_.in_row >= Wide(op_.channels) * op_.in_plane,
+            "the planes or rows of the input overlap");
+    in_arena(op_.in, kVector.repeat(op_.vectors, kLanes)
+                         .repeat(rows, op_.in_row)
+                         .repeat(op_.channels, op_.in_plane));
+  }
+
+  void mean_pool() const {
+    reads_map(op_.height);
+    writes_floats(op_.channels);
+  }
+
+  void linear() const {
+    require(op_.channels >= 1, "the output is empty");
+    table(op_.bias, op_.channels);
+    writes_floats(op_.channels);
+  }
+
+  void sparse_linear() const {
+    linear();
+    table(op_.row_begin, Wide(op_.channels) + 1);
+    const int32_t* begin = op_.row_begin;
+    require(begin[0] >= 0, "connections begin elsewhere");
+    for (int64_t c = 0; c < op_.channels; ++c) {
+      require(begin[c] <= begin[c + 1], "connections begin elsewhere");
+    }
+    table(op_.connections, 2 * Wide(begin[op_.channels]));
+    for (int64_t i = begin[0]; i < begin[op_.channels]; ++i) {
+      in_arena(op_.in, kFloat.move(offset_at(op_.connections + 2 * i)));
+    }
+  }
+
+  void dense_linear() const {
+    linear();
+    aligned({op_.in, op_.depth});
+    in_arena(op_.in, {0, Wide(op_.depth) - 1});
+    table(op_.weights, Wide(op_.channels) * op_.depth);
+  }
+
+  void repack() const {
+    writes_map();
+    const Wide size = Wide(op_.rows) * op_.vectors * kLanes;
+    table(op_.offsets, size);
+    if (op_.depth) aligned({op_.in, op_.in_plane});
+    Span places;
+    for (int64_t i = 0; i < int64_t(size); i += op_.depth ? kLanes : 1) {
+      if (op_.depth) {
+        widen(places, op_.offsets[i]);
+      } else if (op_.offsets[i] >= 0) {
+        places.last = std::max<Wide>(places.last, op_.offsets[i]);
+      }
+    }
+    if (op_.depth) places.last += kLanes - 1;
+    in_arena(op_.in, places.repeat(op_.channels, op_.in_plane));
+  }
+
+  void output() const {
+    reads_map(op_.rows);
+    require(op_.height >= 1 && op_.width >= 1, "the output is empty");
+    writes_floats(Wide(op_.channels) * op_.height * op_.width);
+    const Wide size = Wide(op_.rows) * op_.vectors * kLanes;
+    table(op_.offsets, size);
+    for (int64_t i = 0; i < int64_t(size); ++i) {
+      require(op_.offsets[i] < Wide(op_.height) * op_.width, "a pixel lies outside the output");
+    }
+  }
+
+  const Op& op_;
+  const Limits& limits_;
+};
+
+}  // namespace
+
+void check_op(const Op& op, const Limits& limits) { Checker(op, limits).check(); }
+
+}  // namespace sparse_runtime
