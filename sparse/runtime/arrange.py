@@ -10,6 +10,9 @@ from .lower import Layer
 from .memory import place
 from .operation import Operation
 
+WINDOWS = ("conv", "max_pool")
+MAPS = (*WINDOWS, "layer_norm", "tokens", "attention")
+"""Kinds of layers whose value is a map."""
 MAX_GROWTH = 1.2  # factor by which a row may grow if its readers then need no repacking
 LINEAR_DENSITY = 0.3  # below this density a linear layer is computed as a sparse one
 BYTES_PER_VECTOR = 20  # bytes that the caches move while one vector is multiplied and added
@@ -52,6 +55,7 @@ class Arrangement:
         self._size, self._lanes = size, lanes
         self._values: dict[str, Value] = {}
         self._repacked: dict[tuple[object, ...], Map] = {}
+        self._borderless: set[int] = set()  # ids of maps whose borders nobody fills
         self._wishes = self._wished_vectors(layers)
         self._read_image(layers[0], grid)
         for layer in layers:
@@ -108,10 +112,12 @@ class Arrangement:
         wishes: dict[str, int] = {}
         makers = {layer.name: layer for layer in layers}
         for layer in layers:
-            if layer.kind not in ("conv", "max_pool"):
+            if layer.kind not in MAPS:
                 continue
             width = widths[layer.source]
             widths[layer.name] = _width(layer, width)
+            if layer.kind not in WINDOWS:
+                continue
             if layer.stride[1] > 1 and layer.kernel != (1, 1):
                 name = self._setter(layer.source, makers, widths)
                 out = -(-widths[layer.name] // self._lanes)
@@ -135,18 +141,43 @@ class Arrangement:
         return name
 
     def _add(self, layer: Layer) -> None:
-        if layer.kind in ("conv", "max_pool"):
+        source = self._values[layer.source]
+        if layer.kind in WINDOWS:
             self._add_window(layer)
             return
-        source = self._values[layer.source]
+        if layer.kind in MAPS and isinstance(source, Map):
+            self._add_map(layer, source)
+            return
         target = Vector(channels=layer.channels, lanes=self._lanes)
         kind = bindings.MEAN_POOL
         if layer.kind == "linear":
             assert layer.weight is not None
             sparse = layer.num_active < LINEAR_DENSITY * layer.weight.size
             kind = bindings.SPARSE_LINEAR if sparse else bindings.DENSE_LINEAR
+        elif layer.kind == "layer_norm":
+            kind = bindings.VECTOR_NORM
+        elif layer.kind == "token":
+            kind = bindings.TOKEN
         self._values[layer.name] = target
         self.operations.append(Operation(kind=kind, source=source, target=target, layer=layer))
+
+    def _add_map(self, layer: Layer, source: Map) -> None:
+        """Add an operation on maps without a window."""
+        height, width = _sizes(layer, (source.height, source.width))
+        grid = source.grid
+        if (height, width) != (source.height, source.width):
+            vectors = -(-width // self._lanes)
+            grid = Grid(vectors=vectors, rows=height, lanes=self._lanes)
+        target = Map(channels=layer.channels, height=height, width=width, grid=grid)
+        self._values[layer.name] = target
+        kind = {
+            "layer_norm": bindings.LAYER_NORM,
+            "tokens": bindings.TOKENS,
+            "attention": bindings.ATTENTION,
+        }[layer.kind]
+        self.operations.append(Operation(kind=kind, source=source, target=target, layer=layer))
+        if layer.kind == "attention":
+            self._borderless.add(id(target))
 
     def _add_window(self, layer: Layer) -> None:
         source = self._map_of(layer.source)
@@ -170,11 +201,14 @@ class Arrangement:
         elif not source.grid.fits(grid.scaled((sy, sx))):
             source = self._repack(source, grid.scaled((sy, sx)), (1, 1))
         target = Map(channels=layer.channels, height=height, width=width, grid=grid)
-        source.require(
-            halo=max(px, reach(source.vectors, grid.vectors, kw, sx, px, dx)),
-            top=py,
-            bottom=reach(source.rows, grid.rows, kh, sy, py, dy),
-        )
+        borders = {
+            "halo": max(px, reach(source.vectors, grid.vectors, kw, sx, px, dx)),
+            "top": py,
+            "bottom": reach(source.rows, grid.rows, kh, sy, py, dy),
+        }
+        if id(source) in self._borderless and any(borders.values()):
+            source = self._repack(source, source.grid, (1, 1))
+        source.require(**borders)
         residual = None
         if layer.residual is not None:
             residual = self._map_of(layer.residual)
@@ -280,12 +314,14 @@ def banded_grids(height: int, width: int, *, lanes: int) -> list[Grid]:
 
 
 def _width(layer: Layer, width: int) -> int:
-    """Return the width of the output of a convolution or pool."""
+    """Return the width of the output of a layer whose value is a map."""
     return _sizes(layer, (1, width))[1]
 
 
 def _sizes(layer: Layer, size: tuple[int, int]) -> tuple[int, int]:
-    """Return height and width of the output of a convolution or pool."""
+    """Return height and width of the output of a layer whose value is a map."""
+    if layer.kind == "tokens":
+        return layer.size
     height, width = (
         out_size(
             size[i],

@@ -4,23 +4,27 @@ A graph is checked when it is traced and when it is read from a file: first on i
 the shapes of its weights. It is checked against the size of images when the images come.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from . import memory
-from .graph import INPUT, Node, folds
+from .graph import INPUT, KERNELS, Node, entries, folds
 from .layout import out_size
 
 MAX_NODES = 10_000
 MAX_EXTENT = 1024
 """Limit, in pixels, of the extent of a window, of its stride and of its padding."""
+MAX_SCALE = 1e30
+MAX_SIDE = 2**16
 MAX_WINDOWS = 2**24
 """Limit of the weights that lowering adds for average-pools, lone BatchNorms, sums and ReLUs."""
 
 Shape = tuple[int, ...]
 
-_PARAMETERS = ("conv", "batch_norm", "linear")
 _WINDOWS = ("conv", "max_pool", "avg_pool")
+_FIXED = ("prepend", "embedding")
+"""Operations that take maps of one size only. An avg_pool may do so, too."""
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -51,7 +55,11 @@ def check(nodes: Sequence[Node]) -> None:
 
 def _check_geometry(node: Node, where: str) -> None:
     plain = Node(name="", op="", inputs=())
-    allowed = {"parameters": node.op in _PARAMETERS, "eps": node.op == "batch_norm"}
+    allowed = {"parameters": bool(entries(node))}
+    allowed["eps"] = node.op in ("batch_norm", "layer_norm")
+    allowed |= dict.fromkeys(("heads", "score_scale"), node.op == "attention")
+    allowed |= {"size": node.op in (*_FIXED, "avg_pool"), "tokens": node.op == "prepend"}
+    allowed |= {"index": node.op == "token"}
     allowed |= {"ceil_mode": node.op == "max_pool"}
     allowed |= dict.fromkeys(("dilation", "groups"), node.op == "conv")
     allowed |= dict.fromkeys(("kernel", "stride", "padding"), node.op in _WINDOWS)
@@ -65,6 +73,14 @@ def _check_geometry(node: Node, where: str) -> None:
         raise ValueError(
             f"{where}: padding {node.padding}, groups {node.groups} or eps {node.eps} out of range"
         )
+    if node.op == "attention" and not (node.heads >= 1 and 0 < node.score_scale < MAX_SCALE):
+        raise ValueError(
+            f"{where}: heads {node.heads} or score_scale {node.score_scale} out of range"
+        )
+    if (node.op in _FIXED or node.size != (0, 0)) and not 1 <= min(node.size) <= max(node.size) <= MAX_SIDE:
+        raise ValueError(f"{where}: size {node.size} out of range")
+    if node.index < 0 or (node.op == "prepend" and node.tokens < 1):
+        raise ValueError(f"{where}: index {node.index} or tokens {node.tokens} out of range")
     extents = [d * (k - 1) + 1 for k, d in zip(node.kernel, node.dilation, strict=True)]
     if max(*extents, *node.stride, *node.padding) > MAX_EXTENT:
         raise ValueError(
@@ -87,9 +103,9 @@ def _check_kind(node: Node, where: str, vectors: dict[str, str], readers: Counte
     if node.op == "relu" and read:
         if read != ["linear"] or readers[node.inputs[0]] > 1:
             raise ValueError(f"the runtime has no ReLU of vectors but right after linear ({where})")
-    elif node.op != "linear" and read:
+    elif node.op not in ("linear", "layer_norm") and read:
         raise ValueError(f"the runtime has no {node.op} of vectors ({where})")
-    if read or node.op == "mean_pool":
+    if read or node.op in ("mean_pool", "token"):
         vectors[node.name] = node.op
 
 
@@ -117,15 +133,23 @@ def check_shapes(
                 f"the sum {node.name!r} adds values of {read[0]} and {read[1]} channels"
             )
         channels[node.name] = read[0]
-        if node.op in ("conv", "linear"):
+        if node.op in KERNELS:
             channels[node.name] = _check_weight(node, read[0], shapes)
+        elif node.op in ("layer_norm", "scale", *_FIXED):
+            _check_per_channel(node, read[0], shapes)
+        elif node.op == "attention":
+            if read[0] % (3 * node.heads):
+                raise ValueError(
+                    f"the attention {node.name!r} of {node.heads} heads reads {read[0]} channels"
+                )
+            channels[node.name] = read[0] // 3
         elif node.op == "batch_norm":
             for name in _NORM:
                 if name == "bias" or node.name not in only_bias:
                     _expect(shapes, node.parameters + name, (read[0],))
                 elif node.parameters + name in shapes:
                     raise ValueError(f"{node.parameters + name!r} should have been folded")
-        if node.op not in ("conv", "linear", "max_pool", "mean_pool"):
+        if node.op in ("batch_norm", "relu", "add", "avg_pool", "scale"):
             derived += read[0] * node.kernel[0] * node.kernel[1]
     if derived > MAX_WINDOWS:
         raise ValueError(
@@ -133,6 +157,24 @@ def check_shapes(
             f"more than {MAX_WINDOWS}"
         )
     return channels
+
+
+def _check_per_channel(node: Node, channels: int, shapes: Mapping[str, Shape]) -> None:
+    """Check entries that have numbers for every channel: of a LayerNorm, a scale, or of tokens."""
+    if node.op == "layer_norm":
+        for name in entries(node):
+            if name in shapes:
+                _expect(shapes, name, (channels,))
+        return
+    name = node.parameters
+    numbers = {"scale": 1, "prepend": node.tokens, "embedding": node.size[0] * node.size[1]}
+    wanted = numbers[node.op] * channels
+    found = shapes.get(name)
+    if found is None or math.prod(found) != wanted:
+        raise ValueError(
+            f"{name!r} is {'missing' if found is None else found}, {node.name!r} needs {wanted} "
+            f"numbers: {numbers[node.op]} for each of {channels} channels"
+        )
 
 
 def _check_weight(node: Node, channels: int, shapes: Mapping[str, Shape]) -> int:
@@ -178,8 +220,20 @@ def check_images(
                     f"{images} do not fit this network: the sum {node.name!r} adds "
                     f"{first[0]}x{first[1]} and {other[0]}x{other[1]}"
                 )
+        if node.size not in ((0, 0), first):
+            raise ValueError(
+                f"{images} do not fit this network, which takes one size: "
+                f"{node.parameters or node.name!r} is made for {_pixels(node.size)}, and these "
+                f"images give {_pixels(first)}"
+            )
+        if node.op == "token" and node.index >= first[0] * first[1]:
+            raise ValueError(
+                f"{images} do not fit this network: {node.name!r} takes token {node.index}"
+            )
         size = (1, 1)
-        if node.op not in ("mean_pool", "linear"):
+        if node.op == "prepend":
+            size = (1, node.tokens + first[0] * first[1])
+        elif node.op not in ("mean_pool", "linear", "token"):
             window = zip(node.kernel, node.stride, node.padding, node.dilation, strict=True)
             down, right = (
                 out_size(s, *w, ceil_mode=node.ceil_mode)
@@ -193,6 +247,10 @@ def check_images(
         if 4 * channels[node.name] * size[0] * size[1] > memory.limit():
             raise too_large(height, width, 4 * channels[node.name] * size[0] * size[1])
         sizes[node.name] = size
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[1]} tokens" if size[0] == 1 else f"a map of {size[0]}x{size[1]}"
 
 
 def too_large(height: int, width: int, num_bytes: int) -> ValueError:
@@ -209,9 +267,9 @@ def in_channels(nodes: Sequence[Node], shapes: Mapping[str, Shape]) -> int:
     for node in nodes:
         if node.inputs[0] not in same:
             continue
-        if node.op in _PARAMETERS:
+        if node.op in (*KERNELS, "batch_norm", "layer_norm"):
             shape = shapes.get(node.parameters + "weight", ())
-            axis = 0 if node.op == "batch_norm" else 1
+            axis = 1 if node.op in KERNELS else 0
             return shape[axis] * node.groups if len(shape) > axis else 1
         same.add(node.name)
     return 1

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import bindings
 from .layout import Map, Value
 from .operation import Operation
 
@@ -224,6 +225,8 @@ def _reads_all(operation: Operation) -> bool:
     """
     source, target = operation.source, operation.target
     if not (isinstance(source, Map) and isinstance(target, Map)):
+        return True
+    if operation.kind in (bindings.TOKENS, bindings.ATTENTION):
         return True
     if source.grid.bands != target.grid.bands:
         return True

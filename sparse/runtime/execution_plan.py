@@ -174,6 +174,48 @@ class ExecutionPlan:
         operation.op.vectors = operation.source.vectors
         operation.op.depth = operation.source.height * operation.source.width
 
+    def _fill_layer_norm(self, operation: Operation) -> None:
+        assert operation.layer is not None
+        assert operation.layer.weight is not None
+        op, target = operation.op, operation.target
+        op.eps = operation.layer.eps
+        op.weights = self._keep(operation, operation.layer.weight)
+        if isinstance(target, Map) and not (target.halo or target.pad_top or target.pad_bottom):
+            op.num_parts = target.vectors  # no borders need whole rows
+
+    def _fill_tokens(self, operation: Operation) -> None:
+        source, target, layer = operation.source, operation.target, operation.layer
+        assert isinstance(source, Map)
+        assert isinstance(target, Map)
+        assert layer is not None
+        assert layer.weight is not None
+        row, column = target.pixels()
+        number = np.where(row < 0, -1, row * target.width + column)
+        added = layer.weight[:, np.maximum(number, 0)] * (number >= 0)
+        first = target.height * target.width - source.height * source.width
+        y, x = np.divmod(np.maximum(number - first, 0), source.width)
+        place = np.where(number < first, -1, source.places(y, x))
+        operation.op.weights = self._keep(operation, added.astype(np.float32))
+        operation.op.offsets = self._keep(operation, place.astype(np.int32))
+
+    def _fill_token(self, operation: Operation) -> None:
+        source, layer = operation.source, operation.layer
+        assert isinstance(source, Map)
+        assert layer is not None
+        y, x = divmod(layer.index, source.width)
+        operation.op.in_ = source.position + int(source.places(np.array(y), np.array(x)))
+
+    def _fill_attention(self, operation: Operation) -> None:
+        source, layer = operation.source, operation.layer
+        assert isinstance(source, Map)
+        assert layer is not None
+        operation.op.heads = layer.heads
+        operation.op.depth = layer.channels // layer.heads
+        operation.op.score_scale = layer.score_scale
+        operation.op.num_tokens = source.height * source.width
+        y, x = np.divmod(np.arange(source.height * source.width), source.width)
+        operation.op.offsets = self._keep(operation, source.places(y, x).astype(np.int32))
+
     def _fill_linear(self, operation: Operation) -> None:
         assert operation.layer is not None
         assert operation.layer.weight is not None
@@ -248,6 +290,11 @@ _FILL: dict[int, Callable[[ExecutionPlan, Operation], None]] = {
     bindings.DENSE_LINEAR: ExecutionPlan._fill_linear,
     bindings.REPACK: ExecutionPlan._fill_repack,
     bindings.OUTPUT: ExecutionPlan._fill_output,
+    bindings.LAYER_NORM: ExecutionPlan._fill_layer_norm,
+    bindings.VECTOR_NORM: ExecutionPlan._fill_layer_norm,
+    bindings.TOKENS: ExecutionPlan._fill_tokens,
+    bindings.TOKEN: ExecutionPlan._fill_token,
+    bindings.ATTENTION: ExecutionPlan._fill_attention,
 }
 
 

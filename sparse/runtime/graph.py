@@ -9,12 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 INPUT = "input"
 
-OPS = ("conv", "batch_norm", "relu", "add", "max_pool", "avg_pool", "mean_pool", "linear")
+OPS = (
+    *("conv", "batch_norm", "relu", "add", "max_pool", "avg_pool", "mean_pool", "linear"),
+    *("pixel_linear", "layer_norm", "scale", "prepend", "embedding", "attention", "token"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +27,17 @@ class Node:
 
     name: str
     op: str
-    """One of `OPS`. `mean_pool` averages whole planes, which gives one vector per image."""
+    """One of `OPS`. Values are maps (C, H, W), or one vector (C) per image.
+
+    Tokens are a map of height 1, or the pixels of any map, row by row. `mean_pool` averages whole
+    planes, and `token` takes one pixel: each gives a vector. `layer_norm` normalizes the channels
+    of every pixel, and `pixel_linear` is a linear layer of them. `prepend` puts tokens before the
+    pixels of a map. `attention` reads queries, keys and values as three equal ranges of channels.
+    """
     inputs: tuple[str, ...]
     """Names of earlier nodes, or `INPUT`."""
     parameters: str = ""
-    """Prefix of the entries in the state dict, for conv, batch_norm and linear."""
+    """Prefix of the entries in the state dict (see `entries`)."""
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -36,6 +46,43 @@ class Node:
     eps: float = 0.0
     ceil_mode: bool = False
     """Whether the last window of a max_pool may reach beyond the image."""
+    heads: int = 0
+    """Of an attention, whose scores are multiplied by `score_scale` before the softmax."""
+    score_scale: float = 0.0
+    size: tuple[int, int] = (0, 0)
+    """Height and width of the map that a prepend or an embedding takes: it takes no other.
+
+    An avg_pool has it if it would round up the size of the output of other maps.
+    """
+    tokens: int = 0
+    """Number of tokens that are put before others."""
+    index: int = 0
+    """Pixel that a token takes, counted row by row."""
+
+
+_WEIGHTS = ("weight", "bias")
+_ENTRIES = {
+    "conv": _WEIGHTS,
+    "linear": _WEIGHTS,
+    "pixel_linear": _WEIGHTS,
+    "layer_norm": _WEIGHTS,
+    "batch_norm": (*_WEIGHTS, "running_mean", "running_var"),
+    "scale": ("",),
+    "prepend": ("",),
+    "embedding": ("",),
+}
+
+KERNELS = ("conv", "linear", "pixel_linear")
+"""Operations whose weight is (out, in, ...) and may be sparse."""
+
+
+def entries(node: Node) -> tuple[str, ...]:
+    """Return the names of the entries of the state dict that a node may read.
+
+    The entry of a scale has one number per channel. Those of a prepend and of an embedding have
+    (tokens, channels) as their last dimensions.
+    """
+    return tuple(node.parameters + name for name in _ENTRIES.get(node.op, ()))
 
 
 def to_json(nodes: Sequence[Node]) -> list[dict[str, Any]]:
@@ -97,6 +144,11 @@ _IS_TYPED: dict[str, Callable[[Any], bool]] = {
     "groups": lambda value: type(value) is int,
     "eps": lambda value: type(value) in (int, float),
     "ceil_mode": lambda value: type(value) is bool,
+    "heads": lambda value: type(value) is int,
+    "score_scale": lambda value: type(value) in (int, float),
+    "size": _is_pair,
+    "tokens": lambda value: type(value) is int,
+    "index": lambda value: type(value) is int,
 }
 
 
@@ -148,7 +200,44 @@ def _run_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(x, state[node.parameters + "weight"], state.get(node.parameters + "bias"))
 
 
+def _run_pixel_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    weight, bias = state[node.parameters + "weight"], state.get(node.parameters + "bias")
+    return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def _run_layer_norm(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    weight, bias = (state.get(node.parameters + name) for name in _WEIGHTS)
+    normalized = F.layer_norm(x.movedim(1, -1), (x.shape[1],), weight, bias, node.eps)
+    return normalized.movedim(-1, 1)
+
+
+def _run_scale(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return x * state[node.parameters].reshape(1, -1, 1, 1)
+
+
+def _run_prepend(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    first = state[node.parameters].reshape(1, node.tokens, x.shape[1]).mT
+    return torch.cat([first.expand(len(x), -1, -1), x.flatten(2)], 2)[:, :, None]
+
+
+def _run_embedding(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return x + state[node.parameters].reshape(-1, x.shape[1]).T.reshape(x.shape[1:])
+
+
+def _run_attention(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    tokens = x.flatten(2).unflatten(1, (3, node.heads, -1)).mT  # (N, 3, heads, T, channels)
+    found = F.scaled_dot_product_attention(*tokens.unbind(1), scale=node.score_scale)
+    return found.mT.flatten(1, 2).unflatten(2, x.shape[2:])
+
+
 _TORCH: dict[str, Callable[..., Tensor]] = {
+    "pixel_linear": _run_pixel_linear,
+    "layer_norm": _run_layer_norm,
+    "scale": _run_scale,
+    "prepend": _run_prepend,
+    "embedding": _run_embedding,
+    "attention": _run_attention,
+    "token": lambda node, state, x: x.flatten(2)[:, :, node.index],
     "conv": _run_conv,
     "batch_norm": _run_batch_norm,
     "linear": _run_linear,

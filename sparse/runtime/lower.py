@@ -25,13 +25,19 @@ class Layer:
 
     name: str
     kind: str
-    """conv, linear, max_pool or mean_pool."""
+    """conv, linear, max_pool, mean_pool, layer_norm, tokens, token or attention.
+
+    `tokens` takes the pixels of a map row by row, puts others before them and adds to all.
+    """
     source: str
     """Name of the layer whose value is read, or `INPUT`."""
     channels: int
     """Output channels."""
     weight: Array | None = None
-    """float32: (out, in / groups, kh, kw) of a convolution, (out, in) of a linear layer."""
+    """float32: (out, in / groups, kh, kw) of a convolution, (out, in) of a linear layer.
+
+    A layer_norm has (channels,). The tokens have (channels, tokens), which are added.
+    """
     bias: Array | None = None
     """float32 (out,)."""
     kernel: tuple[int, int] = (1, 1)
@@ -43,6 +49,14 @@ class Layer:
     residual: str | None = None
     """Name of a layer whose value is added before the ReLU."""
     relu: bool = False
+    eps: float = 0.0
+    """Of a layer_norm."""
+    heads: int = 0
+    score_scale: float = 0.0
+    index: int = 0
+    """Pixel that a token takes."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width that `tokens` give; the last of them are the pixels of the source."""
 
     @cached_property
     def num_active(self) -> int:
@@ -158,6 +172,18 @@ class _Lowering:
         conv.bias = (conv.bias * scale + shift).astype(np.float32)
         self._values[node.name] = conv.name
 
+    def _scale(self, node: Node) -> None:
+        scale = self._array(node.parameters).reshape(-1)
+        conv = self._open(node.inputs[0], "conv")
+        if conv is None or conv.residual is not None:
+            self._depthwise(node, scale)
+            return
+        assert conv.weight is not None
+        assert conv.bias is not None
+        np.multiply(conv.weight, scale[:, None, None, None], out=conv.weight, casting="same_kind")
+        conv.bias = (conv.bias * scale).astype(np.float32)
+        self._values[node.name] = conv.name
+
     def _relu(self, node: Node) -> None:
         layer = self._open(node.inputs[0], "conv", "linear")
         if layer is None:
@@ -184,10 +210,53 @@ class _Lowering:
     def _mean_pool(self, node: Node) -> None:
         self._pool(node, "mean_pool")
 
-    def _pool(self, node: Node, kind: str) -> None:
+    def _pool(self, node: Node, kind: str) -> Layer:
+        """Append a layer of another kind with as many channels as its source."""
         layer = self._convolution(node, self._ones(node), self._ones(node))
         layer.kind, layer.weight, layer.bias = kind, None, None
         self._append(node, layer)
+        return layer
+
+    def _pixel_linear(self, node: Node) -> None:
+        weight = self._weight(node)
+        bias = self._bias(node, len(weight))
+        self._append(node, self._convolution(node, weight[:, :, None, None], bias))
+
+    def _layer_norm(self, node: Node) -> None:
+        layer = self._pool(node, "layer_norm")
+        weight = self._state.get(node.parameters + "weight")
+        layer.weight = np.ones(layer.channels, np.float32)
+        if weight is not None:
+            layer.weight = weight.float().numpy().copy()
+        layer.bias = self._bias(node, layer.channels)
+        layer.eps = node.eps
+
+    def _token(self, node: Node) -> None:
+        self._pool(node, "token").index = node.index
+
+    def _attention(self, node: Node) -> None:
+        layer = self._pool(node, "attention")
+        layer.channels = self._channels[layer.name] = layer.channels // 3
+        layer.heads, layer.score_scale = node.heads, node.score_scale
+
+    def _prepend(self, node: Node) -> None:
+        layer = self._pool(node, "tokens")
+        first = self._array(node.parameters).reshape(node.tokens, layer.channels)
+        count = node.tokens + node.size[0] * node.size[1]
+        layer.size = 1, count
+        layer.weight = np.zeros((layer.channels, count), np.float32)
+        layer.weight[:, : node.tokens] = first.T
+
+    def _embedding(self, node: Node) -> None:
+        layer = self._open(node.inputs[0], "tokens")
+        added = self._array(node.parameters).reshape(-1, self._channels[self._source(node)]).T
+        if layer is None:
+            layer = self._pool(node, "tokens")
+            layer.size, layer.weight = node.size, added.astype(np.float32)
+            return
+        assert layer.weight is not None
+        layer.weight = (layer.weight + added).astype(np.float32)
+        self._values[node.name] = layer.name
 
     def _linear(self, node: Node) -> None:
         weight = self._weight(node)

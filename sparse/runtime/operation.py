@@ -43,7 +43,13 @@ class Operation:
         return [value for value in values if isinstance(value, Map)]
 
     def num_rows(self) -> int:
-        """Return the rows of the output, or its channels if the output has no rows."""
+        """Return the rows of the output, or its channels if the output has no rows.
+
+        An attention has its heads instead.
+        """
+        if self.kind == bindings.ATTENTION:
+            assert self.layer is not None
+            return self.layer.heads
         if isinstance(self.target, Map):
             return self.target.rows
         if self.layer is not None:

@@ -1,4 +1,8 @@
-"""Trace a model to its graph with torch.fx. Errors name what the runtime cannot compute."""
+"""Trace a model to its graph. Errors name what the runtime cannot compute.
+
+torch.fx traces convolutional networks, for images of any size. torch.export (exported.py) traces
+those which torch.fx cannot follow, or which have operations that are not known here.
+"""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -9,41 +13,57 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from . import exported
 from .check import check, check_shapes, in_channels
+from .exported import UnknownOperation
 from .graph import INPUT, Node
 
 
-def trace(model: nn.Module) -> list[Node]:
-    """Return the graph that a convolutional classifier computes in evaluation.
+def trace(model: nn.Module, *, image_size: int = 224) -> list[Node]:
+    """Return the graph that a classifier computes in evaluation.
 
-    The runtime knows convolutions, BatchNorm, ReLU, sums, max- and average-pooling, linear layers,
-    and layers that do nothing in evaluation (dropout, identity).
+    The runtime knows convolutions, BatchNorm, activations, sums, max- and average-pooling, linear
+    layers, LayerNorm, attention, and layers that do nothing in evaluation (dropout, identity).
 
     Args:
         model: Maps images (N, C, H, W) to logits (N, K); on any device, "meta" included.
+        image_size: Side of the images for which torch.export traces the model if torch.fx cannot.
 
     Raises:
         ValueError: The model has another operation, or one that depends on the data.
     """
-    traced = symbolic_trace(model)
-    nodes = _Tracer(dict(traced.named_modules())).convert(traced.graph)
+    nodes = _nodes(model, image_size)
     check(nodes)
-    shapes = {name: tuple(value.shape) for name, value in traced.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_shapes(nodes, shapes, in_channels=in_channels(nodes, shapes), folded=False)
     return nodes
+
+
+def _nodes(model: nn.Module, image_size: int) -> list[Node]:
+    try:
+        traced = symbolic_trace(model)
+        return _Tracer(dict(traced.named_modules())).convert(traced.graph)
+    except UnknownOperation as unknown:
+        try:
+            return exported.trace(model, image_size)
+        except UnknownOperation:
+            raise  # it names the operation where torch.fx stopped at a reshape, or earlier
+        except ValueError:
+            raise unknown from None
 
 
 def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     """Return the graph of a model as torch.fx sees it; its modules are those of the model.
 
     Raises:
-        ValueError: The model has control flow that depends on the data, or the like; one line.
+        UnknownOperation: The model has control flow that depends on the data, or the like; one
+            line.
     """
     try:
         return fx.symbolic_trace(model)
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{type(model).__name__} cannot be traced: {reason}") from error
+        raise UnknownOperation(f"{type(model).__name__} cannot be traced: {reason}") from error
 
 
 class _Tracer:
@@ -92,7 +112,7 @@ class _Tracer:
         operands = node.args[:count]
         found = [operand for operand in operands if isinstance(operand, fx.Node)]
         if len(found) < count or not {"inplace"}.issuperset(node.kwargs):
-            raise ValueError(f"the runtime does not know {node.format_node()}")
+            raise UnknownOperation(f"the runtime does not know {node.format_node()}")
         return found
 
     def _add(self, node: fx.Node, op: str, inputs: Sequence[fx.Node], **values: Any) -> None:
@@ -156,7 +176,7 @@ class _Tracer:
         elif isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d):
             self._skip(node)
         else:
-            raise ValueError(f"the runtime does not know {node.target}: {module}")
+            raise UnknownOperation(f"the runtime does not know {node.target}: {module}")
 
     def _call(self, node: fx.Node) -> None:
         function, rest = node.target, node.args[1:]
@@ -171,7 +191,7 @@ class _Tracer:
         elif function in (torch.mean, "mean") and tuple(rest) in (([2, 3],), ((2, 3),)):
             self._add(node, "mean_pool", self._operands(node))
         else:
-            raise ValueError(f"the runtime does not know {node.format_node()}")
+            raise UnknownOperation(f"the runtime does not know {node.format_node()}")
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -24,6 +24,11 @@ enum Kind : int64_t {
   kDenseLinear = 6,
   kRepack = 7,
   kOutput = 8,
+  kLayerNorm = 9,
+  kVectorNorm = 10,
+  kTokens = 11,
+  kToken = 12,
+  kAttention = 13,
 };
 
 // Positions are in floats from the start of the arena. Every member is 8 bytes wide.
@@ -41,11 +46,13 @@ struct Op {
   int64_t group;                    // output channels computed together: 1, 2 or 4
   int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections
   int64_t depth;                    // terms per output: dense convolution, linear, mean; repack: 1
-                                    // if whole vectors are copied
+                                    // if whole vectors are copied; attention: channels of a head
   int64_t width, height, in_channels;  // of the input; max-pool: columns from -pad_x to the last read
   int64_t window_y, window_x, pad_y, pad_x;  // of a max-pool
   int64_t pad_top, pad_bottom;      // rows of the output that repeat others: with bands only
   int64_t mask_row;                 // distance between rows of the mask, 0 if one row serves all
+  int64_t heads, num_tokens;        // of an attention
+  double eps, score_scale;          // of a layer norm; of an attention
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are valid
   const int32_t* moves;             // [4][lanes] Grid.moves of the output, null with one band
   const int32_t* row_begin;         // sparse linear: [channels + 1] into connections
@@ -56,12 +63,15 @@ struct Op {
   const int64_t* part_stream;       // [parts] where the connections of a part begin
   const float* connections;         // in the order of use: offset from the tile's first input
                                     // vector, in floats; one weight per channel of the pattern
-  const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth]
+  const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth];
+                                    // layer norm: [channels]; tokens: [channels][rows][vectors]
+                                    // [lanes] to add
   const int32_t* offsets;           // dense: [depth]; of 2 rows: [depth][3] two offsets and the
                                     // sign of the second; input: [vectors][lanes] pixel of row 0,
                                     // or -1; output, repack: [rows][vectors][lanes] where in the
                                     // channel, or -1; max-pool: [width][lanes] valid input columns,
-                                    // then valid rows, from -pad_x and -pad_y on
+                                    // then valid rows, from -pad_x and -pad_y on; tokens: as
+                                    // repack; attention: [num_tokens] where in the channel
   const float* bias;                // [channels]
 };
 
