@@ -143,7 +143,7 @@ class Arrangement:
         kind = bindings.MEAN_POOL
         if layer.kind == "linear":
             assert layer.weight is not None
-            sparse = layer.num_active < LINEAR_DENSITY * layer.weight.size
+            sparse = layer.groups > 1 or layer.num_active < LINEAR_DENSITY * layer.weight.size
             kind = bindings.SPARSE_LINEAR if sparse else bindings.DENSE_LINEAR
         self._values[layer.name] = target
         self.operations.append(Operation(kind=kind, source=source, target=target, layer=layer))

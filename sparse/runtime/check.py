@@ -8,14 +8,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from . import memory
-from .graph import INPUT, Node, folds
+from .graph import ACTIVATIONS, INPUT, Node, folds
 from .layout import out_size
 
 MAX_NODES = 10_000
 MAX_EXTENT = 1024
 """Limit, in pixels, of the extent of a window, of its stride and of its padding."""
 MAX_WINDOWS = 2**24
-"""Limit of the weights that lowering adds for average-pools, lone BatchNorms, sums and ReLUs."""
+"""Limit of the weights that lowering adds for average-pools and lone BatchNorms, sums and
+activations."""
 
 Shape = tuple[int, ...]
 
@@ -33,7 +34,7 @@ def check(nodes: Sequence[Node]) -> None:
     if not 1 <= len(nodes) <= MAX_NODES:
         raise ValueError(f"the graph must have 1 to {MAX_NODES} operations, it has {len(nodes)}")
     readers = Counter(name for node in nodes for name in node.inputs)
-    vectors: dict[str, str] = {}  # values that are one vector per image: name -> operation
+    vectors = set[str]()  # names of the values that are one vector per image
     known = {INPUT}
     for node in nodes:
         where = f"operation {node.name!r} ({node.op})"
@@ -42,7 +43,7 @@ def check(nodes: Sequence[Node]) -> None:
         if len(node.inputs) != (2 if node.op == "add" else 1) or not known.issuperset(node.inputs):
             raise ValueError(f"{where} reads {node.inputs!r}, which was not computed before")
         _check_geometry(node, where)
-        _check_kind(node, where, vectors, readers)
+        _check_kind(node, where, vectors)
         known.add(node.name)
     unread = known - readers.keys() - {INPUT, nodes[-1].name}
     if unread:
@@ -79,18 +80,15 @@ def _check_geometry(node: Node, where: str) -> None:
         )
 
 
-def _check_kind(node: Node, where: str, vectors: dict[str, str], readers: Counter[str]) -> None:
+def _check_kind(node: Node, where: str, vectors: set[str]) -> None:
     """Check whether a node reads maps or a vector, and note the node if its value is a vector."""
-    read = [vectors[name] for name in node.inputs if name in vectors]
+    read = vectors.intersection(node.inputs)
     if node.op == "linear" and not read:
         raise ValueError(f"the runtime has no linear layer of images ({where})")
-    if node.op == "relu" and read:
-        if read != ["linear"] or readers[node.inputs[0]] > 1:
-            raise ValueError(f"the runtime has no ReLU of vectors but right after linear ({where})")
-    elif node.op != "linear" and read:
+    if read and node.op not in ("linear", *ACTIVATIONS):
         raise ValueError(f"the runtime has no {node.op} of vectors ({where})")
     if read or node.op == "mean_pool":
-        vectors[node.name] = node.op
+        vectors.add(node.name)
 
 
 def check_shapes(
