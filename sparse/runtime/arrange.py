@@ -112,7 +112,7 @@ class Arrangement:
         wishes: dict[str, int] = {}
         makers = {layer.name: layer for layer in layers}
         for layer in layers:
-            if layer.kind not in MAPS:
+            if layer.kind not in MAPS or layer.source not in widths:
                 continue
             width = widths[layer.source]
             widths[layer.name] = _width(layer, width)
@@ -152,7 +152,7 @@ class Arrangement:
         kind = bindings.MEAN_POOL
         if layer.kind == "linear":
             assert layer.weight is not None
-            sparse = layer.num_active < LINEAR_DENSITY * layer.weight.size
+            sparse = layer.groups > 1 or layer.num_active < LINEAR_DENSITY * layer.weight.size
             kind = bindings.SPARSE_LINEAR if sparse else bindings.DENSE_LINEAR
         elif layer.kind == "layer_norm":
             kind = bindings.VECTOR_NORM

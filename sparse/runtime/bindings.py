@@ -19,10 +19,16 @@ class Op(ctypes.Structure):
     _fields_ = [
         *((name, _INT) for name in "kind in_ out res in_row in_plane out_row out_plane".split()),
         *((name, _INT) for name in "res_row res_plane rows vectors channels halo".split()),
-        *((name, _INT) for name in "stride_y stride_x relu tile_rows tile_vectors group".split()),
+        *(
+            (name, _INT)
+            for name in "stride_y stride_x activation tile_rows tile_vectors group".split()
+        ),
         *((name, _INT) for name in "num_parts num_blocks depth width height".split()),
         *((name, _INT) for name in "in_channels window_y window_x".split()),
-        *((name, _INT) for name in "pad_y pad_x pad_top pad_bottom mask_row heads num_tokens".split()),
+        *(
+            (name, _INT)
+            for name in "pad_y pad_x pad_top pad_bottom mask_row heads num_tokens".split()
+        ),
         *((name, ctypes.c_double) for name in "eps score_scale".split()),
         *(
             (name, _POINTER)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from . import memory
-from .graph import INPUT, KERNELS, Node, entries, folds
+from .graph import ACTIVATIONS, INPUT, KERNELS, Node, entries, folds
 from .layout import out_size
 
 MAX_NODES = 10_000
@@ -18,7 +18,8 @@ MAX_EXTENT = 1024
 MAX_SCALE = 1e30
 MAX_SIDE = 2**16
 MAX_WINDOWS = 2**24
-"""Limit of the weights that lowering adds for average-pools, lone BatchNorms, sums and ReLUs."""
+"""Limit of the weights that lowering adds for average-pools and lone BatchNorms, sums and
+activations."""
 
 Shape = tuple[int, ...]
 
@@ -37,7 +38,7 @@ def check(nodes: Sequence[Node]) -> None:
     if not 1 <= len(nodes) <= MAX_NODES:
         raise ValueError(f"the graph must have 1 to {MAX_NODES} operations, it has {len(nodes)}")
     readers = Counter(name for node in nodes for name in node.inputs)
-    vectors: dict[str, str] = {}  # values that are one vector per image: name -> operation
+    vectors = set[str]()  # names of the values that are one vector per image
     known = {INPUT}
     for node in nodes:
         where = f"operation {node.name!r} ({node.op})"
@@ -46,7 +47,7 @@ def check(nodes: Sequence[Node]) -> None:
         if len(node.inputs) != (2 if node.op == "add" else 1) or not known.issuperset(node.inputs):
             raise ValueError(f"{where} reads {node.inputs!r}, which was not computed before")
         _check_geometry(node, where)
-        _check_kind(node, where, vectors, readers)
+        _check_kind(node, where, vectors)
         known.add(node.name)
     unread = known - readers.keys() - {INPUT, nodes[-1].name}
     if unread:
@@ -77,7 +78,9 @@ def _check_geometry(node: Node, where: str) -> None:
         raise ValueError(
             f"{where}: heads {node.heads} or score_scale {node.score_scale} out of range"
         )
-    if (node.op in _FIXED or node.size != (0, 0)) and not 1 <= min(node.size) <= max(node.size) <= MAX_SIDE:
+    if (node.op in _FIXED or node.size != (0, 0)) and not 1 <= min(node.size) <= max(
+        node.size
+    ) <= MAX_SIDE:
         raise ValueError(f"{where}: size {node.size} out of range")
     if node.index < 0 or (node.op == "prepend" and node.tokens < 1):
         raise ValueError(f"{where}: index {node.index} or tokens {node.tokens} out of range")
@@ -95,18 +98,15 @@ def _check_geometry(node: Node, where: str) -> None:
         )
 
 
-def _check_kind(node: Node, where: str, vectors: dict[str, str], readers: Counter[str]) -> None:
+def _check_kind(node: Node, where: str, vectors: set[str]) -> None:
     """Check whether a node reads maps or a vector, and note the node if its value is a vector."""
-    read = [vectors[name] for name in node.inputs if name in vectors]
+    read = vectors.intersection(node.inputs)
     if node.op == "linear" and not read:
         raise ValueError(f"the runtime has no linear layer of images ({where})")
-    if node.op == "relu" and read:
-        if read != ["linear"] or readers[node.inputs[0]] > 1:
-            raise ValueError(f"the runtime has no ReLU of vectors but right after linear ({where})")
-    elif node.op not in ("linear", "layer_norm") and read:
+    if read and node.op not in ("linear", "layer_norm", *ACTIVATIONS):
         raise ValueError(f"the runtime has no {node.op} of vectors ({where})")
     if read or node.op in ("mean_pool", "token"):
-        vectors[node.name] = node.op
+        vectors.add(node.name)
 
 
 def check_shapes(

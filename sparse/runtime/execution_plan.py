@@ -9,6 +9,7 @@ import numpy as np
 from . import bindings, memory
 from .arrange import arrange
 from .check import too_large
+from .graph import ACTIVATIONS
 from .layout import Map
 from .lower import Array, Layer
 from .operation import Operation
@@ -116,7 +117,9 @@ class ExecutionPlan:
                 op.pad_top, op.pad_bottom = target.pad_top, target.pad_bottom
                 op.moves = self._keep(operation, target.grid.moves())
         if layer is not None:
-            op.relu, op.channels = layer.relu, layer.channels
+            op.channels = layer.channels
+            if layer.activation is not None:
+                op.activation = 1 + ACTIVATIONS.index(layer.activation)
             if layer.bias is not None:
                 op.bias = self._keep(operation, layer.bias)
         _FILL[operation.kind](self, operation)
@@ -221,7 +224,7 @@ class ExecutionPlan:
         assert operation.layer.weight is not None
         weight = operation.layer.weight
         if operation.kind == bindings.SPARSE_LINEAR:
-            begin, connections = linear_table(weight)
+            begin, connections = linear_table(weight, groups=operation.layer.groups)
             operation.op.row_begin = self._keep(operation, begin)
             operation.op.connections = self._keep(operation, connections)
         else:

@@ -8,8 +8,7 @@ the same node.
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,19 +24,19 @@ BATCH_SIZE = 2
 aten = torch.ops.aten
 
 
-class UnknownOperation(ValueError):
+class UnknownOperationError(ValueError):
     """The runtime does not know an operation. The message is one line that names it."""
 
 
 def export(model: nn.Module, in_channels: int, image_size: int) -> ExportedProgram:
-    """Return what a model computes for images of a size, in evaluation.
+    """Return what a model, which is in evaluation mode, computes for images of a size.
 
     Raises:
         ValueError: torch.export cannot trace the model; one line.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = torch.zeros(BATCH_SIZE, in_channels, image_size, image_size, device=device)
-    with _evaluating(model), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own dependencies
         try:
             return torch.export.export(model, (images,)).run_decompositions({})
@@ -46,22 +45,11 @@ def export(model: nn.Module, in_channels: int, image_size: int) -> ExportedProgr
             raise ValueError(f"{type(model).__name__} cannot be exported: {reason}") from error
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
-
-
 def trace(model: nn.Module, image_size: int) -> list[Node]:
     """Return the graph that a model computes for images of a size.
 
     Raises:
-        UnknownOperation: Names the operation that the runtime does not have, and its module.
+        UnknownOperationError: Names the operation that the runtime does not have, and its module.
         ValueError: torch.export cannot trace the model.
     """
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -116,7 +104,7 @@ class _Interpreter:
     def _computed(self, node: fx.Node) -> list[Node]:
         outputs = node.args[0]
         if not isinstance(outputs, Sequence) or len(outputs) != 1:
-            raise UnknownOperation("a model with more than one output cannot be exported")
+            raise UnknownOperationError("a model with more than one output cannot be exported")
         found = self._read(node, self._values.get(outputs[0]))
         size = self._sizes[found.name]
         if found.dims != self._value(found.name, self._channels[found.name], size).dims:
@@ -133,7 +121,7 @@ class _Interpreter:
             raise _unknown(node)
         try:
             return known(self, node)
-        except UnknownOperation:
+        except UnknownOperationError:
             raise
         except ValueError as error:
             raise _unknown(node, str(error)) from error
@@ -239,9 +227,11 @@ class _Interpreter:
             return None
         found = self.view(node, index)
         sizes = found.sizes()
-        if not found.is_weight or found.dims != replace(
-            found, dims=(axis_of(WEIGHT, math.prod(sizes)),)
-        ).reshaped(sizes).dims:
+        if (
+            not found.is_weight
+            or found.dims
+            != replace(found, dims=(axis_of(WEIGHT, math.prod(sizes)),)).reshaped(sizes).dims
+        ):
             raise _unknown(node)
         return found.name
 
@@ -262,13 +252,13 @@ class _Interpreter:
         return prefix
 
 
-def _unknown(node: fx.Node, reason: str = "") -> UnknownOperation:
+def _unknown(node: fx.Node, reason: str = "") -> UnknownOperationError:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path, kind = stack[-1] if stack else ("", "")
     kind = getattr(kind, "__name__", str(kind).rpartition(".")[2])
     where = f"{path}: {kind}" if path else kind or "the model"
     name = str(node.target).rpartition(".")[0] or str(node.target)
-    return UnknownOperation(
+    return UnknownOperationError(
         f"the runtime does not know {where} ({name}{': ' + reason if reason else ''})"
     )
 
@@ -315,9 +305,9 @@ def _slice(made: _Interpreter, node: fx.Node) -> View:
     size = view.sizes()[dim]
     if made.argument(node, 4, "step", 1) != 1:
         raise ValueError("it takes other parts than ranges of channels or pixels")
-    begin, end, _ = slice(
-        made.argument(node, 2, "start"), made.argument(node, 3, "end")
-    ).indices(size)
+    begin, end, _ = slice(made.argument(node, 2, "start"), made.argument(node, 3, "end")).indices(
+        size
+    )
     return view.taken(dim, begin, end)
 
 
@@ -523,8 +513,10 @@ def _mean(made: _Interpreter, node: fx.Node) -> View:
     axes = {i % len(view.dims) for i in made.argument(node, 1, "dim")}
     left = [dim for i, dim in enumerate(view.dims) if i not in axes]
     seen = [part.axis for i in axes for part in view.dims[i]]
-    if size is None or any(axis != PIXELS for axis in seen) or any(
-        part.axis == PIXELS for dim in left for part in dim
+    if (
+        size is None
+        or any(axis != PIXELS for axis in seen)
+        or any(part.axis == PIXELS for dim in left for part in dim)
     ):
         raise ValueError("it averages other numbers than the pixels of a map")
     made.add(node, "mean_pool", view)
@@ -613,7 +605,6 @@ def _operations() -> dict[Any, Handler]:
         aten.avg_pool2d.default: _pool,
         aten.gelu.default: _gelu,
     }
-
 
 
 _SAME = (

@@ -15,9 +15,15 @@ from torch import Tensor
 
 INPUT = "input"
 
+ACTIVATIONS = (
+    *("relu", "relu6", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu"),
+    "gelu_tanh",  # the GELU that nn.GELU(approximate="tanh") computes
+)
+
 OPS = (
-    *("conv", "batch_norm", "relu", "add", "max_pool", "avg_pool", "mean_pool", "linear"),
+    *("conv", "batch_norm", "add", "max_pool", "avg_pool", "mean_pool", "linear"),
     *("pixel_linear", "layer_norm", "scale", "prepend", "embedding", "attention", "token"),
+    *ACTIVATIONS,
 )
 
 
@@ -241,11 +247,18 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
     "conv": _run_conv,
     "batch_norm": _run_batch_norm,
     "linear": _run_linear,
-    "relu": lambda node, state, x: F.relu(x),
     "add": lambda node, state, x, y: x + y,
     "max_pool": lambda node, state, x: F.max_pool2d(
         x, node.kernel, node.stride, node.padding, ceil_mode=node.ceil_mode
     ),
     "avg_pool": lambda node, state, x: F.avg_pool2d(x, node.kernel, node.stride, node.padding),
     "mean_pool": lambda node, state, x: x.mean((2, 3)),
+    "relu": lambda node, state, x: F.relu(x),
+    "relu6": lambda node, state, x: F.relu6(x),
+    "silu": lambda node, state, x: F.silu(x),
+    "hardswish": lambda node, state, x: F.hardswish(x),
+    "hardsigmoid": lambda node, state, x: F.hardsigmoid(x),
+    "sigmoid": lambda node, state, x: torch.sigmoid(x),
+    "gelu": lambda node, state, x: F.gelu(x),
+    "gelu_tanh": lambda node, state, x: F.gelu(x, approximate="tanh"),
 }

@@ -1,7 +1,8 @@
-"""Lower a graph to layers: fold BatchNorm, ReLU and sums into the layers before them.
+"""Lower a graph to layers: fold BatchNorm, activations and sums into the layers before them.
 
 An operation that cannot be folded becomes a depthwise convolution. A lone BatchNorm is a 1x1
-convolution, as is a lone sum or ReLU, with weight 1. Average-pooling has equal weights.
+convolution, as is a lone sum or activation, with weight 1. Average-pooling has equal weights. What
+happens to each channel of a vector becomes a linear layer with one group per channel.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .graph import INPUT, Node
+from .graph import ACTIVATIONS, INPUT, Node
 
 Array = npt.NDArray[Any]
 
@@ -34,7 +35,7 @@ class Layer:
     channels: int
     """Output channels."""
     weight: Array | None = None
-    """float32: (out, in / groups, kh, kw) of a convolution, (out, in) of a linear layer.
+    """float32 (out, in / groups), and then (kh, kw) of a convolution.
 
     A layer_norm has (channels,). The tokens have (channels, tokens), which are added.
     """
@@ -47,8 +48,9 @@ class Layer:
     groups: int = 1
     ceil_mode: bool = False
     residual: str | None = None
-    """Name of a layer whose value is added before the ReLU."""
-    relu: bool = False
+    """Name of a layer whose value is added before the activation."""
+    activation: str | None = None
+    """One of `ACTIVATIONS`."""
     eps: float = 0.0
     """Of a layer_norm."""
     heads: int = 0
@@ -92,12 +94,16 @@ class _Lowering:
         self._values = {INPUT: INPUT}
         self._channels = {INPUT: in_channels}
         self._index = {INPUT: -1}
+        self._vectors = set[str]()  # names of the layers whose value is a vector
         for node in nodes:
-            getattr(self, "_" + node.op)(node)
+            getattr(self, "_activation" if node.op in ACTIVATIONS else "_" + node.op)(node)
 
     def _append(self, node: Node, layer: Layer) -> None:
         self._index[layer.name] = len(self.layers)
         self._channels[layer.name] = layer.channels
+        is_vector_norm = layer.kind == "layer_norm" and layer.source in self._vectors
+        if layer.kind in ("mean_pool", "linear", "token") or is_vector_norm:
+            self._vectors.add(layer.name)
         self._values[node.name] = layer.name
         self.layers.append(layer)
 
@@ -110,7 +116,7 @@ class _Lowering:
         if value == INPUT or self._uses[name] > 1:
             return None
         layer = self.layers[self._index[value]]
-        return layer if layer.kind in kinds and not layer.relu else None
+        return layer if layer.kind in kinds and layer.activation is None else None
 
     def _array(self, name: str) -> Array:
         return self._state[name].double().numpy()
@@ -146,11 +152,16 @@ class _Lowering:
         )
 
     def _depthwise(self, node: Node, weight: Array, bias: Array | None = None) -> Layer:
-        """Append a depthwise convolution with a node's window; weight has the shape (channels,)."""
+        """Append a depthwise convolution with a node's window; weight has the shape (channels,).
+
+        For a vector it is the linear layer that does the same.
+        """
         window = np.broadcast_to(weight[:, None, None, None], (len(weight), 1, *node.kernel))
         shift = np.zeros(len(weight)) if bias is None else bias
         layer = self._convolution(node, window.astype(np.float32), shift.astype(np.float32))
         layer.groups = len(weight)
+        if self._source(node) in self._vectors:
+            layer.kind, layer.weight = "linear", window[:, :, 0, 0].astype(np.float32)
         self._append(node, layer)
         return layer
 
@@ -184,11 +195,11 @@ class _Lowering:
         conv.bias = (conv.bias * scale).astype(np.float32)
         self._values[node.name] = conv.name
 
-    def _relu(self, node: Node) -> None:
+    def _activation(self, node: Node) -> None:
         layer = self._open(node.inputs[0], "conv", "linear")
         if layer is None:
             layer = self._depthwise(node, self._ones(node))
-        layer.relu = True
+        layer.activation = node.op
         self._values[node.name] = layer.name
 
     def _add(self, node: Node) -> None:

@@ -18,7 +18,7 @@ class Operation:
     target: Value | None
     """The value that is written; None for the memory of the logits."""
     residual: Map | None = None
-    """The value that is added before the ReLU."""
+    """The value that is added before the activation."""
     layer: Layer | None = None
     stride: tuple[int, int] = (1, 1)
     op: bindings.Op = field(default_factory=bindings.Op)

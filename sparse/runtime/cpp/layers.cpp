@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "activation.h"
 #include "conv.h"
 #include "simd.h"
 
@@ -146,9 +147,9 @@ void linear(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1
                           ? sparse_dot(op.connections + 2 * op.row_begin[c],
                                        op.row_begin[c + 1] - op.row_begin[c], x)
                           : dense_dot(op.weights + c * op.depth, x, op.depth);
-    const float y = dot + op.bias[c];
-    out[c] = op.relu && y < 0 ? 0.0f : y;
+    out[c] = dot + op.bias[c];
   }
+  activate(op.activation, out + c0, c1 - c0);
 }
 
 }  // namespace sparse_runtime

@@ -31,6 +31,19 @@ enum Kind : int64_t {
   kAttention = 13,
 };
 
+// In the order of ACTIVATIONS of graph.py.
+enum Activation : int64_t {
+  kNone = 0,
+  kRelu = 1,
+  kRelu6 = 2,
+  kSilu = 3,
+  kHardswish = 4,
+  kHardsigmoid = 5,
+  kSigmoid = 6,
+  kGelu = 7,
+  kGeluTanh = 8,
+};
+
 // Positions are in floats from the start of the arena. Every member is 8 bytes wide.
 struct Op {
   int64_t kind;
@@ -41,7 +54,7 @@ struct Op {
   int64_t rows, vectors, channels;  // of the output
   int64_t halo;                     // of the output, vectors on each side
   int64_t stride_y, stride_x;       // input rows per output row, input vectors per output vector
-  int64_t relu;
+  int64_t activation;               // an Activation, of convolutions and linear layers
   int64_t tile_rows, tile_vectors;  // of a convolution; dense: 1 row, or 2 by F(2, 3)
   int64_t group;                    // output channels computed together: 1, 2 or 4
   int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections

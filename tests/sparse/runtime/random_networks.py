@@ -44,8 +44,8 @@ class RandomNetwork(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(rng.randint(1, 7)):
             draw = rng.choices(
-                [self._conv, self._block, self._norm, self._relu, self._pool, self._sum],
-                [5, 2, 1, 2, 2, 2],
+                [self._conv, self._block, self._norm, self._activation, self._pool, self._sum],
+                [5, 2, 1, 3, 2, 2],
             )[0]
             draw(rng.choice([-1, -1, -1, rng.randrange(len(self._shapes))]))
         if not self._steps:
@@ -127,7 +127,7 @@ class RandomNetwork(nn.Module):
                 self._norm(-1)
         if self._shapes[-1] == self._shapes[source]:
             self._append(self._adder(), (-1, source), self._shapes[-1])
-        self._relu(-1)
+        self._activation(-1)
 
     def _norm(self, source: int) -> None:
         shape = self._shapes[source]
@@ -138,12 +138,15 @@ class RandomNetwork(nn.Module):
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
         self._append(norm, (source,), shape)
 
-    def _relu(self, source: int) -> None:
+    def _activation(self, source: int) -> None:
         inplace = functools.partial(F.relu, inplace=True)
-        kinds = [nn.ReLU(), nn.ReLU(inplace=True), F.relu, inplace, torch.relu, nn.Identity()]
+        relus = [nn.ReLU(), nn.ReLU(inplace=True), F.relu, inplace, torch.relu, nn.Identity()]
+        others = [nn.ReLU6(), F.relu6, nn.SiLU(True), F.silu, nn.Hardswish(), F.hardswish]
+        others += [nn.Hardsigmoid(), F.hardsigmoid, nn.Sigmoid(), torch.sigmoid, nn.GELU(), F.gelu]
+        others += [nn.GELU(approximate="tanh"), functools.partial(F.gelu, approximate="tanh")]
         # Of the image itself it would change what is compared next.
-        relu = self._rng.choice(kinds if source % len(self._shapes) else [nn.ReLU(), F.relu])
-        self._append(relu, (source,), self._shapes[source])
+        kinds = self._rng.choice([relus, others]) if source % len(self._shapes) else [F.relu]
+        self._append(self._rng.choice(kinds), (source,), self._shapes[source])
 
     def _pool(self, source: int) -> None:
         kernel = self._pair(1, 2, 2, 3, 3, 4, 5)
@@ -170,13 +173,15 @@ class RandomNetwork(nn.Module):
             self._append(lambda x: x.mean((2, 3)), (-1,), (channels,))
         else:
             self._append(nn.AdaptiveAvgPool2d(1), (-1,), (channels, 1, 1))
+            if self._rng.random() < 0.3:
+                self._activation(-1)
             self._append(nn.Flatten(), (-1,), (channels,))
         for size in self._rng.choice([(), (7,), (9, 4), (33, 1)]):
             layer = nn.Linear(self._shapes[-1][0], size, bias=self._rng.random() < 0.5)
             self._prune_(layer)
             self._append(layer, (-1,), (size,))
-            if self._rng.random() < 0.5:
-                self._append(nn.ReLU(), (-1,), (size,))
+            while self._rng.random() < 0.5:
+                self._activation(-1)
 
 
 class RandomChoices:

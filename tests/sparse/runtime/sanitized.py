@@ -17,6 +17,7 @@ import numpy as np
 from sparse.runtime import bindings, execution_plan
 from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.execution_plan import Choice, ExecutionPlan, can_share, dense_choices
+from sparse.runtime.graph import ACTIVATIONS
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Layer
 from sparse.runtime.tune import Tuner
@@ -39,7 +40,7 @@ def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[
             bias=np.ones(into, np.float32),
             kernel=(kernel, kernel),
             groups=used,
-            relu=True,
+            activation=ACTIVATIONS[len(name + source) + into + kernel + groups & 7],
             **options,
         )
 
