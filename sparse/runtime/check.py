@@ -78,9 +78,8 @@ def _check_geometry(node: Node, where: str) -> None:
         raise ValueError(
             f"{where}: heads {node.heads} or score_scale {node.score_scale} out of range"
         )
-    if (node.op in _FIXED or node.size != (0, 0)) and not 1 <= min(node.size) <= max(
-        node.size
-    ) <= MAX_SIDE:
+    needs_size = node.op in _FIXED or node.size != (0, 0)
+    if needs_size and not 1 <= min(node.size) <= max(node.size) <= MAX_SIDE:
         raise ValueError(f"{where}: size {node.size} out of range")
     if node.index < 0 or (node.op == "prepend" and node.tokens < 1):
         raise ValueError(f"{where}: index {node.index} or tokens {node.tokens} out of range")

@@ -63,8 +63,10 @@ class ExecutionPlan:
 
     def _check_memory(self) -> None:
         largest = max(value.size for operation in self.operations for value in operation.maps())
-        if 4 * self.arena_size > memory.limit() or largest > MAX_FLOATS:
-            raise too_large(*self._size[1:], 4 * self.arena_size)
+        scratch = max(_attention_floats(o) for o in self.operations) * self._num_parts
+        num_bytes = 4 * (self.arena_size + scratch)
+        if num_bytes > memory.limit() or largest > MAX_FLOATS:
+            raise too_large(*self._size[1:], num_bytes)
 
     def convolutions(self) -> list[Operation]:
         """Return the operations that can be tuned."""
@@ -305,6 +307,18 @@ def _image_places(value: Map) -> Array:
     """Return the index of each lane's pixel in a plane of the image, or -1 outside it; int32."""
     row, column = value.pixels()
     return np.where(row < 0, -1, row * value.width + column).astype(np.int32)
+
+
+def _attention_floats(operation: Operation) -> int:
+    """Return about how many floats a thread needs for keys, values and scores of an attention."""
+    if operation.kind != bindings.ATTENTION:
+        return 0
+    source, layer = operation.source, operation.layer
+    assert isinstance(source, Map)
+    assert layer is not None
+    tile = 6 * source.lanes  # kDenseVectors of conv.h
+    depth = layer.channels // layer.heads
+    return source.height * source.width * (2 * depth + tile) + depth * tile
 
 
 def _num_fixed(op: bindings.Op) -> int:

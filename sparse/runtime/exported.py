@@ -39,10 +39,12 @@ def export(model: nn.Module, in_channels: int, image_size: int) -> ExportedProgr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own dependencies
         try:
-            return torch.export.export(model, (images,)).run_decompositions({})
+            program: ExportedProgram = torch.export.export(model, (images,))
+            program = program.run_decompositions({})  # without operations that work in place
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{type(model).__name__} cannot be exported: {reason}") from error
+    return program
 
 
 def trace(model: nn.Module, image_size: int) -> list[Node]:
@@ -102,13 +104,13 @@ class _Interpreter:
         return View(name, tuple(dims))
 
     def _computed(self, node: fx.Node) -> list[Node]:
-        outputs = node.args[0]
+        outputs: Any = node.args[0]
         if not isinstance(outputs, Sequence) or len(outputs) != 1:
             raise UnknownOperationError("a model with more than one output cannot be exported")
         found = self._read(node, self._values.get(outputs[0]))
         size = self._sizes[found.name]
         if found.dims != self._value(found.name, self._channels[found.name], size).dims:
-            raise ValueError("the runtime gives logits (N, K) or maps (N, C, H, W) only")
+            raise UnknownOperationError("the runtime gives logits (N, K) or maps (N, C, H, W) only")
         needed = {found.name}
         for made in reversed(self._nodes):
             if made.name in needed:
@@ -117,14 +119,22 @@ class _Interpreter:
 
     def _call(self, node: fx.Node) -> Any:
         known = _OPERATIONS.get(node.target)
-        if known is None:
-            raise _unknown(node)
         try:
+            if known is None:
+                raise _unknown(node)
             return known(self, node)
-        except UnknownOperationError:
-            raise
         except ValueError as error:
+            if not any(self._depends(source) for source in node.all_input_nodes):
+                return None  # a constant: whoever reads it is unknown
+            if isinstance(error, UnknownOperationError):
+                raise
             raise _unknown(node, str(error)) from error
+
+    def _depends(self, source: fx.Node) -> bool:
+        """Tell whether a value depends on the images."""
+        value = self._values[source]
+        views = value if isinstance(value, list) else [value]
+        return any(isinstance(view, View) and not view.is_weight for view in views)
 
     def argument(self, node: fx.Node, index: int, name: str = "", default: Any = None) -> Any:
         """Return an argument of an operation, by position or keyword."""
@@ -134,10 +144,13 @@ class _Interpreter:
 
     def view(self, node: fx.Node, index: int = 0) -> View:
         """Return the view that an operation reads as an argument."""
-        found = self._values.get(self.argument(node, index))
-        if not isinstance(found, View):
-            raise _unknown(node)
-        return found
+        return self.view_of(node, self.argument(node, index))
+
+    def view_of(self, node: fx.Node, source: Any) -> View:
+        found = self._values.get(source)
+        if isinstance(found, View):
+            return found
+        raise _unknown(node)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(node.meta["val"].shape)
@@ -149,16 +162,17 @@ class _Interpreter:
     def _read(self, node: fx.Node, view: Any) -> View:
         if not isinstance(view, View) or view.is_weight:
             raise _unknown(node)
-        size = self._sizes[view.name]
-        if size is not None and not view.parts(PIXELS) and size != (1, 1):
-            view = self._pixel(view)
+        found: View = view
+        size = self._sizes[found.name]
+        if size is not None and not found.parts(PIXELS) and size != (1, 1):
+            found = self._pixel(found)
             size = None
-        wanted = {BATCH: BATCH_SIZE, CHANNELS: self._channels[view.name]}
+        wanted = {BATCH: BATCH_SIZE, CHANNELS: self._channels[found.name]}
         wanted[PIXELS] = 1 if size is None else size[0] * size[1]
-        is_whole = all(view.parts(axis) == axis_of(axis, n) for axis, n in wanted.items())
-        if not is_whole or view.channel or view.pixel or view.parts(REPEATED):
+        is_whole = all(found.parts(axis) == axis_of(axis, n) for axis, n in wanted.items())
+        if not is_whole or found.channel or found.pixel or found.parts(REPEATED):
             raise _unknown(node, "it reads a part of the channels or pixels of a layer")
-        return view
+        return found
 
     def _pixel(self, view: View) -> View:
         """Return the vector of the one pixel that a view shows."""
@@ -326,7 +340,10 @@ def _cut(made: _Interpreter, node: fx.Node) -> list[View]:
 
 
 def _item(made: _Interpreter, node: fx.Node) -> Any:
-    return made._values[node.args[0]][node.args[1]]  # type: ignore[index]
+    views: Any = made._values.get(made.argument(node, 0))
+    if not isinstance(views, list):
+        raise _unknown(node)
+    return views[made.argument(node, 1)]
 
 
 def _linear(made: _Interpreter, node: fx.Node) -> View:
@@ -421,11 +438,8 @@ def _expect(weight: View, value: View, by_axis: Mapping[str, Part]) -> None:
 
 def _concatenate(made: _Interpreter, node: fx.Node) -> View:
     sources: Any = node.args[0]
-    views = [made._values.get(source) for source in sources]
-    if not all(isinstance(view, View) for view in views) or not views[:-1]:
-        raise _unknown(node)
-    *tokens, last = views
-    if not all(view.is_weight for view in tokens) or last.is_weight:
+    *tokens, last = (made.view_of(node, source) for source in sources)
+    if not tokens or not all(view.is_weight for view in tokens) or last.is_weight:
         raise ValueError("it concatenates other values than tokens before a map")
     value = made._read(node, last)
     channels = made.channels_of(value)

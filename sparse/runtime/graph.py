@@ -165,13 +165,13 @@ def folds(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
     """
     by_name = {node.name: node for node in nodes}
     readers = Counter(name for node in nodes for name in node.inputs)
-    owners = Counter(node.parameters for node in nodes)
+    owners = Counter(name for node in nodes for name in entries(node))
     pairs = []
     for node in nodes:
         conv = by_name.get(node.inputs[0]) if node.op == "batch_norm" else None
         if conv is None or conv.op != "conv" or readers[conv.name] > 1:
             continue
-        if owners[conv.parameters] == owners[node.parameters] == 1:
+        if all(owners[name] == 1 for name in (*entries(conv), *entries(node))):
             pairs.append((conv, node))
     return pairs
 
@@ -231,9 +231,11 @@ def _run_embedding(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor
 
 
 def _run_attention(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    tokens = x.flatten(2).unflatten(1, (3, node.heads, -1)).mT  # (N, 3, heads, T, channels)
-    found = F.scaled_dot_product_attention(*tokens.unbind(1), scale=node.score_scale)
-    return found.mT.flatten(1, 2).unflatten(2, x.shape[2:])
+    num_images, _, height, width = x.shape
+    tokens = x.reshape(num_images, 3, node.heads, -1, height * width).mT
+    query, key, value = tokens.unbind(1)
+    found = F.scaled_dot_product_attention(query, key, value, scale=node.score_scale)
+    return found.mT.reshape(num_images, -1, height, width)
 
 
 _TORCH: dict[str, Callable[..., Tensor]] = {

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .graph import ACTIVATIONS, INPUT, Node
+from .graph import ACTIVATIONS, INPUT, Node, entries
 
 Array = npt.NDArray[Any]
 
@@ -87,7 +87,7 @@ class _Lowering:
     def __init__(self, nodes: Sequence[Node], state: dict[str, Tensor], in_channels: int) -> None:
         self.layers: list[Layer] = []
         self._state = state
-        self._readers = Counter(node.parameters for node in nodes)
+        self._readers = Counter(name for node in nodes for name in entries(node))
         self._uses = Counter(name for node in nodes for name in node.inputs)
         self._uses[nodes[-1].name] += 1
         # name of a node -> name of the layer that computes its value
@@ -123,7 +123,7 @@ class _Lowering:
 
     def _weight(self, node: Node) -> Array:
         name = node.parameters + "weight"
-        shared = self._readers[node.parameters] > 1
+        shared = self._readers[name] > 1
         weight = self._state[name] if shared else self._state.pop(name)
         return np.array(weight.float().numpy())  # a copy, because folding changes it
 

@@ -33,27 +33,22 @@ int64_t whole_groups(int64_t count) {
   return (count + kDenseChannels - 1) / kDenseChannels * kDenseChannels;
 }
 
-// The arrays of one head. Keys are in groups of 4 tokens, values in groups of 4 channels.
+// The arrays of one head. Each begins at a cache line.
 struct Head {
-  float *keys;    // [tokens / 4][depth][4]
-  float *values;  // [depth / 4][tokens][4]
-  float *queries;  // [depth][NV] vectors of a tile
-  float *scores;   // [tokens][NV] vectors of a tile, tokens rounded up
-  Head(const Op& op, float* scratch)
-      : keys(scratch),
-        values(keys + whole_groups(op.num_tokens) * op.depth),
-        queries(values + whole_groups(op.depth) * op.num_tokens),
-        scores(queries + op.depth * kDenseVectors * kLanes) {
-    queries += aligned(queries - scratch) - (queries - scratch);
-    scores += aligned(scores - scratch) - (scores - scratch);
-  }
-  static int64_t aligned(int64_t floats) {
-    return (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
-  }
-  static int64_t floats(const Op& op) {
-    const int64_t tile = kDenseVectors * kLanes;
-    return whole_groups(op.num_tokens) * (op.depth + tile) + op.depth * tile +
-           whole_groups(op.depth) * op.num_tokens + 2 * kLineFloats;
+  float *keys, *values;     // [tokens / 4][depth][4]; [depth / 4][tokens][4]
+  float *queries, *scores;  // vectors of a tile: [depth][NV]; [tokens, rounded up][NV]
+  int64_t floats = 0;
+
+  Head(const Op& op, float* scratch) {
+    const auto take = [&](int64_t count) {
+      float* const taken = scratch ? scratch + floats : nullptr;
+      floats += (count + kLineFloats - 1) / kLineFloats * kLineFloats;
+      return taken;
+    };
+    keys = take(whole_groups(op.num_tokens) * op.depth);
+    values = take(whole_groups(op.depth) * op.num_tokens);
+    queries = take(op.depth * kDenseVectors * kLanes);
+    scores = take(whole_groups(op.num_tokens) * kDenseVectors * kLanes);
   }
 };
 
@@ -166,7 +161,7 @@ void attention(const Op& op, float* arena, int64_t h0, int64_t h1, float* scratc
 }
 
 int64_t attention_scratch_floats(const Op& op) {
-  return op.kind == kAttention ? Head::floats(op) : 0;
+  return op.kind == kAttention ? Head(op, nullptr).floats : 0;
 }
 
 }  // namespace sparse_runtime

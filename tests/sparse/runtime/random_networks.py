@@ -243,7 +243,7 @@ def compare(seed: int, kernels: bindings.Kernels, path: Path) -> int:
     runs = 0
     others = [(height, width), (rng.choice(sizes), rng.choice(sizes))]
     networks = [
-        Network(path, threads=threads, kernels=kernels, tuner=_tuner(rng)) for threads in (1, 3)
+        Network(path, threads=threads, kernels=kernels, tuner=tuner(rng)) for threads in (1, 3)
     ]
     for network, (h, w) in itertools.product(networks, others):
         images = torch.randn(rng.choice([1, 2, 4]), channels, h, w)
@@ -253,7 +253,7 @@ def compare(seed: int, kernels: bindings.Kernels, path: Path) -> int:
                 wanted = exact(images.double())
         except RuntimeError:
             pass
-        with _another_plan(rng, h, w, kernels.num_lanes):
+        with another_plan(rng, h, w, kernels.num_lanes):
             found = _run(network, images)
         if isinstance(found, str):
             assert wanted is None or "the sum" in found, (seed, h, w, found)
@@ -275,12 +275,12 @@ def _run(network: Network, images: Tensor) -> Tensor | str:
         return str(error)
 
 
-def _tuner(rng: random.Random) -> RandomChoices | None:
+def tuner(rng: random.Random) -> RandomChoices | None:
     return RandomChoices(rng) if rng.random() < 0.7 else None
 
 
 @contextmanager
-def _another_plan(rng: random.Random, height: int, width: int, lanes: int) -> Iterator[None]:
+def another_plan(rng: random.Random, height: int, width: int, lanes: int) -> Iterator[None]:
     """Let a plan have bands, or go through the network row by row, as for larger images."""
     arranged = arrange.arrange
     with mock.patch.object(arrange, "MAX_WASTE", 4.0):
