@@ -108,7 +108,7 @@ class Arrangement:
         wishes: dict[str, int] = {}
         makers = {layer.name: layer for layer in layers}
         for layer in layers:
-            if layer.kind not in ("conv", "max_pool"):
+            if layer.kind not in ("conv", "max_pool", "scale"):
                 continue
             width = widths[layer.source]
             widths[layer.name] = _width(layer, width)
@@ -126,7 +126,7 @@ class Arrangement:
         """
         first, connections = name, 0
         while (maker := makers.get(first)) is not None and maker.residual is None:
-            if maker.kind != "conv" or widths[maker.source] != widths[first]:
+            if maker.kind == "max_pool" or widths[maker.source] != widths[first]:
                 return first
             connections += maker.num_active
             if (MAX_GROWTH - 1) * connections > self._lanes * makers[name].channels:
@@ -138,6 +138,9 @@ class Arrangement:
         if layer.kind in ("conv", "max_pool"):
             self._add_window(layer)
             return
+        if layer.kind == "scale":
+            self._add_scale(layer)
+            return
         source = self._values[layer.source]
         target = Vector(channels=layer.channels, lanes=self._lanes)
         kind = bindings.MEAN_POOL
@@ -147,6 +150,18 @@ class Arrangement:
             kind = bindings.SPARSE_LINEAR if sparse else bindings.DENSE_LINEAR
         self._values[layer.name] = target
         self.operations.append(Operation(kind=kind, source=source, target=target, layer=layer))
+
+    def _add_scale(self, layer: Layer) -> None:
+        source = self._map_of(layer.source)
+        factor = self._values[layer.factor or ""]
+        assert isinstance(factor, Vector)
+        target = Map(
+            channels=source.channels, height=source.height, width=source.width, grid=source.grid
+        )
+        self._values[layer.name] = target
+        self.operations.append(
+            Operation(kind=bindings.SCALE, source=source, target=target, factor=factor, layer=layer)
+        )
 
     def _add_window(self, layer: Layer) -> None:
         source = self._map_of(layer.source)

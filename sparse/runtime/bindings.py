@@ -35,7 +35,7 @@ class Op(ctypes.Structure):
 
 
 INPUT, SPARSE_CONV, DENSE_CONV, MAX_POOL, MEAN_POOL, SPARSE_LINEAR, DENSE_LINEAR, REPACK = range(8)
-OUTPUT = 8
+OUTPUT, SCALE = 8, 9
 
 
 @functools.cache

@@ -21,7 +21,7 @@ ACTIVATIONS = (
 )
 
 OPS = (
-    *("conv", "batch_norm", "add", "max_pool", "avg_pool", "mean_pool", "linear"),
+    *("conv", "batch_norm", "add", "mul", "max_pool", "avg_pool", "mean_pool", "linear"),
     *ACTIVATIONS,
 )
 
@@ -32,7 +32,11 @@ class Node:
 
     name: str
     op: str
-    """One of `OPS`. `mean_pool` averages whole planes, which gives one vector per image."""
+    """One of `OPS`.
+
+    `mean_pool` averages whole planes, which gives one vector per image. Convolutions of 1x1 compute
+    with vectors, too. `mul` multiplies each channel of a map by an element of a vector.
+    """
     inputs: tuple[str, ...]
     """Names of earlier nodes, or `INPUT`."""
     parameters: str = ""
@@ -144,6 +148,8 @@ def run(nodes: Sequence[Node], state: Mapping[str, Tensor], images: Tensor) -> T
 
 def _run_conv(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
     weight, bias = state[node.parameters + "weight"], state.get(node.parameters + "bias")
+    if x.dim() == 2:
+        return F.linear(x, weight.flatten(1), bias)
     return F.conv2d(x, weight, bias, node.stride, node.padding, node.dilation, node.groups)
 
 
@@ -151,6 +157,11 @@ def _run_batch_norm(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tenso
     names = ("running_mean", "running_var", "weight", "bias")
     mean, var, weight, bias = (state[node.parameters + name] for name in names)
     return F.batch_norm(x, mean, var, weight, bias, eps=node.eps)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Return a vector as a map of one pixel; maps stay as they are."""
+    return x[:, :, None, None] if x.dim() == 2 else x
 
 
 def _run_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -162,6 +173,7 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
     "batch_norm": _run_batch_norm,
     "linear": _run_linear,
     "add": lambda node, state, x, y: x + y,
+    "mul": lambda node, state, x, y: _spread(x) * _spread(y),
     "max_pool": lambda node, state, x: F.max_pool2d(
         x, node.kernel, node.stride, node.padding, ceil_mode=node.ceil_mode
     ),

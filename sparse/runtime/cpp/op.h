@@ -24,6 +24,7 @@ enum Kind : int64_t {
   kDenseLinear = 6,
   kRepack = 7,
   kOutput = 8,
+  kScale = 9,
 };
 
 // In the order of ACTIVATIONS of graph.py.
@@ -42,7 +43,8 @@ enum Activation : int64_t {
 // Positions are in floats from the start of the arena. Every member is 8 bytes wide.
 struct Op {
   int64_t kind;
-  int64_t in, out, res;             // res: activation to add, or -1; out: -1 for the logits
+  int64_t in, out, res;             // res: activation to add, or -1; scale: the vector of factors;
+                                    // out: -1 for the logits
   int64_t in_row, in_plane;         // distance between rows, between channels of a row
   int64_t out_row, out_plane;
   int64_t res_row, res_plane;
