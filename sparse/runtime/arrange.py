@@ -11,7 +11,7 @@ from .memory import place
 from .operation import Operation
 
 WINDOWS = ("conv", "max_pool")
-MAPS = (*WINDOWS, "layer_norm", "tokens", "attention")
+MAPS = (*WINDOWS, "scale", "layer_norm", "tokens", "attention")
 """Kinds of layers whose value is a map."""
 MAX_GROWTH = 1.2  # factor by which a row may grow if its readers then need no repacking
 LINEAR_DENSITY = 0.3  # below this density a linear layer is computed as a sparse one
@@ -132,7 +132,7 @@ class Arrangement:
         """
         first, connections = name, 0
         while (maker := makers.get(first)) is not None and maker.residual is None:
-            if maker.kind != "conv" or widths[maker.source] != widths[first]:
+            if maker.kind == "max_pool" or widths[maker.source] != widths[first]:
                 return first
             connections += maker.num_active
             if (MAX_GROWTH - 1) * connections > self._lanes * makers[name].channels:
@@ -144,6 +144,9 @@ class Arrangement:
         source = self._values[layer.source]
         if layer.kind in WINDOWS:
             self._add_window(layer)
+            return
+        if layer.kind == "scale":
+            self._add_scale(layer)
             return
         if layer.kind in MAPS and isinstance(source, Map):
             self._add_map(layer, source)
@@ -178,6 +181,18 @@ class Arrangement:
         self.operations.append(Operation(kind=kind, source=source, target=target, layer=layer))
         if layer.kind == "attention":
             self._borderless.add(id(target))
+
+    def _add_scale(self, layer: Layer) -> None:
+        source = self._map_of(layer.source)
+        factor = self._values[layer.factor or ""]
+        assert isinstance(factor, Vector)
+        target = Map(
+            channels=source.channels, height=source.height, width=source.width, grid=source.grid
+        )
+        self._values[layer.name] = target
+        self.operations.append(
+            Operation(kind=bindings.SCALE, source=source, target=target, factor=factor, layer=layer)
+        )
 
     def _add_window(self, layer: Layer) -> None:
         source = self._map_of(layer.source)

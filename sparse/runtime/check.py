@@ -44,7 +44,9 @@ def check(nodes: Sequence[Node]) -> None:
         where = f"operation {node.name!r} ({node.op})"
         if node.name in known:
             raise ValueError(f"{where} has the name of another value")
-        if len(node.inputs) != (2 if node.op == "add" else 1) or not known.issuperset(node.inputs):
+        if len(node.inputs) != (2 if node.op in ("add", "mul") else 1) or not known.issuperset(
+            node.inputs
+        ):
             raise ValueError(f"{where} reads {node.inputs!r}, which was not computed before")
         _check_geometry(node, where)
         _check_kind(node, where, vectors)
@@ -102,7 +104,14 @@ def _check_kind(node: Node, where: str, vectors: set[str]) -> None:
     read = vectors.intersection(node.inputs)
     if node.op == "linear" and not read:
         raise ValueError(f"the runtime has no linear layer of images ({where})")
-    if read and node.op not in ("linear", "layer_norm", *ACTIVATIONS):
+    if node.op == "mul":
+        if len(read) != 1 or len(set(node.inputs)) != 2:
+            raise ValueError(f"the runtime multiplies maps by vectors only ({where})")
+        return
+    plain = (node.kernel, node.stride, node.padding, node.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    if read and node.op == "conv" and not plain:
+        raise ValueError(f"the runtime has only plain 1x1 convolutions of vectors ({where})")
+    if read and node.op not in ("conv", "batch_norm", "linear", "layer_norm", *ACTIVATIONS):
         raise ValueError(f"the runtime has no {node.op} of vectors ({where})")
     if read or node.op in ("mean_pool", "token"):
         vectors.add(node.name)
@@ -129,7 +138,7 @@ def check_shapes(
         read = [channels[name] for name in node.inputs]
         if len(set(read)) > 1:
             raise ValueError(
-                f"the sum {node.name!r} adds values of {read[0]} and {read[1]} channels"
+                f"{node.op} {node.name!r} reads values of {read[0]} and {read[1]} channels"
             )
         channels[node.name] = read[0]
         if node.op in KERNELS:
@@ -148,7 +157,7 @@ def check_shapes(
                     _expect(shapes, node.parameters + name, (read[0],))
                 elif node.parameters + name in shapes:
                     raise ValueError(f"{node.parameters + name!r} should have been folded")
-        if node.op in ("batch_norm", "relu", "add", "avg_pool", "scale"):
+        if node.op in ("batch_norm", "add", "avg_pool", "scale", *ACTIVATIONS):
             derived += read[0] * node.kernel[0] * node.kernel[1]
     if derived > MAX_WINDOWS:
         raise ValueError(
@@ -213,8 +222,10 @@ def check_images(
         raise ValueError(f"{images} have no pixels")
     for node in nodes:
         first, *others = (sizes[name] for name in node.inputs)
+        if node.op == "mul":
+            first = max(first, *others)
         for other in others:
-            if other != first:
+            if node.op == "add" and other != first:
                 raise ValueError(
                     f"{images} do not fit this network: the sum {node.name!r} adds "
                     f"{first[0]}x{first[1]} and {other[0]}x{other[1]}"

@@ -87,7 +87,7 @@ def _is_shallow(operations: Sequence[Operation], begin: int, end: int) -> bool:
 
 def _blocks(operations: Sequence[Operation]) -> list[range]:
     """Return the shortest runs of operations of which later operations read a single value."""
-    last_use = {id(v): i for i, s in enumerate(operations) for v in (s.source, s.residual) if v}
+    last_use = {id(v): i for i, operation in enumerate(operations) for v in operation.inputs()}
     blocks, start, alive = [], 0, set[int]()
     for i, operation in enumerate(operations):
         alive = {value for value in alive | {id(operation.target)} if last_use.get(value, -1) > i}

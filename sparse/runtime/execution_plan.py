@@ -174,6 +174,10 @@ class ExecutionPlan:
         operation.op.offsets = self._keep(operation, np.where(valid, -1, 0).astype(np.int32))
         operation.op.width = num_columns
 
+    def _fill_scale(self, operation: Operation) -> None:
+        assert operation.factor is not None
+        operation.op.res = operation.factor.position
+
     def _fill_mean_pool(self, operation: Operation) -> None:
         assert isinstance(operation.source, Map)
         operation.op.vectors = operation.source.vectors
@@ -294,6 +298,7 @@ _FILL: dict[int, Callable[[ExecutionPlan, Operation], None]] = {
     bindings.SPARSE_LINEAR: ExecutionPlan._fill_linear,
     bindings.DENSE_LINEAR: ExecutionPlan._fill_linear,
     bindings.REPACK: ExecutionPlan._fill_repack,
+    bindings.SCALE: ExecutionPlan._fill_scale,
     bindings.OUTPUT: ExecutionPlan._fill_output,
     bindings.LAYER_NORM: ExecutionPlan._fill_layer_norm,
     bindings.VECTOR_NORM: ExecutionPlan._fill_layer_norm,

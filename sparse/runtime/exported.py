@@ -394,13 +394,24 @@ _ATTENTION = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 def _multiply(made: _Interpreter, node: fx.Node) -> View:
     views = [made.view(node, i) for i in (0, 1)]
     if not any(view.is_weight for view in views):
-        raise _unknown(node)
+        return _excite(made, node)
     weight, value = sorted(views, key=lambda view: not view.is_weight)
     value = made._read(node, value)
     _expect(weight, value, {CHANNELS: Part(WEIGHT, made.channels_of(value), 1)})
     if made.size_of(value) is None:
         raise ValueError("it scales a vector")
     return made.add_alike(node, "scale", value, parameters=weight.name)
+
+
+def _excite(made: _Interpreter, node: fx.Node) -> View:
+    """Multiply each channel of a map by an element of a vector, as in squeeze-and-excitation."""
+    views = [made.read(node, i) for i in (0, 1)]
+    factor, value = sorted(views, key=lambda view: made.size_of(view) is not None)
+    if made.size_of(factor) is not None or made.size_of(value) is None:
+        raise ValueError("it multiplies two maps or two vectors")
+    if not made.is_plain(value) or not made.is_plain(factor):
+        raise ValueError("it reads no map (N, C, H, W)")
+    return made.add_alike(node, "mul", value, factor)
 
 
 def _sum(made: _Interpreter, node: fx.Node) -> View:
@@ -472,25 +483,26 @@ def _concatenate(made: _Interpreter, node: fx.Node) -> View:
 
 def _convolve(made: _Interpreter, node: fx.Node) -> View:
     view = made.read(node)
-    if not made.is_plain(view) or made.size_of(view) is None:
+    if not made.is_plain(view):
         raise ValueError("it reads no map (N, C, H, W)")
-    values = [made.argument(node, i, n, d) for i, n, d in _CONVOLUTION]
-    stride, padding, dilation, groups = values
-    weight = node.args[1].meta["val"].shape  # type: ignore[union-attr]
+    stride, padding, dilation, groups = (made.argument(node, i, n, d) for i, n, d in _CONVOLUTION)
+    kernel: Any = made.argument(node, 1)
     shape = made.shape(node)
-    return made.add(
+    is_map = made.size_of(view) is not None
+    found = made.add(
         node,
         "conv",
         view,
         channels=shape[1],
-        pixels=shape[2:],
+        pixels=shape[2:] if is_map else None,
         parameters=made.prefix(node, _WEIGHTS),
-        kernel=tuple(weight[2:]),
+        kernel=tuple(made.shape(kernel)[2:]),
         stride=_pair(stride),
         padding=_pair(padding),
         dilation=_pair(dilation),
         groups=groups,
     )
+    return found if is_map else replace(found, dims=(*found.dims, (), ()))
 
 
 _CONVOLUTION = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))

@@ -21,7 +21,7 @@ ACTIVATIONS = (
 )
 
 OPS = (
-    *("conv", "batch_norm", "add", "max_pool", "avg_pool", "mean_pool", "linear"),
+    *("conv", "batch_norm", "add", "mul", "max_pool", "avg_pool", "mean_pool", "linear"),
     *("pixel_linear", "layer_norm", "scale", "prepend", "embedding", "attention", "token"),
     *ACTIVATIONS,
 )
@@ -39,6 +39,8 @@ class Node:
     planes, and `token` takes one pixel: each gives a vector. `layer_norm` normalizes the channels
     of every pixel, and `pixel_linear` is a linear layer of them. `prepend` puts tokens before the
     pixels of a map. `attention` reads queries, keys and values as three equal ranges of channels.
+    Convolutions of 1x1 compute with vectors, too. `mul` multiplies each channel of a map by an
+    element of a vector, `scale` by a parameter.
     """
     inputs: tuple[str, ...]
     """Names of earlier nodes, or `INPUT`."""
@@ -193,6 +195,8 @@ def run(nodes: Sequence[Node], state: Mapping[str, Tensor], images: Tensor) -> T
 
 def _run_conv(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
     weight, bias = state[node.parameters + "weight"], state.get(node.parameters + "bias")
+    if x.dim() == 2:
+        return F.linear(x, weight.flatten(1), bias)
     return F.conv2d(x, weight, bias, node.stride, node.padding, node.dilation, node.groups)
 
 
@@ -200,6 +204,11 @@ def _run_batch_norm(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tenso
     names = ("running_mean", "running_var", "weight", "bias")
     mean, var, weight, bias = (state[node.parameters + name] for name in names)
     return F.batch_norm(x, mean, var, weight, bias, eps=node.eps)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Return a vector as a map of one pixel; maps stay as they are."""
+    return x[:, :, None, None] if x.dim() == 2 else x
 
 
 def _run_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -250,6 +259,7 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
     "batch_norm": _run_batch_norm,
     "linear": _run_linear,
     "add": lambda node, state, x, y: x + y,
+    "mul": lambda node, state, x, y: _spread(x) * _spread(y),
     "max_pool": lambda node, state, x: F.max_pool2d(
         x, node.kernel, node.stride, node.padding, ceil_mode=node.ceil_mode
     ),

@@ -26,7 +26,8 @@ class Layer:
 
     name: str
     kind: str
-    """conv, linear, max_pool, mean_pool, layer_norm, tokens, token or attention.
+    """conv, linear, max_pool, mean_pool, scale, layer_norm, tokens, token or
+    attention.
 
     `tokens` takes the pixels of a map row by row, puts others before them and adds to all.
     """
@@ -49,6 +50,8 @@ class Layer:
     ceil_mode: bool = False
     residual: str | None = None
     """Name of a layer whose value is added before the activation."""
+    factor: str | None = None
+    """Name of a layer whose vector multiplies the channels, for scale."""
     activation: str | None = None
     """One of `ACTIVATIONS`."""
     eps: float = 0.0
@@ -129,7 +132,11 @@ class _Lowering:
 
     def _conv(self, node: Node) -> None:
         weight = self._weight(node)
-        self._append(node, self._convolution(node, weight, self._bias(node, len(weight))))
+        if self._source(node) in self._vectors:
+            weight = weight.reshape(len(weight), -1)
+        layer = self._convolution(node, weight, self._bias(node, len(weight)))
+        layer.kind = "conv" if weight.ndim == 4 else "linear"
+        self._append(node, layer)
 
     def _bias(self, node: Node, channels: int) -> Array:
         bias = self._state.get(node.parameters + "bias")
@@ -173,13 +180,14 @@ class _Lowering:
         weight, bias, mean, var = (self._array(node.parameters + name) for name in names)
         scale = weight / np.sqrt(var + node.eps)
         shift = bias - mean * scale
-        conv = self._open(node.inputs[0], "conv")
+        conv = self._open(node.inputs[0], "conv", "linear")
         if conv is None or conv.residual is not None:
             self._depthwise(node, scale, shift)
             return
         assert conv.weight is not None
         assert conv.bias is not None
-        np.multiply(conv.weight, scale[:, None, None, None], out=conv.weight, casting="same_kind")
+        scales = scale.reshape(-1, *[1] * (conv.weight.ndim - 1))
+        np.multiply(conv.weight, scales, out=conv.weight, casting="same_kind")
         conv.bias = (conv.bias * scale + shift).astype(np.float32)
         self._values[node.name] = conv.name
 
@@ -211,6 +219,14 @@ class _Lowering:
             early = node.inputs[1]
         layer.residual = self._values[early]
         self._values[node.name] = layer.name
+
+    def _mul(self, node: Node) -> None:
+        source, factor = (self._values[name] for name in node.inputs)
+        if source in self._vectors:
+            source, factor = factor, source
+        channels = self._channels[source]
+        layer = Layer(name=node.name, kind="scale", source=source, factor=factor, channels=channels)
+        self._append(node, layer)
 
     def _avg_pool(self, node: Node) -> None:
         self._depthwise(node, self._ones(node) / (node.kernel[0] * node.kernel[1]))
@@ -269,8 +285,4 @@ class _Lowering:
         layer.weight = (layer.weight + added).astype(np.float32)
         self._values[node.name] = layer.name
 
-    def _linear(self, node: Node) -> None:
-        weight = self._weight(node)
-        layer = self._convolution(node, weight, self._bias(node, len(weight)))
-        layer.kind = "linear"
-        self._append(node, layer)
+    _linear = _conv

@@ -56,16 +56,15 @@ def place(operations: Sequence[Operation], groups: Sequence[range], pieces: Sequ
     """
     last_use: dict[int, int] = {}
     for i, operation in enumerate(operations):
-        for value in (operation.source, operation.residual):
-            if value is not None:
-                last_use[id(value)] = i
+        for value in operation.inputs():
+            last_use[id(value)] = i
     arena = Arena()
     for members in groups:
         dead: dict[int, Value] = {}
         for i in members:
             operation = operations[i]
-            for value in (operation.source, operation.residual):
-                if value is not None and last_use[id(value)] == i:
+            for value in operation.inputs():
+                if last_use[id(value)] == i:
                     dead[id(value)] = value
             if operation.target is None:
                 continue

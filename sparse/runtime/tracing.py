@@ -222,11 +222,11 @@ class _Tracer:
                 "remove_parametrizations gives it plain weights"
             )
         if isinstance(module, nn.Conv2d):
-            self._weighted(node, "conv", _Form.MAP, **_convolution(module))
+            self._weighted(node, "conv", _Form.MAP, _Form.POOLED, **_convolution(module))
         elif isinstance(module, nn.BatchNorm2d):
             if not (module.affine and module.track_running_stats):
                 raise ValueError(f"{node.target}: BatchNorm without scale or statistics")
-            self._weighted(node, "batch_norm", _Form.MAP, eps=module.eps)
+            self._weighted(node, "batch_norm", _Form.MAP, _Form.POOLED, eps=module.eps)
         elif isinstance(module, nn.Linear):
             self._linear(node)
         elif isinstance(module, nn.GELU):
@@ -260,6 +260,8 @@ class _Tracer:
         function, rest = node.target, node.args[1:]
         if function in _SUMS and len(rest) == 1:
             self._sum(node)
+        elif function in _PRODUCTS and len(rest) == 1:
+            self._product(node)
         elif function in _ACTIVATION_FUNCTIONS:
             self._activation_function(node, _ACTIVATION_FUNCTIONS[function])
         elif function in (torch.flatten, "flatten"):
@@ -286,6 +288,17 @@ class _Tracer:
         if node.target in (operator.iadd, "add_"):
             self._overwrite(node)
 
+    def _product(self, node: fx.Node) -> None:
+        operands = self._operands(node, 2)
+        if {self._forms[operand] for operand in operands} != {_Form.MAP, _Form.POOLED}:
+            raise ValueError(
+                f"the runtime multiplies maps only by what was averaged over the image, and not "
+                f"as in {node.format_node()}{_inside(node)}"
+            )
+        self._add(node, "mul", operands, _Form.MAP)
+        if node.target in (operator.imul, "mul_"):
+            self._overwrite(node)
+
     def _activation_function(self, node: fx.Node, op: str) -> None:
         arguments = _arguments(node, {"inplace": False, "approximate": "none"})
         inplace = arguments["inplace"] or str(node.target).endswith("_")
@@ -301,6 +314,7 @@ class _Tracer:
 
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 
 _ACTIVATION_MODULES = {
     nn.ReLU: "relu",

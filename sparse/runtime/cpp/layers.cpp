@@ -55,6 +55,23 @@ void write_output(const Op& op, const float* arena, float* image, int64_t y0, in
   }
 }
 
+void scale(const Op& op, float* arena, int64_t y0, int64_t y1) {
+  const float* factor = arena + op.res;
+  for (int64_t y = y0; y < y1; ++y) {
+    const int32_t* mask = op.mask ? op.mask + y * op.mask_row : nullptr;
+    for (int64_t c = 0; c < op.channels; ++c) {
+      const Vec f = broadcast(factor[c]);
+      const float* in = arena + op.in + y * op.in_row + c * op.in_plane;
+      float* out = arena + op.out + y * op.out_row + c * op.out_plane;
+      for (int64_t i = 0; i < op.vectors * kLanes; i += kLanes) {
+        const Vec v = f * load(in + i);
+        store(out + i, mask ? keep(v, load_mask(mask + i)) : v);
+      }
+    }
+  }
+  fill_halo(op, arena + op.out, y0, y1, 0, op.channels);
+}
+
 void max_pool(const Op& op, float* arena, int64_t y0, int64_t y1) {
   const Vec lowest = broadcast(-std::numeric_limits<float>::infinity());
   const int32_t* valid_rows = op.offsets + op.width * kLanes;

@@ -85,6 +85,7 @@ void run_slice(const Op& op, const Image& image, const Slice& s, float* scratch)
       return sparse_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end, scratch);
     case kDenseConv:
       return dense_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end, scratch);
+    case kScale: return scale(op, image.arena, s.begin, s.end);
     case kMaxPool: return max_pool(op, image.arena, s.begin, s.end);
     case kRepack: return repack(op, image.arena, s.begin, s.end);
     case kOutput: return write_output(op, image.arena, out, s.begin, s.end);

@@ -24,11 +24,12 @@ enum Kind : int64_t {
   kDenseLinear = 6,
   kRepack = 7,
   kOutput = 8,
-  kLayerNorm = 9,
-  kVectorNorm = 10,
-  kTokens = 11,
-  kToken = 12,
-  kAttention = 13,
+  kScale = 9,
+  kLayerNorm = 10,
+  kVectorNorm = 11,
+  kTokens = 12,
+  kToken = 13,
+  kAttention = 14,
 };
 
 // In the order of ACTIVATIONS of graph.py.
@@ -47,7 +48,8 @@ enum Activation : int64_t {
 // Positions are in floats from the start of the arena. Every member is 8 bytes wide.
 struct Op {
   int64_t kind;
-  int64_t in, out, res;             // res: activation to add, or -1; out: -1 for the logits
+  int64_t in, out, res;             // res: activation to add, or -1; scale: the vector of factors;
+                                    // out: -1 for the logits
   int64_t in_row, in_plane;         // distance between rows, between channels of a row
   int64_t out_row, out_plane;
   int64_t res_row, res_plane;

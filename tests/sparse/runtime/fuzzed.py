@@ -17,6 +17,7 @@ from unittest import mock
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse import runtime
@@ -39,12 +40,14 @@ class Seed(nn.Module):
         self.norm, self.lone = nn.BatchNorm2d(12), nn.BatchNorm2d(12)
         self.pool, self.mean = nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 1)
         self.wide = nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=3)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 12, 1), nn.Sigmoid())
         self.fc = nn.Linear(12, 20)
         self.last = nn.Linear(20, 7, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.norm(self.stem(x)).relu())
-        x = self.mean((self.wide(x) + self.lone(x)).relu()).mean((2, 3))
+        x = F.silu(self.wide(x) + self.lone(x))
+        x = self.mean(x * self.gate(x)).mean((2, 3))
         return self.last(self.fc(x).relu())
 
 

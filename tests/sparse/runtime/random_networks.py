@@ -44,8 +44,11 @@ class RandomNetwork(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(rng.randint(1, 7)):
             draw = rng.choices(
-                [self._conv, self._block, self._norm, self._activation, self._pool, self._sum],
-                [5, 2, 1, 3, 2, 2],
+                [
+                    *(self._conv, self._block, self._norm, self._activation, self._pool),
+                    *(self._sum, self._gate),
+                ],
+                [5, 2, 1, 3, 2, 2, 1],
             )[0]
             draw(rng.choice([-1, -1, -1, rng.randrange(len(self._shapes))]))
         if not self._steps:
@@ -167,6 +170,14 @@ class RandomNetwork(nn.Module):
         other = self._rng.choice([i for i, s in enumerate(self._shapes) if s == shape])
         self._append(self._adder(), (source, other), shape)
 
+    def _gate(self, source: int) -> None:
+        channels = self._shapes[source][0]
+        gate = Gate(self._rng, channels)
+        for layer in gate.modules():
+            if isinstance(layer, nn.Conv2d):
+                self._prune_(layer)
+        self._append(gate, (source,), self._shapes[source])
+
     def _classifier(self) -> None:
         channels = self._shapes[-1][0]
         if self._rng.random() < 0.3:
@@ -182,6 +193,24 @@ class RandomNetwork(nn.Module):
             self._append(layer, (-1,), (size,))
             while self._rng.random() < 0.5:
                 self._activation(-1)
+
+
+class Gate(nn.Module):
+    """Multiplies the channels of a map by what is computed from their means."""
+
+    def __init__(self, rng: random.Random, channels: int) -> None:
+        super().__init__()
+        width = rng.choice([1, 3, 8, 17])
+        self._pool = rng.choice([nn.AdaptiveAvgPool2d(1), lambda x: x.mean((2, 3), keepdim=True)])
+        self._into = nn.Conv2d(channels, width, 1)
+        self._back = nn.Conv2d(width, channels, 1, bias=rng.random() < 0.5)
+        self._function = rng.choice([F.relu, F.silu])
+        self._gate = rng.choice([torch.sigmoid, F.hardsigmoid])
+        self._first = rng.random() < 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self._gate(self._back(self._function(self._into(self._pool(x)))))
+        return gate * x if self._first else x * gate
 
 
 class RandomChoices:

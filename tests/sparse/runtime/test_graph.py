@@ -119,15 +119,22 @@ POOL = nn.AdaptiveAvgPool2d(1)
         (nn.Sequential(nn.AvgPool2d(3, padding=(1, 2))), "more than half of the kernel"),
         (nn.Sequential(nn.Conv2d(3, 4, 1, padding=2000)), "more than 1024 pixels"),
         # what has been averaged
-        (nn.Sequential(POOL, CONV), "_0 keeps a height and a width of 1: flatten it"),
+        (nn.Sequential(POOL, CONV), "_1 keeps a height and a width of 1: flatten it"),
         (nn.Sequential(POOL, nn.SiLU()), "_1 keeps a height and a width of 1: flatten it"),
         (nn.Sequential(POOL), "flatten it"),
         (Applied(lambda x, y: x + y, nn.Conv2d(3, 3, 1), POOL), "flatten it"),
         (Applied(lambda x, y: y.mean([2, 3], keepdim=True), CONV), "flatten it"),
         (Applied(lambda x, y: y.mean([2, 3]) + y.mean([2, 3]), CONV), "no add of vectors"),
         (nn.Sequential(CONV, nn.Linear(8, 4)), "no linear layer of images"),
+        (nn.Sequential(POOL, nn.Conv2d(3, 4, 3, padding=1), nn.Flatten()), "only plain 1x1 conv"),
+        (nn.Sequential(POOL, nn.MaxPool2d(1), nn.Flatten()), "flatten it"),
+        # products
+        (Applied(lambda x, y: x * y, nn.Conv2d(3, 3, 1)), "multiplies maps only by what was av"),
+        (Applied(lambda x, y: y * y, POOL), "multiplies maps only by what was averaged"),
+        (Applied(lambda x, y: x * 2, POOL), "does not know .*mul"),
+        (Applied(lambda x, y: x * y, nn.Sequential(POOL, CONV)), "reads values of 3 and 4 chan"),
         # sums
-        (Applied(lambda x, y: x + y, CONV), "the sum 'add' adds values of 3 and 4 channels"),
+        (Applied(lambda x, y: x + y, CONV), "'add' reads values of 3 and 4 channels"),
         (Applied(lambda x, y: torch.add(x, y, alpha=2), nn.ReLU()), "does not know .*alpha"),
         (Applied(lambda x, y: x + 1, CONV), "does not know"),
         # channels
