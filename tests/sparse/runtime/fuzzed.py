@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparse import runtime
 from sparse.runtime import bindings, memory
 from sparse.runtime.format import FORMAT, digest
+from sparse.runtime.graph import Node
 from sparse.runtime.network import Network
 
 MEMORY = 2**26  # bytes: what a case may take
@@ -51,6 +52,30 @@ class Seed(nn.Module):
         return self.last(self.fc(x).relu())
 
 
+def transformer() -> tuple[list[Node], dict[str, Tensor]]:
+    """Return a graph with every operation of transformers, for images of 9 x 9, and its state."""
+    nodes = [
+        Node(name="patch", op="conv", inputs=("input",), parameters="patch.", **PATCHES),
+        Node(name="tokens", op="prepend", inputs=("patch",), parameters="c", size=(3, 3), tokens=1),
+        Node(name="placed", op="embedding", inputs=("tokens",), parameters="p", size=(1, 10)),
+        Node(name="norm", op="layer_norm", inputs=("placed",), parameters="norm.", eps=1e-6),
+        Node(name="qkv", op="pixel_linear", inputs=("norm",), parameters="qkv."),
+        Node(name="mix", op="attention", inputs=("qkv",), heads=2, score_scale=0.4),
+        Node(name="scaled", op="scale", inputs=("mix",), parameters="s"),
+        Node(name="sum", op="add", inputs=("scaled", "placed")),
+        Node(name="class", op="token", inputs=("sum",), index=0),
+        Node(name="last", op="layer_norm", inputs=("class",), parameters="last.", eps=1e-6),
+        Node(name="head", op="linear", inputs=("last",), parameters="head."),
+    ]
+    shapes = {"patch.weight": (12, 3, 3, 3), "patch.bias": (12,), "c": (1, 1, 12), "s": (12,)}
+    shapes |= {"p": (1, 10, 12), "norm.weight": (12,), "norm.bias": (12,), "last.weight": (12,)}
+    shapes |= {"last.bias": (12,), "qkv.weight": (36, 12), "head.weight": (7, 12)}
+    return nodes, {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+PATCHES = {"kernel": (3, 3), "stride": (3, 3)}
+
+
 def seeds(directory: Path) -> list[Path]:
     """Write valid files of all kinds."""
     torch.manual_seed(0)
@@ -75,6 +100,28 @@ def seeds(directory: Path) -> list[Path]:
             std=(0.2,) * 3,
             dtype=dtype,
             fold=fold,
+        )
+    return [*paths, *transformer_seeds(directory)]
+
+
+def transformer_seeds(directory: Path) -> list[Path]:
+    nodes, state = transformer()
+    mask = torch.rand(36, 12) < 0.4
+    state["qkv.weight"] *= mask
+    paths = []
+    for dtype in ("float32", "int8"):
+        paths.append(directory / f"transformer-{dtype}")
+        runtime.save(
+            paths[-1],
+            state,
+            {"qkv.weight": mask},
+            nodes=nodes,
+            arch="transformer",
+            model={},
+            image_size=9,
+            mean=(0.5,) * 3,
+            std=(0.2,) * 3,
+            dtype=dtype,
         )
     return paths
 

@@ -62,6 +62,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm convnext": lambda: timm.models.ConvNeXt(
         depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), num_classes=7
     ),
+    "timm efficientnet": lambda: timm.models.efficientnet.EfficientNet(
+        timm.models._efficientnet_builder.decode_arch_def([["ir_r1_k3_s2_e2_c8_se0.25"]]),
+        stem_size=8,
+        num_features=16,
+        num_classes=7,
+    ),
     "timm resnet50d": lambda: timm.create_model("resnet14t", num_classes=7),
 }
 
@@ -228,7 +234,10 @@ def test_networks_of_torchvision_equal_torch(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["resnet50d", "convnext_tiny", "vit_base_patch16_224", "vit_small_patch16_224"],
+    [
+        *("resnet50d", "convnext_tiny", "vit_base_patch16_224", "vit_small_patch16_224"),
+        *("efficientnet_b0", "mobilenetv3_large_100"),
+    ],
 )
 def test_networks_of_timm_equal_torch(name: str, kernels: bindings.Kernels, tmp_path: Path) -> None:
     check_large(timm.create_model(name), kernels, tmp_path / "network")
