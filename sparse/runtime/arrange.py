@@ -9,6 +9,7 @@ from .layout import Grid, Map, Value, Vector, best_grid, out_size, reach
 from .lower import Layer
 from .memory import place
 from .operation import Operation
+from .sized import layer_size
 
 MAX_GROWTH = 1.2  # factor by which a row may grow if its readers then need no repacking
 LINEAR_DENSITY = 0.3  # below this density a linear layer is computed as a sparse one
@@ -52,11 +53,15 @@ class Arrangement:
         self._size, self._lanes = size, lanes
         self._values: dict[str, Value] = {}
         self._repacked: dict[tuple[object, ...], Map] = {}
+        self._flattened: dict[int, Vector] = {}
+        self._places = places_in_concats(layers, size[0])
+        self._channels = {layer.name: layer.channels for layer in layers}
+        self._wholes: dict[str, Map] = {}
         self._wishes = self._wished_vectors(layers)
         self._read_image(layers[0], grid)
         for layer in layers:
             self._add(layer)
-        self._finish()
+        self._finish(layers[-1].name)
         self.groups = fuse(self.operations)
         self.pieces = order_pieces(self.operations, self.groups)
         self.arena_size = place(self.operations, self.groups, self.pieces)
@@ -108,7 +113,7 @@ class Arrangement:
         wishes: dict[str, int] = {}
         makers = {layer.name: layer for layer in layers}
         for layer in layers:
-            if layer.kind not in ("conv", "max_pool", "scale"):
+            if layer.kind in ("linear", "mean_pool"):
                 continue
             width = widths[layer.source]
             widths[layer.name] = _width(layer, width)
@@ -126,7 +131,7 @@ class Arrangement:
         """
         first, connections = name, 0
         while (maker := makers.get(first)) is not None and maker.residual is None:
-            if maker.kind == "max_pool" or widths[maker.source] != widths[first]:
+            if maker.kind not in ("conv", "scale") or widths[maker.source] != widths[first]:
                 return first
             connections += maker.num_active
             if (MAX_GROWTH - 1) * connections > self._lanes * makers[name].channels:
@@ -138,10 +143,12 @@ class Arrangement:
         if layer.kind in ("conv", "max_pool"):
             self._add_window(layer)
             return
-        if layer.kind == "scale":
-            self._add_scale(layer)
+        if layer.kind in _REGROUPING:
+            _REGROUPING[layer.kind](self, layer)
             return
         source = self._values[layer.source]
+        if layer.kind == "linear" and isinstance(source, Map):
+            source = self._flatten(source)
         target = Vector(channels=layer.channels, lanes=self._lanes)
         kind = bindings.MEAN_POOL
         if layer.kind == "linear":
@@ -155,13 +162,69 @@ class Arrangement:
         source = self._map_of(layer.source)
         factor = self._values[layer.factor or ""]
         assert isinstance(factor, Vector)
-        target = Map(
-            channels=source.channels, height=source.height, width=source.width, grid=source.grid
-        )
-        self._values[layer.name] = target
-        self.operations.append(
+        target = self._target(layer, source.height, source.width, source.grid)
+        self._compute(
             Operation(kind=bindings.SCALE, source=source, target=target, factor=factor, layer=layer)
         )
+
+    def _add_shuffle(self, layer: Layer) -> None:
+        source = self._map_of(layer.source)
+        target = self._target(layer, source.height, source.width, source.grid)
+        self._compute(Operation(kind=bindings.REPACK, source=source, target=target, layer=layer))
+
+    def _add_chunk(self, layer: Layer) -> None:
+        source = self._map_of(layer.source)
+        self._values[layer.name] = source.part(layer.index * layer.channels, layer.channels)
+
+    def _add_concat(self, layer: Layer) -> None:
+        """Copy the parts that have not been written into the whole."""
+        whole, first = self._places[layer.name]
+        for name in layer.parts:
+            value = self._map_of(name)
+            if self._places.get(name) != (whole, first):
+                place = self._place(whole, first, value)
+                self.operations.append(Operation(kind=bindings.REPACK, source=value, target=place))
+            first += value.channels
+        first = self._places[layer.name][1]
+        self._values[layer.name] = self._wholes[whole].part(first, layer.channels)
+
+    def _place(self, whole: str, first: int, like: Map) -> Map:
+        """Return the channels of a concat that a value takes; the first value sets the grid."""
+        if whole not in self._wholes:
+            self._wholes[whole] = Map(
+                channels=self._channels[whole],
+                height=like.height,
+                width=like.width,
+                grid=like.grid,
+            )
+        return self._wholes[whole].part(first, like.channels)
+
+    def _target(self, layer: Layer, height: int, width: int, grid: Grid) -> Map:
+        """Return the map of a layer: where a concat wants it, if the grids agree."""
+        target = Map(channels=layer.channels, height=height, width=width, grid=grid)
+        if layer.name not in self._places:
+            return target
+        place = self._place(*self._places[layer.name], target)
+        return place if place.grid == grid else target
+
+    def _compute(self, operation: Operation) -> None:
+        """Append the operation of a layer, and what copies its value to where a concat wants it."""
+        assert operation.layer is not None
+        name, target = operation.layer.name, operation.target
+        assert isinstance(target, Map)
+        self._values[name] = target
+        self.operations.append(operation)
+        if name in self._places and target.root is not self._wholes[self._places[name][0]]:
+            place = self._place(*self._places[name], target)
+            self.operations.append(Operation(kind=bindings.REPACK, source=target, target=place))
+
+    def _flatten(self, source: Map) -> Vector:
+        """Return the pixels of a map, channel by channel."""
+        if id(source) not in self._flattened:
+            size = source.channels * source.height * source.width
+            target = self._flattened[id(source)] = Vector(channels=size, lanes=self._lanes)
+            self.operations.append(Operation(kind=bindings.OUTPUT, source=source, target=target))
+        return self._flattened[id(source)]
 
     def _add_window(self, layer: Layer) -> None:
         source = self._map_of(layer.source)
@@ -171,7 +234,7 @@ class Arrangement:
             layer.padding,
             layer.dilation,
         )
-        height, width = _sizes(layer, (source.height, source.width))
+        height, width = layer_size(layer, (source.height, source.width))
         if min(height, width) < 1:
             raise ValueError(
                 f"images of {self._size[1]}x{self._size[2]} are too small for this network: "
@@ -184,7 +247,7 @@ class Arrangement:
             sy = sx = 1
         elif not source.grid.fits(grid.scaled((sy, sx))):
             source = self._repack(source, grid.scaled((sy, sx)), (1, 1))
-        target = Map(channels=layer.channels, height=height, width=width, grid=grid)
+        target = self._target(layer, height, width, grid)
         source.require(
             halo=max(px, reach(source.vectors, grid.vectors, kw, sx, px, dx)),
             top=py,
@@ -195,7 +258,6 @@ class Arrangement:
             residual = self._map_of(layer.residual)
             if not residual.grid.fits(grid):
                 residual = self._repack(residual, grid, (1, 1))
-        self._values[layer.name] = target
         kind = bindings.SPARSE_CONV if layer.kind == "conv" else bindings.MAX_POOL
         operation = Operation(
             kind=kind,
@@ -205,7 +267,7 @@ class Arrangement:
             layer=layer,
             stride=(sy, sx),
         )
-        self.operations.append(operation)
+        self._compute(operation)
 
     def _grid(self, layer: Layer, source: Map, height: int, width: int) -> Grid:
         """Return the grid of a layer's output, with the bands of its input if the stride allows."""
@@ -252,16 +314,55 @@ class Arrangement:
             )
         return self._repacked[key]
 
-    def _finish(self) -> None:
+    def _finish(self, name: str) -> None:
         """Let the last value be written to the memory of the logits."""
-        last = self.operations[-1].target
-        assert last is not None
+        last = self._values[name]
         if isinstance(last, Map):
             self.out_shape: tuple[int, ...] = (last.channels, last.height, last.width)
             self.operations.append(Operation(kind=bindings.OUTPUT, source=last, target=None))
         else:
             self.out_shape = (last.channels,)
             self.operations[-1].target = None
+
+
+_REGROUPING = {
+    "scale": Arrangement._add_scale,
+    "shuffle": Arrangement._add_shuffle,
+    "chunk": Arrangement._add_chunk,
+    "concat": Arrangement._add_concat,
+}
+
+
+def places_in_concats(layers: Sequence[Layer], in_channels: int) -> dict[str, tuple[str, int]]:
+    """Return where values lie that concats join: the concat that is the whole, and the channel.
+
+    A value has one place only. Where other concats join the same values in the same order, as in
+    DenseNet, they are ranges of the channels of the longest one.
+    """
+    channels = {INPUT: in_channels} | {layer.name: layer.channels for layer in layers}
+    has_memory = {layer.name for layer in layers if layer.kind != "chunk"}
+    places: dict[str, tuple[str, int]] = {}
+    concats = [layer for layer in layers if layer.kind == "concat"]
+    # A concat comes before those that are parts of it.
+    for layer in sorted(concats, key=lambda concat: -concat.channels):
+        whole, start = places.get(layer.parts[0], (layer.name, 0))
+        wanted = dict(zip(layer.parts, _starts(layer, channels, start), strict=True))
+        if layer.name not in places and all(
+            places.get(name) == (whole, first) for name, first in wanted.items()
+        ):
+            places[layer.name] = whole, start
+            continue
+        whole, start = places.setdefault(layer.name, (layer.name, 0))
+        for name, first in zip(layer.parts, _starts(layer, channels, start), strict=True):
+            if name in has_memory and name not in places:
+                places[name] = whole, first
+    return places
+
+
+def _starts(concat: Layer, channels: Mapping[str, int], start: int) -> list[int]:
+    """Return the first channel of each part."""
+    sizes = [channels[name] for name in concat.parts]
+    return [start + sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def arrange(layers: Sequence[Layer], size: tuple[int, int, int], *, lanes: int) -> Arrangement:
@@ -296,23 +397,7 @@ def banded_grids(height: int, width: int, *, lanes: int) -> list[Grid]:
 
 def _width(layer: Layer, width: int) -> int:
     """Return the width of the output of a convolution or pool."""
-    return _sizes(layer, (1, width))[1]
-
-
-def _sizes(layer: Layer, size: tuple[int, int]) -> tuple[int, int]:
-    """Return height and width of the output of a convolution or pool."""
-    height, width = (
-        out_size(
-            size[i],
-            layer.kernel[i],
-            layer.stride[i],
-            layer.padding[i],
-            layer.dilation[i],
-            ceil_mode=layer.ceil_mode,
-        )
-        for i in (0, 1)
-    )
-    return height, width
+    return layer_size(layer, (1, width))[1]
 
 
 def _size(value: Map) -> tuple[int, int]:

@@ -22,6 +22,7 @@ ACTIVATIONS = (
 
 OPS = (
     *("conv", "batch_norm", "add", "mul", "max_pool", "avg_pool", "mean_pool", "linear"),
+    *("adaptive_avg_pool", "concat", "chunk", "shuffle"),
     *ACTIVATIONS,
 )
 
@@ -35,7 +36,10 @@ class Node:
     """One of `OPS`.
 
     `mean_pool` averages whole planes, which gives one vector per image. Convolutions of 1x1 compute
-    with vectors, too. `mul` multiplies each channel of a map by an element of a vector.
+    with vectors, too. `mul` multiplies each channel of a map by an element of a vector. A linear
+    layer that reads a map reads all of its pixels, channel by channel. `concat` joins the channels
+    of maps, and `chunk` takes part `index` of `groups` equal parts of them. `shuffle` takes the
+    first channels of all `groups`, then the second ones, and so on.
     """
     inputs: tuple[str, ...]
     """Names of earlier nodes, or `INPUT`."""
@@ -49,6 +53,10 @@ class Node:
     eps: float = 0.0
     ceil_mode: bool = False
     """Whether the last window of a max_pool may reach beyond the image."""
+    output: tuple[int, int] = (1, 1)
+    """Height and width of the value of an adaptive_avg_pool."""
+    index: int = 0
+    """The part that a chunk takes."""
 
 
 def to_json(nodes: Sequence[Node]) -> list[dict[str, Any]]:
@@ -85,6 +93,17 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
+def vectors(nodes: Sequence[Node]) -> set[str]:
+    """Return the names of the values that are one vector per image; the other values are maps."""
+    found = set[str]()
+    for node in nodes:
+        if node.op in ("mean_pool", "linear") or (
+            node.op != "mul" and found.issuperset(node.inputs)
+        ):
+            found.add(node.name)
+    return found
+
+
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f"{text[:76]} ..."
@@ -110,6 +129,8 @@ _IS_TYPED: dict[str, Callable[[Any], bool]] = {
     "groups": lambda value: type(value) is int,
     "eps": lambda value: type(value) in (int, float),
     "ceil_mode": lambda value: type(value) is bool,
+    "output": _is_pair,
+    "index": lambda value: type(value) is int,
 }
 
 
@@ -165,7 +186,8 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def _run_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    return F.linear(x, state[node.parameters + "weight"], state.get(node.parameters + "bias"))
+    weight, bias = state[node.parameters + "weight"], state.get(node.parameters + "bias")
+    return F.linear(x.flatten(1), weight, bias)
 
 
 _TORCH: dict[str, Callable[..., Tensor]] = {
@@ -179,6 +201,10 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
     ),
     "avg_pool": lambda node, state, x: F.avg_pool2d(x, node.kernel, node.stride, node.padding),
     "mean_pool": lambda node, state, x: x.mean((2, 3)),
+    "adaptive_avg_pool": lambda node, state, x: F.adaptive_avg_pool2d(x, node.output),
+    "concat": lambda node, state, *x: torch.cat(x, 1),
+    "chunk": lambda node, state, x: x.chunk(node.groups, 1)[node.index],
+    "shuffle": lambda node, state, x: F.channel_shuffle(x, node.groups),
     "relu": lambda node, state, x: F.relu(x),
     "relu6": lambda node, state, x: F.relu6(x),
     "silu": lambda node, state, x: F.silu(x),

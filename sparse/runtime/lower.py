@@ -26,7 +26,10 @@ class Layer:
 
     name: str
     kind: str
-    """conv, linear, max_pool, mean_pool or scale."""
+    """conv, linear, max_pool, mean_pool, scale, adaptive_avg_pool, concat, chunk or shuffle.
+
+    A linear layer whose source is a map reads its pixels, channel by channel.
+    """
     source: str
     """Name of the layer whose value is read, or `INPUT`."""
     channels: int
@@ -41,6 +44,12 @@ class Layer:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     ceil_mode: bool = False
+    output: tuple[int, int] = (1, 1)
+    """Height and width of the value of an adaptive_avg_pool."""
+    index: int = 0
+    """The part of the channels that a chunk takes."""
+    parts: tuple[str, ...] = ()
+    """Names of the layers whose values concat joins."""
     residual: str | None = None
     """Name of a layer whose value is added before the activation."""
     factor: str | None = None
@@ -117,7 +126,7 @@ class _Lowering:
     def _conv(self, node: Node) -> None:
         weight = self._weight(node)
         if self._source(node) in self._vectors:
-            weight = weight.reshape(len(weight), -1)
+            weight = weight.reshape(len(weight), -1)  # of a 1x1 convolution
         layer = self._convolution(node, weight, self._bias(node, len(weight)))
         layer.kind = "conv" if weight.ndim == 4 else "linear"
         self._append(node, layer)
@@ -139,7 +148,6 @@ class _Lowering:
             padding=node.padding,
             dilation=node.dilation,
             groups=node.groups,
-            ceil_mode=node.ceil_mode,
         )
 
     def _depthwise(self, node: Node, weight: Array, bias: Array | None = None) -> Layer:
@@ -210,8 +218,37 @@ class _Lowering:
         self._pool(node, "mean_pool")
 
     def _pool(self, node: Node, kind: str) -> None:
-        layer = self._convolution(node, self._ones(node), self._ones(node))
-        layer.kind, layer.weight, layer.bias = kind, None, None
+        self._weightless(node, kind, self._channels[self._source(node)])
+
+    def _weightless(self, node: Node, kind: str, channels: int) -> None:
+        """Append a layer of a kind that has no weights."""
+        layer = Layer(
+            name=node.name,
+            kind=kind,
+            source=self._source(node),
+            channels=channels,
+            kernel=node.kernel,
+            stride=node.stride,
+            padding=node.padding,
+            groups=node.groups,
+            ceil_mode=node.ceil_mode,
+            output=node.output,
+            index=node.index,
+        )
         self._append(node, layer)
+
+    def _adaptive_avg_pool(self, node: Node) -> None:
+        self._pool(node, "adaptive_avg_pool")
+
+    def _shuffle(self, node: Node) -> None:
+        self._pool(node, "shuffle")
+
+    def _chunk(self, node: Node) -> None:
+        self._weightless(node, "chunk", self._channels[self._source(node)] // node.groups)
+
+    def _concat(self, node: Node) -> None:
+        parts = tuple(self._values[name] for name in node.inputs)
+        self._weightless(node, "concat", sum(self._channels[name] for name in parts))
+        self.layers[-1].parts = parts
 
     _linear = _conv
