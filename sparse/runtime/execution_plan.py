@@ -13,6 +13,7 @@ from .graph import ACTIVATIONS
 from .layout import Map
 from .lower import Array, Layer
 from .operation import Operation
+from .sized import sized
 from .tables import can_pair, dense_table, linear_table, paired_table, sparse_table
 
 MAX_TILE = 14  # kMaxTile of conv.h
@@ -53,7 +54,7 @@ class ExecutionPlan:
     def __init__(
         self, layers: Sequence[Layer], size: tuple[int, int, int], *, lanes: int, num_parts: int = 1
     ) -> None:
-        arrangement = arrange(layers, size, lanes=lanes)
+        arrangement = arrange(sized(layers, size), size, lanes=lanes)
         self.operations, self.pieces = arrangement.operations, arrangement.pieces
         self.arena_size, self.out_shape = arrangement.arena_size, arrangement.out_shape
         self._size, self._lanes, self._num_parts = size, lanes, num_parts
@@ -62,7 +63,7 @@ class ExecutionPlan:
             self._fill(operation)
 
     def _check_memory(self) -> None:
-        largest = max(value.size for operation in self.operations for value in operation.maps())
+        largest = max(map_.root.size for operation in self.operations for map_ in operation.maps())
         scratch = max(_attention_floats(o) for o in self.operations) * self._num_parts
         num_bytes = 4 * (self.arena_size + scratch)
         if num_bytes > memory.limit() or largest > MAX_FLOATS:
@@ -158,6 +159,10 @@ class ExecutionPlan:
             place = y + vector * source.lanes + np.arange(source.lanes)
         operation.op.offsets = self._keep(operation, place.astype(np.int32))
         operation.op.depth = whole
+        layer = operation.layer
+        if layer is not None:  # a shuffle
+            order = np.arange(layer.channels).reshape(layer.groups, -1).T.ravel()
+            operation.op.row_channel = self._keep(operation, order.astype(np.int32))
 
     def _fill_max_pool(self, operation: Operation) -> None:
         assert isinstance(operation.source, Map)

@@ -23,6 +23,7 @@ ACTIVATIONS = (
 OPS = (
     *("conv", "batch_norm", "add", "mul", "max_pool", "avg_pool", "mean_pool", "linear"),
     *("pixel_linear", "layer_norm", "scale", "prepend", "embedding", "attention", "token"),
+    *("adaptive_avg_pool", "concat", "chunk", "shuffle"),
     *ACTIVATIONS,
 )
 
@@ -40,7 +41,10 @@ class Node:
     of every pixel, and `pixel_linear` is a linear layer of them. `prepend` puts tokens before the
     pixels of a map. `attention` reads queries, keys and values as three equal ranges of channels.
     Convolutions of 1x1 compute with vectors, too. `mul` multiplies each channel of a map by an
-    element of a vector, `scale` by a parameter.
+    element of a vector, `scale` by a parameter. A linear layer that reads a map reads all of its
+    pixels, channel by channel. `concat` joins the channels of maps, and `chunk` takes part `index`
+    of `groups` equal parts of them. `shuffle` takes the first channels of all `groups`, then the
+    second ones, and so on.
     """
     inputs: tuple[str, ...]
     """Names of earlier nodes, or `INPUT`."""
@@ -54,6 +58,8 @@ class Node:
     eps: float = 0.0
     ceil_mode: bool = False
     """Whether the last window of a max_pool may reach beyond the image."""
+    output: tuple[int, int] = (1, 1)
+    """Height and width of the value of an adaptive_avg_pool."""
     heads: int = 0
     """Of an attention, whose scores are multiplied by `score_scale` before the softmax."""
     score_scale: float = 0.0
@@ -65,7 +71,7 @@ class Node:
     tokens: int = 0
     """Number of tokens that are put before others."""
     index: int = 0
-    """Pixel that a token takes, counted row by row."""
+    """The part that a chunk takes, or the pixel that a token takes, counted row by row."""
 
 
 _WEIGHTS = ("weight", "bias")
@@ -127,6 +133,17 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
+def vectors(nodes: Sequence[Node]) -> set[str]:
+    """Return the names of the values that are one vector per image; the other values are maps."""
+    found = set[str]()
+    for node in nodes:
+        if node.op in ("mean_pool", "linear", "token") or (
+            node.op != "mul" and found.issuperset(node.inputs)
+        ):
+            found.add(node.name)
+    return found
+
+
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f"{text[:76]} ..."
@@ -152,6 +169,7 @@ _IS_TYPED: dict[str, Callable[[Any], bool]] = {
     "groups": lambda value: type(value) is int,
     "eps": lambda value: type(value) in (int, float),
     "ceil_mode": lambda value: type(value) is bool,
+    "output": _is_pair,
     "heads": lambda value: type(value) is int,
     "score_scale": lambda value: type(value) in (int, float),
     "size": _is_pair,
@@ -212,7 +230,8 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def _run_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    return F.linear(x, state[node.parameters + "weight"], state.get(node.parameters + "bias"))
+    weight, bias = state[node.parameters + "weight"], state.get(node.parameters + "bias")
+    return F.linear(x.flatten(1), weight, bias)
 
 
 def _run_pixel_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -265,6 +284,10 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
     ),
     "avg_pool": lambda node, state, x: F.avg_pool2d(x, node.kernel, node.stride, node.padding),
     "mean_pool": lambda node, state, x: x.mean((2, 3)),
+    "adaptive_avg_pool": lambda node, state, x: F.adaptive_avg_pool2d(x, node.output),
+    "concat": lambda node, state, *x: torch.cat(x, 1),
+    "chunk": lambda node, state, x: x.chunk(node.groups, 1)[node.index],
+    "shuffle": lambda node, state, x: F.channel_shuffle(x, node.groups),
     "relu": lambda node, state, x: F.relu(x),
     "relu6": lambda node, state, x: F.relu6(x),
     "silu": lambda node, state, x: F.silu(x),

@@ -26,10 +26,11 @@ class Layer:
 
     name: str
     kind: str
-    """conv, linear, max_pool, mean_pool, scale, layer_norm, tokens, token or
-    attention.
+    """conv, linear, max_pool, mean_pool, scale, adaptive_avg_pool, concat, chunk or shuffle;
+    layer_norm, tokens, token or attention.
 
-    `tokens` takes the pixels of a map row by row, puts others before them and adds to all.
+    A linear layer whose source is a map reads its pixels, channel by channel. `tokens` takes the
+    pixels of a map row by row, puts others before them and adds to all.
     """
     source: str
     """Name of the layer whose value is read, or `INPUT`."""
@@ -48,6 +49,12 @@ class Layer:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     ceil_mode: bool = False
+    output: tuple[int, int] = (1, 1)
+    """Height and width of the value of an adaptive_avg_pool."""
+    index: int = 0
+    """The part of the channels that a chunk takes, or the pixel that a token takes."""
+    parts: tuple[str, ...] = ()
+    """Names of the layers whose values concat joins."""
     residual: str | None = None
     """Name of a layer whose value is added before the activation."""
     factor: str | None = None
@@ -58,8 +65,6 @@ class Layer:
     """Of a layer_norm."""
     heads: int = 0
     score_scale: float = 0.0
-    index: int = 0
-    """Pixel that a token takes."""
     size: tuple[int, int] = (0, 0)
     """Height and width that `tokens` give; the last of them are the pixels of the source."""
 
@@ -133,7 +138,7 @@ class _Lowering:
     def _conv(self, node: Node) -> None:
         weight = self._weight(node)
         if self._source(node) in self._vectors:
-            weight = weight.reshape(len(weight), -1)
+            weight = weight.reshape(len(weight), -1)  # of a 1x1 convolution
         layer = self._convolution(node, weight, self._bias(node, len(weight)))
         layer.kind = "conv" if weight.ndim == 4 else "linear"
         self._append(node, layer)
@@ -155,7 +160,6 @@ class _Lowering:
             padding=node.padding,
             dilation=node.dilation,
             groups=node.groups,
-            ceil_mode=node.ceil_mode,
         )
 
     def _depthwise(self, node: Node, weight: Array, bias: Array | None = None) -> Layer:
@@ -239,8 +243,23 @@ class _Lowering:
 
     def _pool(self, node: Node, kind: str) -> Layer:
         """Append a layer of another kind with as many channels as its source."""
-        layer = self._convolution(node, self._ones(node), self._ones(node))
-        layer.kind, layer.weight, layer.bias = kind, None, None
+        return self._weightless(node, kind, self._channels[self._source(node)])
+
+    def _weightless(self, node: Node, kind: str, channels: int) -> Layer:
+        """Append a layer of a kind that has no weights."""
+        layer = Layer(
+            name=node.name,
+            kind=kind,
+            source=self._source(node),
+            channels=channels,
+            kernel=node.kernel,
+            stride=node.stride,
+            padding=node.padding,
+            groups=node.groups,
+            ceil_mode=node.ceil_mode,
+            output=node.output,
+            index=node.index,
+        )
         self._append(node, layer)
         return layer
 
@@ -259,11 +278,10 @@ class _Lowering:
         layer.eps = node.eps
 
     def _token(self, node: Node) -> None:
-        self._pool(node, "token").index = node.index
+        self._pool(node, "token")
 
     def _attention(self, node: Node) -> None:
-        layer = self._pool(node, "attention")
-        layer.channels = self._channels[layer.name] = layer.channels // 3
+        layer = self._weightless(node, "attention", self._channels[self._source(node)] // 3)
         layer.heads, layer.score_scale = node.heads, node.score_scale
 
     def _prepend(self, node: Node) -> None:
@@ -284,5 +302,19 @@ class _Lowering:
         assert layer.weight is not None
         layer.weight = (layer.weight + added).astype(np.float32)
         self._values[node.name] = layer.name
+
+    def _adaptive_avg_pool(self, node: Node) -> None:
+        self._pool(node, "adaptive_avg_pool")
+
+    def _shuffle(self, node: Node) -> None:
+        self._pool(node, "shuffle")
+
+    def _chunk(self, node: Node) -> None:
+        self._weightless(node, "chunk", self._channels[self._source(node)] // node.groups)
+
+    def _concat(self, node: Node) -> None:
+        parts = tuple(self._values[name] for name in node.inputs)
+        self._weightless(node, "concat", sum(self._channels[name] for name in parts))
+        self.layers[-1].parts = parts
 
     _linear = _conv

@@ -101,7 +101,11 @@ class _Tracer:
         self._modules = modules
         self._names: dict[fx.Node, str] = {}
         self._forms: dict[fx.Node, _Form] = {}
+        # The nodes whose values share memory have the same node here, the first of them.
+        self._memory: dict[fx.Node, fx.Node] = {}
         self._nodes: list[Node] = []
+        # Sizes, groups of channels and the like: values of torch that are none of the runtime's
+        self._parts: dict[fx.Node, tuple[Any, ...]] = {}
 
     def convert(self, graph: fx.Graph) -> list[Node]:
         for node in graph.nodes:
@@ -111,6 +115,7 @@ class _Tracer:
                         "a model with more than one input cannot be exported"
                     )
                 self._names[node], self._forms[node] = INPUT, _Form.MAP
+                self._memory[node] = node
             elif node.op == "output":
                 return self._computed(node.args[0])
             elif node.op == "call_module":
@@ -160,15 +165,24 @@ class _Tracer:
         names = tuple(self._names[source] for source in inputs)
         self._nodes.append(Node(name=node.name, op=op, inputs=names, **values))
         self._names[node], self._forms[node] = node.name, form
+        self._memory[node] = node
 
     def _overwrite(self, node: fx.Node) -> None:
         """Let later readers of a node's first operand find the node's value: it works in place."""
-        old, new = self._names[self._operands(node, keywords=node.kwargs)[0]], self._names[node]
-        self._names = {key: new if name == old else name for key, name in self._names.items()}
+        first = self._operands(node, len(node.all_input_nodes), node.kwargs)[0]
+        memory, old, new = self._memory[first], self._names[first], self._names[node]
+        for other in [key for key, value in self._memory.items() if value is memory]:
+            if self._names[other] != old:
+                raise ValueError(
+                    f"{_place(node)} overwrites channels of which {other.name} consists, too"
+                )
+            self._names[other] = new
+        self._memory[node] = memory
 
     def _skip(self, node: fx.Node, keywords: Collection[str] = ()) -> None:
         (source,) = self._operands(node, keywords=keywords)
         self._names[node], self._forms[node] = self._names[source], self._forms[source]
+        self._memory[node] = self._memory[source]
 
     def _flatten(self, node: fx.Node) -> None:
         self._skip(node, ("start_dim", "end_dim"))
@@ -206,9 +220,15 @@ class _Tracer:
         self._pool(node, "avg_pool", _window(pool))
 
     def _adaptive_pool(self, node: fx.Node, size: Any) -> None:
-        if size not in (1, (1, 1), [1, 1]):
+        sizes = (size, size) if isinstance(size, int) else tuple(size)
+        if len(sizes) != 2 or not all(isinstance(s, int) for s in sizes):
             raise _unknown(node)
-        self._mean(node, _Form.POOLED)
+        if sizes == (1, 1):
+            self._mean(node, _Form.POOLED)
+            return
+        (source,) = self._operands(node, keywords=node.kwargs)
+        self._require(source, node.name, _Form.MAP)
+        self._add(node, "adaptive_avg_pool", [source], _Form.MAP, output=sizes)
 
     def _mean(self, node: fx.Node, form: _Form) -> None:
         (source,) = self._operands(node, keywords=node.kwargs)
@@ -242,6 +262,8 @@ class _Tracer:
             self._adaptive_pool(node, module.output_size)
         elif isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             self._flatten(node)
+        elif isinstance(module, nn.ChannelShuffle):
+            self._shuffle(node, module.groups)
         elif isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d):
             self._skip(node)
         else:
@@ -249,12 +271,12 @@ class _Tracer:
 
     def _linear(self, node: fx.Node) -> None:
         (source,) = self._operands(node)
-        if self._forms[source] is not _Form.VECTOR:
+        if self._forms[source] not in (_Form.VECTOR, _Form.FLAT_MAP):
             raise ValueError(
-                "the runtime has no linear layer of images that are not averaged and flattened "
-                f"({node.target})"
+                f"the runtime has no linear layer of images that are not flattened ({node.target})"
             )
-        self._weighted(node, "linear", _Form.VECTOR)
+        self._weighted(node, "linear", _Form.VECTOR, _Form.FLAT_MAP)
+        self._forms[node] = _Form.VECTOR
 
     def _call(self, node: fx.Node) -> None:
         function, rest = node.target, node.args[1:]
@@ -264,6 +286,8 @@ class _Tracer:
             self._product(node)
         elif function in _ACTIVATION_FUNCTIONS:
             self._activation_function(node, _ACTIVATION_FUNCTIONS[function])
+        elif function in (torch.cat, torch.concat):
+            self._concat(node)
         elif function in (torch.flatten, "flatten"):
             if (*rest, *node.kwargs.values()) not in ((1,), (1, -1)):
                 raise _unknown(node)
@@ -275,8 +299,12 @@ class _Tracer:
             add(self, node, _arguments(node, parameters))
         elif function is F.adaptive_avg_pool2d:
             self._adaptive_pool(node, _arguments(node, {"output_size": None})["output_size"])
-        elif _is_identity(node):
+        elif function in (torch.channel_shuffle, F.channel_shuffle):
+            self._shuffle(node, _arguments(node, {"groups": None})["groups"])
+        elif _is_identity(node, self._forms):
             self._skip(node, node.kwargs)
+        elif function in _REGROUPING and isinstance(node.args[0], fx.Node):
+            self._regroup(node)
         else:
             raise _unknown(node)
 
@@ -299,6 +327,56 @@ class _Tracer:
         if node.target in (operator.imul, "mul_"):
             self._overwrite(node)
 
+    def _concat(self, node: fx.Node) -> None:
+        parts: Any = node.args[0] if node.args else node.kwargs.get("tensors")
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if not isinstance(parts, list | tuple) or dim not in (1, -3) or not parts:
+            raise _unknown(node)
+        if not all(isinstance(part, fx.Node) and part in self._forms for part in parts):
+            raise _unknown(node)
+        for part in parts:
+            self._require(part, node.name, _Form.MAP)
+        if len(parts) == 1:
+            self._names[node], self._forms[node] = self._names[parts[0]], _Form.MAP
+            self._memory[node] = node
+        else:
+            self._add(node, "concat", parts, _Form.MAP)
+
+    def _shuffle(self, node: fx.Node, groups: int) -> None:
+        (source,) = self._operands(node, keywords=node.kwargs)
+        form = self._require(source, node.name, _Form.MAP)
+        self._add(node, "shuffle", [source], form, groups=groups)
+
+    def _regroup(self, node: fx.Node) -> None:
+        """Follow what only regroups channels, step by step: chunks, and shuffles that use views."""
+        source: Any = node.args[0]
+        part = self._parts.get(source, ())
+        arguments = (*node.args[1:], *node.kwargs.values())
+        rest = tuple(self._parts.get(a, a) if isinstance(a, fx.Node) else a for a in arguments)
+        function, kind = _REGROUPING[node.target], part[0] if part else ""
+        if kind == "" and self._forms.get(source) is _Form.MAP:
+            found = _part_of_map(function, source, rest)
+        elif (function, kind) == ("getitem", "sizes"):
+            found = ("size", rest[0], 1)
+        elif (function, kind) == ("floordiv", "size"):
+            found = ("size", part[1], rest[0])
+        elif (function, kind, rest) == ("transpose", "groups", (1, 2)):
+            found = ("shuffled", *part[1:])
+        elif (function, kind) == ("contiguous", "shuffled"):
+            found = part
+        elif (function, kind) == ("getitem", "chunks"):
+            found = ()
+            self._add(node, "chunk", part[1:2], _Form.MAP, groups=part[2], index=rest[0])
+            self._memory[node] = self._memory[part[1]]
+        elif (function, kind) == ("view", "shuffled") and rest in (_SIZES, _SIZES_BUT_CHANNELS):
+            found = ()
+            self._add(node, "shuffle", part[1:2], _Form.MAP, groups=part[2])
+        else:
+            raise _unknown(node)
+        if node not in self._forms and (not found or node.kwargs.keys() - {"dim"}):
+            raise _unknown(node)
+        self._parts[node] = found
+
     def _activation_function(self, node: fx.Node, op: str) -> None:
         arguments = _arguments(node, {"inplace": False, "approximate": "none"})
         inplace = arguments["inplace"] or str(node.target).endswith("_")
@@ -315,6 +393,33 @@ class _Tracer:
 
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+
+_SIZES = tuple(("size", axis, 1) for axis in range(4))
+_SIZES_BUT_CHANNELS = (_SIZES[0], -1, *_SIZES[2:])
+_REGROUPING: dict[Any, str] = {
+    **dict.fromkeys((torch.chunk, "chunk"), "chunk"),
+    **dict.fromkeys((torch.transpose, "transpose"), "transpose"),
+    **dict.fromkeys(("view", "reshape"), "view"),
+    "size": "size",
+    getattr: "size",
+    operator.getitem: "getitem",
+    operator.floordiv: "floordiv",
+    "contiguous": "contiguous",
+}
+
+
+def _part_of_map(function: str, source: fx.Node, rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what a regrouping function of a map gives; () if it is not known."""
+    if function == "size" and rest in ((), ("shape",)):
+        return ("sizes",)
+    if function == "chunk" and len(rest) == 2 and rest[1] in (1, -3):
+        return ("chunks", source, rest[0])
+    if function == "view" and len(rest) == 5:
+        groups = rest[1]
+        if rest == (_SIZES[0], groups, ("size", 1, groups), *_SIZES[2:]):
+            return ("groups", source, groups)
+    return ()
+
 
 _ACTIVATION_MODULES = {
     nn.ReLU: "relu",
@@ -386,13 +491,13 @@ def _gelu(approximate: str) -> str:
     return "gelu" if approximate == "none" else "gelu_tanh"
 
 
-def _is_identity(node: fx.Node) -> bool:
+def _is_identity(node: fx.Node, forms: Collection[fx.Node]) -> bool:
     """Tell whether a function does nothing in evaluation: dropout, or stochastic depth."""
     if node.target in (F.dropout, F.dropout2d):
         arguments = _arguments(node, {"p": 0.5, "training": True, "inplace": False})
         return arguments["training"] is False
     if node.target == "contiguous":
-        return len(node.args) == 1 and not node.kwargs
+        return len(node.args) == 1 and not node.kwargs and node.args[0] in forms
     # torchvision is not imported here. Its stochastic_depth(input, p, mode, training) is opaque to
     # torch.fx.
     name = getattr(node.target, "__name__", "")

@@ -29,7 +29,7 @@ void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
   for (int64_t y = y0; y < y1; ++y) {
     const int32_t* place = op.offsets + y * size;
     for (int64_t c = 0; c < op.channels; ++c) {
-      const float* in = arena + op.in + c * op.in_plane;
+      const float* in = arena + op.in + (op.row_channel ? op.row_channel[c] : c) * op.in_plane;
       float* out = arena + op.out + y * op.out_row + c * op.out_plane;
       if (op.depth) {
         for (int64_t i = 0; i < size; i += kLanes) store(out + i, load(in + place[i]));

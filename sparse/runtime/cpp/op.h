@@ -71,7 +71,8 @@ struct Op {
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are valid
   const int32_t* moves;             // [4][lanes] Grid.moves of the output, null with one band
   const int32_t* row_begin;         // sparse linear: [channels + 1] into connections
-  const int32_t* row_channel;       // [channels] in the order of computation, part by part
+  const int32_t* row_channel;       // [channels] in the order of computation, part by part;
+                                    // repack: the channel that each one copies, null for the same
   const int32_t* counts;            // [parts][blocks][groups][2^group - 1] connections by pattern;
                                     // dense, of 2 rows: [4] terms of each product
   const int64_t* part_begin;        // [parts + 1] first channel of each part, a multiple of 4

@@ -42,13 +42,17 @@ class Seed(nn.Module):
         self.pool, self.mean = nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 1)
         self.wide = nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=3)
         self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 12, 1), nn.Sigmoid())
+        self.more, self.shuffle = nn.Conv2d(12, 6, 1), nn.ChannelShuffle(3)
+        self.flat = nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Linear(12, 12))
         self.fc = nn.Linear(12, 20)
         self.last = nn.Linear(20, 7, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.norm(self.stem(x)).relu())
         x = F.silu(self.wide(x) + self.lone(x))
-        x = self.mean(x * self.gate(x)).mean((2, 3))
+        x = self.mean(x * self.gate(x))
+        parts = self.shuffle(torch.cat((x, self.more(x)), 1)).chunk(3, 1)
+        x = self.flat(F.gelu(parts[0]) + parts[2])
         return self.last(self.fc(x).relu())
 
 

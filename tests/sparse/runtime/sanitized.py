@@ -44,7 +44,19 @@ def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[
             **options,
         )
 
-    dense = generator.standard_normal((5, 12)).astype(np.float32)
+    def linear(name: str, source: str, into: int, **options: object) -> Layer:
+        weight = generator.standard_normal((into, 12)).astype(np.float32)
+        bias = np.zeros(into, np.float32)
+        return Layer(
+            name=name,
+            kind="linear",
+            source=source,
+            channels=into,
+            weight=weight,
+            bias=bias,
+            **options,
+        )
+
     return [
         conv("a", "input", 12, 7, stride=(2, 2), padding=(3, 3)),
         Layer(
@@ -71,14 +83,13 @@ def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[
         conv("q", "n", 36, 1),
         Layer(name="t", kind="attention", source="q", channels=12, heads=3, score_scale=0.5),
         Layer(name="f", kind="mean_pool", source="t", channels=12),
-        Layer(
-            name="g",
-            kind="linear",
-            source="f",
-            channels=5,
-            weight=dense,
-            bias=np.zeros(5, np.float32),
-        ),
+        linear("g", "f", 12, activation="sigmoid"),
+        Layer(name="h", kind="scale", source="e", factor="g", channels=12),
+        Layer(name="i", kind="concat", source="h", parts=("h", "e"), channels=24),
+        Layer(name="j", kind="shuffle", source="i", groups=2, channels=24),
+        Layer(name="k", kind="chunk", source="j", groups=2, index=1, channels=12),
+        Layer(name="l", kind="adaptive_avg_pool", source="k", channels=12),
+        linear("m", "l", 5),
     ]
 
 

@@ -109,7 +109,10 @@ POOL = nn.AdaptiveAvgPool2d(1)
     ("model", "message"),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3, padding="same")), "pads with numbers"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), "no linear layer of images that are"),
+        (
+            nn.Sequential(CONV, nn.Flatten()),
+            "needs .N, C, H, W. or .N, C., but _1 is .N, C . H . W.",
+        ),
         (nn.Sequential(nn.MaxPool2d(2, dilation=2)), "max-pooling with dilation"),
         (nn.Sequential(nn.AvgPool2d(2, ceil_mode=True)), "average-pooling with options"),
         (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), "return_indices"),

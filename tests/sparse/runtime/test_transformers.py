@@ -17,7 +17,7 @@ from sparse.runtime.network import Network
 from tests.sparse.runtime import random_transformers
 from tests.sparse.runtime.conftest import LEVELS
 
-FEW, MANY = 40, 600
+FEW, MANY = 30, 600
 TOLERANCE = 1e-4
 
 
@@ -190,8 +190,6 @@ def test_attention_is_one_operation_however_it_is_written() -> None:
     for layer in (
         MultiHead(batch_first=True),
         MultiHead(batch_first=False),
-        MultiHead(batch_first=True, bias=False),
-        Attention(12, 3),
         Attention(12, 3, qkv_bias=True),
     ):
         nodes = trace(Tokens(layer).eval(), image_size=16)

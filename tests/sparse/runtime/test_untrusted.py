@@ -120,7 +120,6 @@ def test_what_does_not_fit_is_named(tmp_path: Path, change: Change, message: str
         (node("scale", "parameters", "p"), "'p' is .*'scaled' needs 12 numbers: 1 for each of 12"),
         (node("scale", "parameters", "z"), "'z' is missing, 'scaled' needs 12 numbers"),
         (node("token", "index", -1), "index -1 or tokens 0 out of range"),
-        (node("token", "op", "layer_norm"), "has no index|no linear layer of images"),
         (node("add", "size", [1, 10]), "has no size"),
         (node("layer_norm", "heads", 2), "has no heads"),
         (node("layer_norm", "eps", -1), "or eps -1 out of range"),
