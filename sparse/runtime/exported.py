@@ -198,6 +198,12 @@ class _Interpreter:
         plain += [merged([Part(PIXELS, size[0], size[1])]), axis_of(PIXELS, size[1])]
         return view.dims == tuple(plain)
 
+    def flat(self, view: View) -> tuple[Dim, ...]:
+        """Return the dimensions (N, C * H * W) of a map."""
+        size = self._sizes[view.name] or (1, 1)
+        channels = axis_of(CHANNELS, self._channels[view.name])
+        return axis_of(BATCH, BATCH_SIZE), (*channels, *axis_of(PIXELS, size[0] * size[1]))
+
     def ends_with_channels(self, view: View) -> bool:
         return bool(view.dims) and view.dims[-1] == axis_of(CHANNELS, self._channels[view.name])
 
@@ -348,13 +354,16 @@ def _item(made: _Interpreter, node: fx.Node) -> Any:
 
 def _linear(made: _Interpreter, node: fx.Node) -> View:
     view = made.read(node)
-    if not made.ends_with_channels(view):
-        raise ValueError("it mixes pixels")
-    prefix = made.prefix(node, _WEIGHTS)
+    pixels = made.size_of(view)
     channels = made.shape(node)[-1]
-    dims = (*view.dims[:-1], axis_of(CHANNELS, channels))
-    op = "linear" if made.size_of(view) is None else "pixel_linear"
-    return made.add_alike(node, op, view, channels=channels, dims=dims, parameters=prefix)
+    prefix = made.prefix(node, _WEIGHTS)
+    if made.ends_with_channels(view):
+        dims = (*view.dims[:-1], axis_of(CHANNELS, channels))
+        op = "linear" if pixels is None else "pixel_linear"
+        return made.add_alike(node, op, view, channels=channels, dims=dims, parameters=prefix)
+    if pixels is None or view.dims != made.flat(view):
+        raise ValueError("it mixes pixels")
+    return made.add(node, "linear", view, channels=channels, parameters=prefix)
 
 
 def _layer_norm(made: _Interpreter, node: fx.Node) -> View:
@@ -447,10 +456,25 @@ def _expect(weight: View, value: View, by_axis: Mapping[str, Part]) -> None:
             raise ValueError("the order of its weights is not known")
 
 
+def _join(made: _Interpreter, node: fx.Node, views: Sequence[View]) -> View:
+    """Return maps with their channels joined."""
+    maps = [made._read(node, view) for view in views]
+    sizes = {made.size_of(view) for view in maps}
+    are_maps = all(made.is_plain(view) for view in maps) and None not in sizes
+    if not are_maps or len(sizes) > 1 or made.argument(node, 1, "dim", 0) not in (1, -3):
+        raise ValueError("it joins other values than the channels of maps")
+    shape = made.shape(node)
+    return made.add(node, "concat", *maps, channels=shape[1], pixels=shape[2:])
+
+
 def _concatenate(made: _Interpreter, node: fx.Node) -> View:
     sources: Any = node.args[0]
-    *tokens, last = (made.view_of(node, source) for source in sources)
-    if not tokens or not all(view.is_weight for view in tokens) or last.is_weight:
+    *tokens, last = views = [made.view_of(node, source) for source in sources]
+    if not tokens:
+        return last
+    if not any(view.is_weight for view in views):
+        return _join(made, node, views)
+    if not all(view.is_weight for view in tokens) or last.is_weight:
         raise ValueError("it concatenates other values than tokens before a map")
     value = made._read(node, last)
     channels = made.channels_of(value)
@@ -515,7 +539,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 def _batch_norm(made: _Interpreter, node: fx.Node) -> View:
     view = made.read(node)
-    if not made.is_plain(view) or made.size_of(view) is None:
+    if not made.is_plain(view):
         raise ValueError("it reads no map (N, C, H, W)")
     entries = {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"}
     eps = node.args[_EPS[node.target]]
@@ -553,9 +577,11 @@ def _mean(made: _Interpreter, node: fx.Node) -> View:
 
 
 def _adaptive_pool(made: _Interpreter, node: fx.Node) -> View:
-    view = made.read(node)
-    if not made.is_plain(view) or made.size_of(view) is None or made.shape(node)[2:] != (1, 1):
-        raise ValueError("it averages other numbers than the pixels of a map")
+    view, size = made.read(node), made.shape(node)[2:]
+    if not made.is_plain(view) or made.size_of(view) is None:
+        raise ValueError("it reads no map (N, C, H, W)")
+    if size != (1, 1):
+        return made.add(node, "adaptive_avg_pool", view, pixels=size, output=size)
     made.add(node, "mean_pool", view)
     return View(node.name, (*view.dims[:2], (), ()))
 
@@ -599,6 +625,16 @@ def _activation(op: str) -> Handler:
     return lambda made, node: made.add_alike(node, op, made.read(node))
 
 
+def _clamp(made: _Interpreter, node: fx.Node) -> View:
+    """Add a ReLU6, which torch.export writes so."""
+    if [made.argument(node, i, n, d) for i, n, d in _CLAMP] != [0, 6]:
+        raise ValueError("its limits are others than 0 and 6")
+    return made.add_alike(node, "relu6", made.read(node))
+
+
+_CLAMP = ((1, "min_val", -1), (2, "max_val", 1))
+
+
 def _gelu(made: _Interpreter, node: fx.Node) -> View:
     is_tanh = node.kwargs.get("approximate", "none") == "tanh"
     return made.add_alike(node, "gelu_tanh" if is_tanh else "gelu", made.read(node))
@@ -630,6 +666,7 @@ def _operations() -> dict[Any, Handler]:
         aten.max_pool2d.default: _pool,
         aten.avg_pool2d.default: _pool,
         aten.gelu.default: _gelu,
+        aten.hardtanh.default: _clamp,
     }
 
 
