@@ -58,7 +58,8 @@ def prune_(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     Without this the logits of a deep network would hardly depend on the image, and errors would not
     show.
     """
-    weights = sparse.prunable(model)
+    attention = [name for name, _ in model.named_parameters() if name.endswith("in_proj_weight")]
+    weights = sparse.prunable(model, include=attention)
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     counts = sparse.allocate(shapes, sparsity=SPARSITY, distribution="erk")
     masks = {}
@@ -69,6 +70,9 @@ def prune_(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         fan_in = max(1.0, counts[name] / len(weight))
         nn.init.normal_(weight.data, std=(2 / fan_in) ** 0.5)
         weight.data *= masks[name]
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_scale"):
+            parameter.data.fill_(0.5)  # ConvNeXt begins with blocks that hardly do anything
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -94,7 +98,7 @@ def attempt(
             path,
             model.state_dict(),
             masks,
-            nodes=runtime.trace(model),
+            nodes=runtime.trace(model, image_size=image_size),
             arch=name,
             model={"num_classes": num_classes},
             image_size=image_size,
