@@ -56,6 +56,8 @@ CONFIGURATIONS = (
     "resnet50/uniform/0.9",
     "mobilenet_v1/uniform/0.9",
 )
+# Weight of nn.MultiheadAttention, which is no layer of its own: masked as the other weights are.
+IN_PROJECTION = ".in_proj_weight"
 # At 0.99 the published ERK networks keep their first layer dense.
 DENSE_FIRST = 0.99
 WARM_UP = 0.03
@@ -65,7 +67,8 @@ def build(arch: str, distribution: str, sparsity: float) -> tuple[nn.Module, dic
     """Return a network with random masks and BatchNorm statistics of random images."""
     torch.manual_seed(0)
     model = create_model(arch)
-    weights = sparse.prunable(model)
+    attention = [name for name, _ in model.named_parameters() if name.endswith(IN_PROJECTION)]
+    weights = sparse.prunable(model, include=attention)
     dense = None
     if distribution == "erk" and sparsity >= DENSE_FIRST:
         dense = [next(iter(weights))]
@@ -96,7 +99,7 @@ def save(model: nn.Module, masks: Mapping[str, Tensor], arch: str, path: Path) -
         path,
         model.state_dict(),
         masks,
-        nodes=runtime.trace(model),
+        nodes=runtime.trace(model, image_size=default_image_size(arch)),
         arch=arch,
         model={},
         image_size=default_image_size(arch),

@@ -191,7 +191,7 @@ def write_compact(trained: Trained, output: Path, *, dtype: str, fold: bool) -> 
         output,
         trained.state,
         trained.masks,
-        nodes=runtime.trace(trained.model()),
+        nodes=runtime.trace(trained.model(), image_size=trained.image_size),
         arch=trained.arch,
         model=trained.options,
         image_size=trained.image_size,

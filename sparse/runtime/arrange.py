@@ -9,7 +9,13 @@ from .layout import Grid, Map, Value, Vector, best_grid, out_size, reach
 from .lower import Layer
 from .memory import place
 from .operation import Operation
+from .sized import layer_size
 
+WINDOWS = ("conv", "max_pool")
+MAPS = ("layer_norm", "tokens", "attention")
+"""Kinds of layers without a window whose value is a map, if they read one."""
+VECTORS = ("linear", "mean_pool", "token")
+"""Kinds of layers whose value is a vector."""
 MAX_GROWTH = 1.2  # factor by which a row may grow if its readers then need no repacking
 LINEAR_DENSITY = 0.3  # below this density a linear layer is computed as a sparse one
 BYTES_PER_VECTOR = 20  # bytes that the caches move while one vector is multiplied and added
@@ -52,11 +58,16 @@ class Arrangement:
         self._size, self._lanes = size, lanes
         self._values: dict[str, Value] = {}
         self._repacked: dict[tuple[object, ...], Map] = {}
+        self._borderless: set[int] = set()  # ids of maps whose borders nobody fills
+        self._flattened: dict[int, Vector] = {}
+        self._places = places_in_concats(layers, size[0])
+        self._channels = {layer.name: layer.channels for layer in layers}
+        self._wholes: dict[str, Map] = {}
         self._wishes = self._wished_vectors(layers)
         self._read_image(layers[0], grid)
         for layer in layers:
             self._add(layer)
-        self._finish()
+        self._finish(layers[-1].name)
         self.groups = fuse(self.operations)
         self.pieces = order_pieces(self.operations, self.groups)
         self.arena_size = place(self.operations, self.groups, self.pieces)
@@ -108,10 +119,12 @@ class Arrangement:
         wishes: dict[str, int] = {}
         makers = {layer.name: layer for layer in layers}
         for layer in layers:
-            if layer.kind not in ("conv", "max_pool"):
+            if layer.kind in VECTORS or layer.source not in widths:
                 continue
             width = widths[layer.source]
             widths[layer.name] = _width(layer, width)
+            if layer.kind not in WINDOWS:
+                continue
             if layer.stride[1] > 1 and layer.kernel != (1, 1):
                 name = self._setter(layer.source, makers, widths)
                 out = -(-widths[layer.name] // self._lanes)
@@ -126,7 +139,7 @@ class Arrangement:
         """
         first, connections = name, 0
         while (maker := makers.get(first)) is not None and maker.residual is None:
-            if maker.kind != "conv" or widths[maker.source] != widths[first]:
+            if maker.kind not in ("conv", "scale") or widths[maker.source] != widths[first]:
                 return first
             connections += maker.num_active
             if (MAX_GROWTH - 1) * connections > self._lanes * makers[name].channels:
@@ -135,18 +148,112 @@ class Arrangement:
         return name
 
     def _add(self, layer: Layer) -> None:
-        if layer.kind in ("conv", "max_pool"):
+        if layer.kind in WINDOWS:
             self._add_window(layer)
             return
+        if layer.kind in _REGROUPING:
+            _REGROUPING[layer.kind](self, layer)
+            return
         source = self._values[layer.source]
+        if layer.kind in MAPS and isinstance(source, Map):
+            self._add_map(layer, source)
+            return
+        if layer.kind == "linear" and isinstance(source, Map):
+            source = self._flatten(source)
         target = Vector(channels=layer.channels, lanes=self._lanes)
         kind = bindings.MEAN_POOL
         if layer.kind == "linear":
             assert layer.weight is not None
-            sparse = layer.num_active < LINEAR_DENSITY * layer.weight.size
+            sparse = layer.groups > 1 or layer.num_active < LINEAR_DENSITY * layer.weight.size
             kind = bindings.SPARSE_LINEAR if sparse else bindings.DENSE_LINEAR
+        elif layer.kind == "layer_norm":
+            kind = bindings.VECTOR_NORM
+        elif layer.kind == "token":
+            kind = bindings.TOKEN
         self._values[layer.name] = target
         self.operations.append(Operation(kind=kind, source=source, target=target, layer=layer))
+
+    def _add_map(self, layer: Layer, source: Map) -> None:
+        """Add a LayerNorm, tokens or an attention of a map."""
+        height, width = layer_size(layer, (source.height, source.width))
+        grid = source.grid
+        if (height, width) != (source.height, source.width):
+            vectors = -(-width // self._lanes)
+            grid = Grid(vectors=vectors, rows=height, lanes=self._lanes)
+        target = self._target(layer, height, width, grid)
+        if layer.kind == "attention":  # nobody fills its borders, so it has its own memory
+            target = Map(channels=layer.channels, height=height, width=width, grid=grid)
+            self._borderless.add(id(target))
+        kind = _MAP_KINDS[layer.kind]
+        self._compute(Operation(kind=kind, source=source, target=target, layer=layer))
+
+    def _add_scale(self, layer: Layer) -> None:
+        source = self._map_of(layer.source)
+        factor = self._values[layer.factor or ""]
+        assert isinstance(factor, Vector)
+        target = self._target(layer, source.height, source.width, source.grid)
+        self._compute(
+            Operation(kind=bindings.SCALE, source=source, target=target, factor=factor, layer=layer)
+        )
+
+    def _add_shuffle(self, layer: Layer) -> None:
+        source = self._map_of(layer.source)
+        target = self._target(layer, source.height, source.width, source.grid)
+        self._compute(Operation(kind=bindings.REPACK, source=source, target=target, layer=layer))
+
+    def _add_chunk(self, layer: Layer) -> None:
+        source = self._map_of(layer.source)
+        self._values[layer.name] = source.part(layer.index * layer.channels, layer.channels)
+
+    def _add_concat(self, layer: Layer) -> None:
+        """Copy the parts that have not been written into the whole."""
+        whole, first = self._places[layer.name]
+        for name in layer.parts:
+            value = self._map_of(name)
+            if self._places.get(name) != (whole, first):
+                place = self._place(whole, first, value)
+                self.operations.append(Operation(kind=bindings.REPACK, source=value, target=place))
+            first += value.channels
+        first = self._places[layer.name][1]
+        self._values[layer.name] = self._wholes[whole].part(first, layer.channels)
+
+    def _place(self, whole: str, first: int, like: Map) -> Map:
+        """Return the channels of a concat that a value takes; the first value sets the grid."""
+        if whole not in self._wholes:
+            self._wholes[whole] = Map(
+                channels=self._channels[whole],
+                height=like.height,
+                width=like.width,
+                grid=like.grid,
+            )
+        return self._wholes[whole].part(first, like.channels)
+
+    def _target(self, layer: Layer, height: int, width: int, grid: Grid) -> Map:
+        """Return the map of a layer: where a concat wants it, if the grids agree."""
+        target = Map(channels=layer.channels, height=height, width=width, grid=grid)
+        if layer.name not in self._places:
+            return target
+        place = self._place(*self._places[layer.name], target)
+        return place if place.grid == grid else target
+
+    def _compute(self, operation: Operation) -> None:
+        """Append the operation of a layer, and what copies its value to where a concat wants it."""
+        assert operation.layer is not None
+        name, target = operation.layer.name, operation.target
+        assert isinstance(target, Map)
+        self._values[name] = target
+        self.operations.append(operation)
+        if name in self._places and target.root is not self._wholes[self._places[name][0]]:
+            place = self._place(*self._places[name], target)
+            self.operations.append(Operation(kind=bindings.REPACK, source=target, target=place))
+
+    def _flatten(self, source: Map) -> Vector:
+        """Return the pixels of a map, channel by channel."""
+        if id(source) not in self._flattened:
+            size = source.channels * source.height * source.width
+            target = self._flattened[id(source)] = Vector(channels=size, lanes=self._lanes)
+            self.operations.append(Operation(kind=bindings.OUTPUT, source=source, target=target))
+        return self._flattened[id(source)]
 
     def _add_window(self, layer: Layer) -> None:
         source = self._map_of(layer.source)
@@ -156,7 +263,7 @@ class Arrangement:
             layer.padding,
             layer.dilation,
         )
-        height, width = _sizes(layer, (source.height, source.width))
+        height, width = layer_size(layer, (source.height, source.width))
         if min(height, width) < 1:
             raise ValueError(
                 f"images of {self._size[1]}x{self._size[2]} are too small for this network: "
@@ -169,18 +276,20 @@ class Arrangement:
             sy = sx = 1
         elif not source.grid.fits(grid.scaled((sy, sx))):
             source = self._repack(source, grid.scaled((sy, sx)), (1, 1))
-        target = Map(channels=layer.channels, height=height, width=width, grid=grid)
-        source.require(
-            halo=max(px, reach(source.vectors, grid.vectors, kw, sx, px, dx)),
-            top=py,
-            bottom=reach(source.rows, grid.rows, kh, sy, py, dy),
-        )
+        target = self._target(layer, height, width, grid)
+        borders = {
+            "halo": max(px, reach(source.vectors, grid.vectors, kw, sx, px, dx)),
+            "top": py,
+            "bottom": reach(source.rows, grid.rows, kh, sy, py, dy),
+        }
+        if id(source.root) in self._borderless and any(borders.values()):
+            source = self._repack(source, source.grid, (1, 1))
+        source.require(**borders)
         residual = None
         if layer.residual is not None:
             residual = self._map_of(layer.residual)
             if not residual.grid.fits(grid):
                 residual = self._repack(residual, grid, (1, 1))
-        self._values[layer.name] = target
         kind = bindings.SPARSE_CONV if layer.kind == "conv" else bindings.MAX_POOL
         operation = Operation(
             kind=kind,
@@ -190,7 +299,7 @@ class Arrangement:
             layer=layer,
             stride=(sy, sx),
         )
-        self.operations.append(operation)
+        self._compute(operation)
 
     def _grid(self, layer: Layer, source: Map, height: int, width: int) -> Grid:
         """Return the grid of a layer's output, with the bands of its input if the stride allows."""
@@ -237,16 +346,60 @@ class Arrangement:
             )
         return self._repacked[key]
 
-    def _finish(self) -> None:
+    def _finish(self, name: str) -> None:
         """Let the last value be written to the memory of the logits."""
-        last = self.operations[-1].target
-        assert last is not None
+        last = self._values[name]
         if isinstance(last, Map):
             self.out_shape: tuple[int, ...] = (last.channels, last.height, last.width)
             self.operations.append(Operation(kind=bindings.OUTPUT, source=last, target=None))
         else:
             self.out_shape = (last.channels,)
             self.operations[-1].target = None
+
+
+_MAP_KINDS = {
+    "layer_norm": bindings.LAYER_NORM,
+    "tokens": bindings.TOKENS,
+    "attention": bindings.ATTENTION,
+}
+_REGROUPING = {
+    "scale": Arrangement._add_scale,
+    "shuffle": Arrangement._add_shuffle,
+    "chunk": Arrangement._add_chunk,
+    "concat": Arrangement._add_concat,
+}
+
+
+def places_in_concats(layers: Sequence[Layer], in_channels: int) -> dict[str, tuple[str, int]]:
+    """Return where values lie that concats join: the concat that is the whole, and the channel.
+
+    A value has one place only. Where other concats join the same values in the same order, as in
+    DenseNet, they are ranges of the channels of the longest one.
+    """
+    channels = {INPUT: in_channels} | {layer.name: layer.channels for layer in layers}
+    has_memory = {layer.name for layer in layers if layer.kind != "chunk"}
+    places: dict[str, tuple[str, int]] = {}
+    concats = [layer for layer in layers if layer.kind == "concat"]
+    # A concat comes before those that are parts of it.
+    for layer in sorted(concats, key=lambda concat: -concat.channels):
+        whole, start = places.get(layer.parts[0], (layer.name, 0))
+        wanted = dict(zip(layer.parts, _starts(layer, channels, start), strict=True))
+        if layer.name not in places and all(
+            places.get(name) == (whole, first) for name, first in wanted.items()
+        ):
+            places[layer.name] = whole, start
+            continue
+        whole, start = places.setdefault(layer.name, (layer.name, 0))
+        for name, first in zip(layer.parts, _starts(layer, channels, start), strict=True):
+            if name in has_memory and name not in places:
+                places[name] = whole, first
+    return places
+
+
+def _starts(concat: Layer, channels: Mapping[str, int], start: int) -> list[int]:
+    """Return the first channel of each part."""
+    sizes = [channels[name] for name in concat.parts]
+    return [start + sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def arrange(layers: Sequence[Layer], size: tuple[int, int, int], *, lanes: int) -> Arrangement:
@@ -280,24 +433,8 @@ def banded_grids(height: int, width: int, *, lanes: int) -> list[Grid]:
 
 
 def _width(layer: Layer, width: int) -> int:
-    """Return the width of the output of a convolution or pool."""
-    return _sizes(layer, (1, width))[1]
-
-
-def _sizes(layer: Layer, size: tuple[int, int]) -> tuple[int, int]:
-    """Return height and width of the output of a convolution or pool."""
-    height, width = (
-        out_size(
-            size[i],
-            layer.kernel[i],
-            layer.stride[i],
-            layer.padding[i],
-            layer.dilation[i],
-            ceil_mode=layer.ceil_mode,
-        )
-        for i in (0, 1)
-    )
-    return height, width
+    """Return the width of the output of a layer whose value is a map."""
+    return layer_size(layer, (1, width))[1]
 
 
 def _size(value: Map) -> tuple[int, int]:

@@ -19,10 +19,17 @@ class Op(ctypes.Structure):
     _fields_ = [
         *((name, _INT) for name in "kind in_ out res in_row in_plane out_row out_plane".split()),
         *((name, _INT) for name in "res_row res_plane rows vectors channels halo".split()),
-        *((name, _INT) for name in "stride_y stride_x relu tile_rows tile_vectors group".split()),
+        *(
+            (name, _INT)
+            for name in "stride_y stride_x activation tile_rows tile_vectors group".split()
+        ),
         *((name, _INT) for name in "num_parts num_blocks depth width height".split()),
         *((name, _INT) for name in "in_channels window_y window_x".split()),
-        *((name, _INT) for name in "pad_y pad_x pad_top pad_bottom mask_row".split()),
+        *(
+            (name, _INT)
+            for name in "pad_y pad_x pad_top pad_bottom mask_row heads num_tokens".split()
+        ),
+        *((name, ctypes.c_double) for name in "eps score_scale".split()),
         *(
             (name, _POINTER)
             for name in "mask moves row_begin row_channel counts part_begin part_stream".split()
@@ -35,7 +42,7 @@ NUMBERS = sum(field[1] is not _POINTER for field in Op._fields_)
 """Members of `Op` that are no pointers. They come first."""
 
 INPUT, SPARSE_CONV, DENSE_CONV, MAX_POOL, MEAN_POOL, SPARSE_LINEAR, DENSE_LINEAR, REPACK = range(8)
-OUTPUT = 8
+OUTPUT, SCALE, LAYER_NORM, VECTOR_NORM, TOKENS, TOKEN, ATTENTION = range(8, 15)
 
 
 @functools.cache

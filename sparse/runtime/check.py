@@ -4,23 +4,31 @@ A graph is checked when it is traced and when it is read from a file: first on i
 the shapes of its weights. It is checked against the size of images when the images come.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 from . import memory
-from .graph import INPUT, Node, folds
+from .graph import ACTIVATIONS, INPUT, KERNELS, OPS, Node, entries, folds, vectors
 from .layout import out_size
 
 MAX_NODES = 10_000
 MAX_EXTENT = 1024
 """Limit, in pixels, of the extent of a window, of its stride and of its padding."""
+MAX_SCALE = 1e30
+MAX_SIDE = 2**16
+MAX_CHANNELS = 2**16
 MAX_WINDOWS = 2**24
-"""Limit of the weights that lowering adds for average-pools, lone BatchNorms, sums and ReLUs."""
+"""Limit of the weights that lowering adds for average-pools and lone BatchNorms, sums and
+activations."""
 
 Shape = tuple[int, ...]
 
-_PARAMETERS = ("conv", "batch_norm", "linear")
 _WINDOWS = ("conv", "max_pool", "avg_pool")
+_FIXED = ("prepend", "embedding")
+"""Operations that take maps of one size only. An avg_pool may do so, too."""
+_INPUTS = {**dict.fromkeys(OPS, 1), "add": 2, "mul": 2}
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -33,16 +41,17 @@ def check(nodes: Sequence[Node]) -> None:
     if not 1 <= len(nodes) <= MAX_NODES:
         raise ValueError(f"the graph must have 1 to {MAX_NODES} operations, it has {len(nodes)}")
     readers = Counter(name for node in nodes for name in node.inputs)
-    vectors: dict[str, str] = {}  # values that are one vector per image: name -> operation
+    flat = vectors(nodes)
     known = {INPUT}
     for node in nodes:
         where = f"operation {node.name!r} ({node.op})"
         if node.name in known:
             raise ValueError(f"{where} has the name of another value")
-        if len(node.inputs) != (2 if node.op == "add" else 1) or not known.issuperset(node.inputs):
+        fits = len(node.inputs) > 1 if node.op == "concat" else len(node.inputs) == _INPUTS[node.op]
+        if not fits or not known.issuperset(node.inputs):
             raise ValueError(f"{where} reads {node.inputs!r}, which was not computed before")
         _check_geometry(node, where)
-        _check_kind(node, where, vectors, readers)
+        _check_kind(node, where, flat)
         known.add(node.name)
     unread = known - readers.keys() - {INPUT, nodes[-1].name}
     if unread:
@@ -51,25 +60,40 @@ def check(nodes: Sequence[Node]) -> None:
 
 def _check_geometry(node: Node, where: str) -> None:
     plain = Node(name="", op="", inputs=())
-    allowed = {"parameters": node.op in _PARAMETERS, "eps": node.op == "batch_norm"}
+    allowed = {"parameters": bool(entries(node))}
+    allowed["eps"] = node.op in ("batch_norm", "layer_norm")
+    allowed |= dict.fromkeys(("heads", "score_scale"), node.op == "attention")
+    allowed |= {"size": node.op in (*_FIXED, "avg_pool"), "tokens": node.op == "prepend"}
     allowed |= {"ceil_mode": node.op == "max_pool"}
-    allowed |= dict.fromkeys(("dilation", "groups"), node.op == "conv")
+    allowed |= {"output": node.op == "adaptive_avg_pool", "index": node.op in ("chunk", "token")}
+    allowed |= {"dilation": node.op == "conv", "groups": node.op in ("conv", "chunk", "shuffle")}
     allowed |= dict.fromkeys(("kernel", "stride", "padding"), node.op in _WINDOWS)
     for name, has_effect in allowed.items():
         if not has_effect and getattr(node, name) != getattr(plain, name):
             raise ValueError(f"{where} has no {name}, the graph says {getattr(node, name)!r}")
-    for name in ("kernel", "stride", "dilation"):
+    for name in ("kernel", "stride", "dilation", "output"):
         if min(getattr(node, name)) < 1:
             raise ValueError(f"{where}: {name} must be at least 1, got {getattr(node, name)}")
     if min(node.padding) < 0 or node.groups < 1 or not 0 <= node.eps < 1:
         raise ValueError(
             f"{where}: padding {node.padding}, groups {node.groups} or eps {node.eps} out of range"
         )
-    extents = [d * (k - 1) + 1 for k, d in zip(node.kernel, node.dilation, strict=True)]
-    if max(*extents, *node.stride, *node.padding) > MAX_EXTENT:
+    if node.op == "attention" and not (node.heads >= 1 and 0 < node.score_scale < MAX_SCALE):
         raise ValueError(
-            f"{where}: kernel {node.kernel}, stride {node.stride}, padding {node.padding} or "
-            f"dilation {node.dilation} spans more than {MAX_EXTENT} pixels"
+            f"{where}: heads {node.heads} or score_scale {node.score_scale} out of range"
+        )
+    needs_size = node.op in _FIXED or node.size != (0, 0)
+    if needs_size and not 1 <= min(node.size) <= max(node.size) <= MAX_SIDE:
+        raise ValueError(f"{where}: size {node.size} out of range")
+    if node.index < 0 or (node.op == "prepend" and node.tokens < 1):
+        raise ValueError(f"{where}: index {node.index} or tokens {node.tokens} out of range")
+    if node.op == "chunk" and node.index >= node.groups:
+        raise ValueError(f"{where}: there is no part {node.index} of {node.groups}")
+    extents = [d * (k - 1) + 1 for k, d in zip(node.kernel, node.dilation, strict=True)]
+    if max(*extents, *node.stride, *node.padding, *node.output) > MAX_EXTENT:
+        raise ValueError(
+            f"{where}: kernel {node.kernel}, stride {node.stride}, padding {node.padding}, "
+            f"dilation {node.dilation} or output {node.output} spans more than {MAX_EXTENT} pixels"
         )
     if node.op in ("max_pool", "avg_pool") and any(
         2 * p > k for k, p in zip(node.kernel, node.padding, strict=True)
@@ -79,18 +103,18 @@ def _check_geometry(node: Node, where: str) -> None:
         )
 
 
-def _check_kind(node: Node, where: str, vectors: dict[str, str], readers: Counter[str]) -> None:
-    """Check whether a node reads maps or a vector, and note the node if its value is a vector."""
-    read = [vectors[name] for name in node.inputs if name in vectors]
-    if node.op == "linear" and not read:
-        raise ValueError(f"the runtime has no linear layer of images ({where})")
-    if node.op == "relu" and read:
-        if read != ["linear"] or readers[node.inputs[0]] > 1:
-            raise ValueError(f"the runtime has no ReLU of vectors but right after linear ({where})")
-    elif node.op != "linear" and read:
+def _check_kind(node: Node, where: str, flat: set[str]) -> None:
+    """Check that a node reads maps and vectors as its operation does."""
+    read = flat.intersection(node.inputs)
+    if node.op == "mul":
+        if len(read) != 1 or len(set(node.inputs)) != 2:
+            raise ValueError(f"the runtime multiplies maps by vectors only ({where})")
+        return
+    plain = (node.kernel, node.stride, node.padding, node.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    if read and node.op == "conv" and not plain:
+        raise ValueError(f"the runtime has only plain 1x1 convolutions of vectors ({where})")
+    if read and node.op not in ("conv", "batch_norm", "linear", "layer_norm", *ACTIVATIONS):
         raise ValueError(f"the runtime has no {node.op} of vectors ({where})")
-    if read or node.op == "mean_pool":
-        vectors[node.name] = node.op
 
 
 def check_shapes(
@@ -109,23 +133,35 @@ def check_shapes(
     """
     only_bias = {norm.name for _, norm in folds(nodes)} if folded else set[str]()
     channels = {INPUT: in_channels}
+    flat = vectors(nodes)
     derived = 0
     for node in nodes:
         read = [channels[name] for name in node.inputs]
-        if len(set(read)) > 1:
+        if len(set(read)) > 1 and node.op != "concat":
             raise ValueError(
-                f"the sum {node.name!r} adds values of {read[0]} and {read[1]} channels"
+                f"{node.op} {node.name!r} reads values of {read[0]} and {read[1]} channels"
             )
         channels[node.name] = read[0]
-        if node.op in ("conv", "linear"):
-            channels[node.name] = _check_weight(node, read[0], shapes)
+        if node.op in KERNELS:
+            reads_map = node.op == "linear" and node.inputs[0] not in flat
+            channels[node.name] = _check_weight(node, read[0], shapes, reads_map=reads_map)
+        elif node.op in ("layer_norm", "scale", *_FIXED):
+            _check_per_channel(node, read[0], shapes)
+        elif node.op == "attention":
+            if read[0] % (3 * node.heads):
+                raise ValueError(
+                    f"the attention {node.name!r} of {node.heads} heads reads {read[0]} channels"
+                )
+            channels[node.name] = read[0] // 3
+        elif node.op in ("concat", "chunk", "shuffle"):
+            channels[node.name] = _regrouped(node, sum(read))
         elif node.op == "batch_norm":
             for name in _NORM:
                 if name == "bias" or node.name not in only_bias:
                     _expect(shapes, node.parameters + name, (read[0],))
                 elif node.parameters + name in shapes:
                     raise ValueError(f"{node.parameters + name!r} should have been folded")
-        if node.op not in ("conv", "linear", "max_pool", "mean_pool"):
+        if node.op in ("batch_norm", "add", "avg_pool", "scale", *ACTIVATIONS):
             derived += read[0] * node.kernel[0] * node.kernel[1]
     if derived > MAX_WINDOWS:
         raise ValueError(
@@ -135,7 +171,37 @@ def check_shapes(
     return channels
 
 
-def _check_weight(node: Node, channels: int, shapes: Mapping[str, Shape]) -> int:
+def _check_per_channel(node: Node, channels: int, shapes: Mapping[str, Shape]) -> None:
+    """Check entries that have numbers for every channel: of a LayerNorm, a scale, or of tokens."""
+    if node.op == "layer_norm":
+        for name in entries(node):
+            if name in shapes:
+                _expect(shapes, name, (channels,))
+        return
+    name = node.parameters
+    numbers = {"scale": 1, "prepend": node.tokens, "embedding": node.size[0] * node.size[1]}
+    wanted = numbers[node.op] * channels
+    found = shapes.get(name)
+    if found is None or math.prod(found) != wanted:
+        raise ValueError(
+            f"{name!r} is {'missing' if found is None else found}, {node.name!r} needs {wanted} "
+            f"numbers: {numbers[node.op]} for each of {channels} channels"
+        )
+
+
+def _regrouped(node: Node, channels: int) -> int:
+    """Return the channels of a concat, a chunk or a shuffle of so many channels."""
+    if channels % node.groups or channels > MAX_CHANNELS:
+        raise ValueError(
+            f"{node.op} {node.name!r} reads {channels} channels, which are more than "
+            f"{MAX_CHANNELS} or not {node.groups} equal groups"
+        )
+    return channels // node.groups if node.op == "chunk" else channels
+
+
+def _check_weight(
+    node: Node, channels: int, shapes: Mapping[str, Shape], *, reads_map: bool
+) -> int:
     """Check weight and bias of a convolution or a linear layer; return its output channels."""
     weight = node.parameters + "weight"
     if weight not in shapes:
@@ -147,7 +213,10 @@ def _check_weight(node: Node, channels: int, shapes: Mapping[str, Shape]) -> int
             f"of {weight!r}"
         )
     window = node.kernel if node.op == "conv" else ()
-    _expect(shapes, weight, (out, channels // node.groups, *window))
+    columns = channels // node.groups
+    if reads_map and len(shapes[weight]) == 2:  # as many pixels as images of a later size have
+        columns *= max(1, shapes[weight][1] // columns)
+    _expect(shapes, weight, (out, columns, *window))
     if node.parameters + "bias" in shapes:
         _expect(shapes, node.parameters + "bias", (out,))
     return out
@@ -159,9 +228,20 @@ def _expect(shapes: Mapping[str, Shape], name: str, wanted: Shape) -> None:
 
 
 def check_images(
-    nodes: Sequence[Node], channels: Mapping[str, int], height: int, width: int
+    nodes: Sequence[Node],
+    channels: Mapping[str, int],
+    columns: Mapping[str, int],
+    height: int,
+    width: int,
 ) -> None:
     """Check that a network can compute images of a size.
+
+    Args:
+        nodes: A graph that `check` accepts.
+        channels: Result of `check_shapes`.
+        columns: Numbers that linear layers read, by the names of their weights.
+        height: Rows of the images.
+        width: Columns of the images.
 
     Raises:
         ValueError: Names the size, and the operation for which it is too small or too large.
@@ -172,14 +252,42 @@ def check_images(
         raise ValueError(f"{images} have no pixels")
     for node in nodes:
         first, *others = (sizes[name] for name in node.inputs)
+        if node.op == "mul":
+            first = max(first, *others)
         for other in others:
-            if other != first:
+            if node.op in _ALIKE and other != first:
                 raise ValueError(
-                    f"{images} do not fit this network: the sum {node.name!r} adds "
-                    f"{first[0]}x{first[1]} and {other[0]}x{other[1]}"
+                    f"{images} do not fit this network: {_ALIKE[node.op]} "
+                    f"{first[0]}x{first[1]} and {other[0]}x{other[1]} ({node.name!r})"
                 )
+        if node.size not in ((0, 0), first):
+            raise ValueError(
+                f"{images} do not fit this network, which takes one size: "
+                f"{node.parameters or node.name!r} is made for {_pixels(node.size)}, and these "
+                f"images give {_pixels(first)}"
+            )
+        if node.op == "token" and node.index >= first[0] * first[1]:
+            raise ValueError(
+                f"{images} do not fit this network: {node.name!r} takes token {node.index}"
+            )
         size = (1, 1)
-        if node.op not in ("mean_pool", "linear"):
+        if node.op == "prepend":
+            size = (1, node.tokens + first[0] * first[1])
+        elif node.op == "linear":
+            read, wanted = channels[node.inputs[0]], columns[node.parameters + "weight"]
+            if first[0] * first[1] * read != wanted:
+                raise ValueError(
+                    f"{images} do not fit this network: the linear layer {node.name!r} reads "
+                    f"{wanted // read} pixels per channel, and {first[0]}x{first[1]} are left"
+                )
+        elif node.op == "adaptive_avg_pool":
+            size = node.output
+            if any(s % out for s, out in zip(first, size, strict=True)):
+                raise ValueError(
+                    f"{images} do not fit this network: {node.name!r} averages {first[0]}x"
+                    f"{first[1]} to {size[0]}x{size[1]}, which must be divisors"
+                )
+        elif node.op not in ("mean_pool", "token"):
             window = zip(node.kernel, node.stride, node.padding, node.dilation, strict=True)
             down, right = (
                 out_size(s, *w, ceil_mode=node.ceil_mode)
@@ -195,6 +303,13 @@ def check_images(
         sizes[node.name] = size
 
 
+_ALIKE = {"add": "the sum adds", "concat": "there are joined"}
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[1]} tokens" if size[0] == 1 else f"a map of {size[0]}x{size[1]}"
+
+
 def too_large(height: int, width: int, num_bytes: int) -> ValueError:
     """Return the error for images whose activations do not fit into memory."""
     return ValueError(
@@ -204,14 +319,28 @@ def too_large(height: int, width: int, num_bytes: int) -> ValueError:
 
 
 def in_channels(nodes: Sequence[Node], shapes: Mapping[str, Shape]) -> int:
-    """Return the channels of the images that a graph reads; 1 if any number fits the graph."""
-    same = {INPUT}  # values with the channels of the images
+    """Return the channels of the images that a graph reads.
+
+    If many numbers fit the graph, one of them is returned.
+    """
+    flat = vectors(nodes)
+    # Of values that are computed channel by channel: channels per channel of the images, and more
+    terms = {INPUT: (Fraction(1), Fraction(0))}
     for node in nodes:
-        if node.inputs[0] not in same:
-            continue
-        if node.op in _PARAMETERS:
+        read = [terms.get(name, (Fraction(0), Fraction(0))) for name in node.inputs]
+        slope, offset = (sum((term[i] for term in read), Fraction(0)) for i in (0, 1))
+        if node.op == "chunk":
+            slope, offset = slope / node.groups, offset / node.groups
+        elif node.op == "attention":
+            slope, offset = slope / 3, offset / 3
+        elif node.op in (*KERNELS, "batch_norm", "layer_norm"):
             shape = shapes.get(node.parameters + "weight", ())
-            axis = 0 if node.op == "batch_norm" else 1
-            return shape[axis] * node.groups if len(shape) > axis else 1
-        same.add(node.name)
-    return 1
+            axis = 1 if node.op in KERNELS else 0
+            if slope and len(shape) > axis and (node.op != "linear" or node.inputs[0] in flat):
+                return max(1, int((shape[axis] * node.groups - offset) / slope))
+            if node.op in KERNELS:
+                slope, offset = Fraction(0), Fraction(shape[0] if shape else 0)
+        elif node.op != "concat":
+            slope, offset = read[0]
+        terms[node.name] = slope, offset
+    return math.prod(node.groups for node in nodes if node.op in ("chunk", "shuffle"))

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import bindings
 from .layout import Map, Value
 from .operation import Operation
 
@@ -86,10 +87,11 @@ def _is_shallow(operations: Sequence[Operation], begin: int, end: int) -> bool:
 
 def _blocks(operations: Sequence[Operation]) -> list[range]:
     """Return the shortest runs of operations of which later operations read a single value."""
-    last_use = {id(v): i for i, s in enumerate(operations) for v in (s.source, s.residual) if v}
+    last_use = {id(v.root): i for i, operation in enumerate(operations) for v in operation.inputs()}
     blocks, start, alive = [], 0, set[int]()
     for i, operation in enumerate(operations):
-        alive = {value for value in alive | {id(operation.target)} if last_use.get(value, -1) > i}
+        written = {id(operation.target.root)} if operation.target is not None else set[int]()
+        alive = {value for value in alive | written if last_use.get(value, -1) > i}
         if len(alive) <= 1:
             blocks.append(range(start, i + 1))
             start = i + 1
@@ -109,9 +111,9 @@ def _chunk_size(operations: Sequence[Operation], members: range) -> tuple[int, f
         target = operations[i].target
         assert isinstance(target, Map)
         if operations[i].residual is None:  # a sum mostly overwrites its residual
-            row_bytes += 4 * target.row * target.rows / last.rows
+            row_bytes += 4 * target.share * target.rows / last.rows
     # The number is 0 if all members are sums.
-    return -(-MIN_CHUNK_VECTORS // last.vectors), row_bytes or 4 * last.row
+    return -(-MIN_CHUNK_VECTORS // last.vectors), row_bytes or 4 * last.share
 
 
 def order_pieces(operations: Sequence[Operation], groups: Sequence[range]) -> list[Piece]:
@@ -183,10 +185,10 @@ def rows_read(operation: Operation, value: Value | None, begin: int, end: int) -
     """
     if begin >= end or not isinstance(value, Map):
         return range(0)
-    if value is operation.source and _reads_all(operation):
+    if value.overlaps(operation.source) and _reads_all(operation):
         return range(value.rows)
-    read = range(begin, end) if value is operation.residual else range(0)
-    if value is operation.source:
+    read = range(begin, end) if value.overlaps(operation.residual) else range(0)
+    if value.overlaps(operation.source):
         layer = operation.layer
         kernel, padding, dilation = (1, 0, 1)
         if layer is not None:
@@ -224,6 +226,8 @@ def _reads_all(operation: Operation) -> bool:
     """
     source, target = operation.source, operation.target
     if not (isinstance(source, Map) and isinstance(target, Map)):
+        return True
+    if operation.kind in (bindings.TOKENS, bindings.ATTENTION):
         return True
     if source.grid.bands != target.grid.bands:
         return True

@@ -9,9 +9,11 @@ import numpy as np
 from . import bindings, memory
 from .arrange import arrange
 from .check import too_large
+from .graph import ACTIVATIONS
 from .layout import Map
 from .lower import Array, Layer
 from .operation import Operation
+from .sized import sized
 from .tables import can_pair, dense_table, linear_table, paired_table, sparse_table
 
 MAX_TILE = 14  # kMaxTile of conv.h
@@ -52,7 +54,7 @@ class ExecutionPlan:
     def __init__(
         self, layers: Sequence[Layer], size: tuple[int, int, int], *, lanes: int, num_parts: int = 1
     ) -> None:
-        arrangement = arrange(layers, size, lanes=lanes)
+        arrangement = arrange(sized(layers, size), size, lanes=lanes)
         self.operations, self.pieces = arrangement.operations, arrangement.pieces
         self.arena_size, self.out_shape = arrangement.arena_size, arrangement.out_shape
         self._size, self._lanes, self._num_parts = size, lanes, num_parts
@@ -61,9 +63,11 @@ class ExecutionPlan:
             self._fill(operation)
 
     def _check_memory(self) -> None:
-        largest = max(value.size for operation in self.operations for value in operation.maps())
-        if 4 * self.arena_size > memory.limit() or largest > MAX_FLOATS:
-            raise too_large(*self._size[1:], 4 * self.arena_size)
+        largest = max(map_.root.size for operation in self.operations for map_ in operation.maps())
+        scratch = max(_attention_floats(o) for o in self.operations) * self._num_parts
+        num_bytes = 4 * (self.arena_size + scratch)
+        if num_bytes > memory.limit() or largest > MAX_FLOATS:
+            raise too_large(*self._size[1:], num_bytes)
 
     def convolutions(self) -> list[Operation]:
         """Return the operations that can be tuned."""
@@ -116,7 +120,9 @@ class ExecutionPlan:
                 op.pad_top, op.pad_bottom = target.pad_top, target.pad_bottom
                 op.moves = self._keep(operation, target.grid.moves())
         if layer is not None:
-            op.relu, op.channels = layer.relu, layer.channels
+            op.channels = layer.channels
+            if layer.activation is not None:
+                op.activation = 1 + ACTIVATIONS.index(layer.activation)
             if layer.bias is not None:
                 op.bias = self._keep(operation, layer.bias)
         _FILL[operation.kind](self, operation)
@@ -153,6 +159,10 @@ class ExecutionPlan:
             place = y + vector * source.lanes + np.arange(source.lanes)
         operation.op.offsets = self._keep(operation, place.astype(np.int32))
         operation.op.depth = whole
+        layer = operation.layer
+        if layer is not None:  # a shuffle
+            order = np.arange(layer.channels).reshape(layer.groups, -1).T.ravel()
+            operation.op.row_channel = self._keep(operation, order.astype(np.int32))
 
     def _fill_max_pool(self, operation: Operation) -> None:
         assert isinstance(operation.source, Map)
@@ -169,17 +179,63 @@ class ExecutionPlan:
         operation.op.offsets = self._keep(operation, np.where(valid, -1, 0).astype(np.int32))
         operation.op.width = num_columns
 
+    def _fill_scale(self, operation: Operation) -> None:
+        assert operation.factor is not None
+        operation.op.res = operation.factor.position
+
     def _fill_mean_pool(self, operation: Operation) -> None:
         assert isinstance(operation.source, Map)
         operation.op.vectors = operation.source.vectors
         operation.op.depth = operation.source.height * operation.source.width
+
+    def _fill_layer_norm(self, operation: Operation) -> None:
+        assert operation.layer is not None
+        assert operation.layer.weight is not None
+        op, target = operation.op, operation.target
+        op.eps = operation.layer.eps
+        op.weights = self._keep(operation, operation.layer.weight)
+        if isinstance(target, Map) and not (target.halo or target.pad_top or target.pad_bottom):
+            op.num_parts = target.vectors  # no borders need whole rows
+
+    def _fill_tokens(self, operation: Operation) -> None:
+        source, target, layer = operation.source, operation.target, operation.layer
+        assert isinstance(source, Map)
+        assert isinstance(target, Map)
+        assert layer is not None
+        assert layer.weight is not None
+        row, column = target.pixels()
+        number = np.where(row < 0, -1, row * target.width + column)
+        added = layer.weight[:, np.maximum(number, 0)] * (number >= 0)
+        first = target.height * target.width - source.height * source.width
+        y, x = np.divmod(np.maximum(number - first, 0), source.width)
+        place = np.where(number < first, -1, source.places(y, x))
+        operation.op.weights = self._keep(operation, added.astype(np.float32))
+        operation.op.offsets = self._keep(operation, place.astype(np.int32))
+
+    def _fill_token(self, operation: Operation) -> None:
+        source, layer = operation.source, operation.layer
+        assert isinstance(source, Map)
+        assert layer is not None
+        y, x = divmod(layer.index, source.width)
+        operation.op.in_ = source.position + int(source.places(np.array(y), np.array(x)))
+
+    def _fill_attention(self, operation: Operation) -> None:
+        source, layer = operation.source, operation.layer
+        assert isinstance(source, Map)
+        assert layer is not None
+        operation.op.heads = layer.heads
+        operation.op.depth = layer.channels // layer.heads
+        operation.op.score_scale = layer.score_scale
+        operation.op.num_tokens = source.height * source.width
+        y, x = np.divmod(np.arange(source.height * source.width), source.width)
+        operation.op.offsets = self._keep(operation, source.places(y, x).astype(np.int32))
 
     def _fill_linear(self, operation: Operation) -> None:
         assert operation.layer is not None
         assert operation.layer.weight is not None
         weight = operation.layer.weight
         if operation.kind == bindings.SPARSE_LINEAR:
-            begin, connections = linear_table(weight)
+            begin, connections = linear_table(weight, groups=operation.layer.groups)
             operation.op.row_begin = self._keep(operation, begin)
             operation.op.connections = self._keep(operation, connections)
         else:
@@ -247,7 +303,13 @@ _FILL: dict[int, Callable[[ExecutionPlan, Operation], None]] = {
     bindings.SPARSE_LINEAR: ExecutionPlan._fill_linear,
     bindings.DENSE_LINEAR: ExecutionPlan._fill_linear,
     bindings.REPACK: ExecutionPlan._fill_repack,
+    bindings.SCALE: ExecutionPlan._fill_scale,
     bindings.OUTPUT: ExecutionPlan._fill_output,
+    bindings.LAYER_NORM: ExecutionPlan._fill_layer_norm,
+    bindings.VECTOR_NORM: ExecutionPlan._fill_layer_norm,
+    bindings.TOKENS: ExecutionPlan._fill_tokens,
+    bindings.TOKEN: ExecutionPlan._fill_token,
+    bindings.ATTENTION: ExecutionPlan._fill_attention,
 }
 
 
@@ -255,6 +317,18 @@ def _image_places(value: Map) -> Array:
     """Return the index of each lane's pixel in a plane of the image, or -1 outside it; int32."""
     row, column = value.pixels()
     return np.where(row < 0, -1, row * value.width + column).astype(np.int32)
+
+
+def _attention_floats(operation: Operation) -> int:
+    """Return about how many floats a thread needs for keys, values and scores of an attention."""
+    if operation.kind != bindings.ATTENTION:
+        return 0
+    source, layer = operation.source, operation.layer
+    assert isinstance(source, Map)
+    assert layer is not None
+    tile = 6 * source.lanes  # kDenseVectors of conv.h
+    depth = layer.channels // layer.heads
+    return source.height * source.width * (2 * depth + tile) + depth * tile
 
 
 def _num_fixed(op: bindings.Op) -> int:

@@ -119,7 +119,7 @@ def save(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    kernels = {n.parameters + "weight" for n in nodes if n.op in ("conv", "linear")}
+    kernels = {n.parameters + "weight" for n in nodes if n.op in graph.KERNELS}
     state = {name: value.detach().cpu() for name, value in state.items()}
     if fold:
         state = _fold(nodes, state)

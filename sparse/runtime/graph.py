@@ -9,12 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 INPUT = "input"
 
-OPS = ("conv", "batch_norm", "relu", "add", "max_pool", "avg_pool", "mean_pool", "linear")
+ACTIVATIONS = (
+    *("relu", "relu6", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu"),
+    "gelu_tanh",  # the GELU that nn.GELU(approximate="tanh") computes
+)
+
+OPS = (
+    *("conv", "batch_norm", "add", "mul", "max_pool", "avg_pool", "mean_pool", "linear"),
+    *("pixel_linear", "layer_norm", "scale", "prepend", "embedding", "attention", "token"),
+    *("adaptive_avg_pool", "concat", "chunk", "shuffle"),
+    *ACTIVATIONS,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +34,22 @@ class Node:
 
     name: str
     op: str
-    """One of `OPS`. `mean_pool` averages whole planes, which gives one vector per image."""
+    """One of `OPS`. Values are maps (C, H, W), or one vector (C) per image.
+
+    Tokens are a map of height 1, or the pixels of any map, row by row. `mean_pool` averages whole
+    planes, and `token` takes one pixel: each gives a vector. `layer_norm` normalizes the channels
+    of every pixel, and `pixel_linear` is a linear layer of them. `prepend` puts tokens before the
+    pixels of a map. `attention` reads queries, keys and values as three equal ranges of channels.
+    Convolutions of 1x1 compute with vectors, too. `mul` multiplies each channel of a map by an
+    element of a vector, `scale` by a parameter. A linear layer that reads a map reads all of its
+    pixels, channel by channel. `concat` joins the channels of maps, and `chunk` takes part `index`
+    of `groups` equal parts of them. `shuffle` takes the first channels of all `groups`, then the
+    second ones, and so on.
+    """
     inputs: tuple[str, ...]
     """Names of earlier nodes, or `INPUT`."""
     parameters: str = ""
-    """Prefix of the entries in the state dict, for conv, batch_norm and linear."""
+    """Prefix of the entries in the state dict (see `entries`)."""
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -36,6 +58,45 @@ class Node:
     eps: float = 0.0
     ceil_mode: bool = False
     """Whether the last window of a max_pool may reach beyond the image."""
+    output: tuple[int, int] = (1, 1)
+    """Height and width of the value of an adaptive_avg_pool."""
+    heads: int = 0
+    """Of an attention, whose scores are multiplied by `score_scale` before the softmax."""
+    score_scale: float = 0.0
+    size: tuple[int, int] = (0, 0)
+    """Height and width of the map that a prepend or an embedding takes: it takes no other.
+
+    An avg_pool has it if it would round up the size of the output of other maps.
+    """
+    tokens: int = 0
+    """Number of tokens that are put before others."""
+    index: int = 0
+    """The part that a chunk takes, or the pixel that a token takes, counted row by row."""
+
+
+_WEIGHTS = ("weight", "bias")
+_ENTRIES = {
+    "conv": _WEIGHTS,
+    "linear": _WEIGHTS,
+    "pixel_linear": _WEIGHTS,
+    "layer_norm": _WEIGHTS,
+    "batch_norm": (*_WEIGHTS, "running_mean", "running_var"),
+    "scale": ("",),
+    "prepend": ("",),
+    "embedding": ("",),
+}
+
+KERNELS = ("conv", "linear", "pixel_linear")
+"""Operations whose weight is (out, in, ...) and may be sparse."""
+
+
+def entries(node: Node) -> tuple[str, ...]:
+    """Return the names of the entries of the state dict that a node may read.
+
+    The entry of a scale has one number per channel. Those of a prepend and of an embedding have
+    (tokens, channels) as their last dimensions.
+    """
+    return tuple(node.parameters + name for name in _ENTRIES.get(node.op, ()))
 
 
 def to_json(nodes: Sequence[Node]) -> list[dict[str, Any]]:
@@ -72,6 +133,17 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
+def vectors(nodes: Sequence[Node]) -> set[str]:
+    """Return the names of the values that are one vector per image; the other values are maps."""
+    found = set[str]()
+    for node in nodes:
+        if node.op in ("mean_pool", "linear", "token") or (
+            node.op != "mul" and found.issuperset(node.inputs)
+        ):
+            found.add(node.name)
+    return found
+
+
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f"{text[:76]} ..."
@@ -97,6 +169,12 @@ _IS_TYPED: dict[str, Callable[[Any], bool]] = {
     "groups": lambda value: type(value) is int,
     "eps": lambda value: type(value) in (int, float),
     "ceil_mode": lambda value: type(value) is bool,
+    "output": _is_pair,
+    "heads": lambda value: type(value) is int,
+    "score_scale": lambda value: type(value) in (int, float),
+    "size": _is_pair,
+    "tokens": lambda value: type(value) is int,
+    "index": lambda value: type(value) is int,
 }
 
 
@@ -107,13 +185,13 @@ def folds(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
     """
     by_name = {node.name: node for node in nodes}
     readers = Counter(name for node in nodes for name in node.inputs)
-    owners = Counter(node.parameters for node in nodes)
+    owners = Counter(name for node in nodes for name in entries(node))
     pairs = []
     for node in nodes:
         conv = by_name.get(node.inputs[0]) if node.op == "batch_norm" else None
         if conv is None or conv.op != "conv" or readers[conv.name] > 1:
             continue
-        if owners[conv.parameters] == owners[node.parameters] == 1:
+        if all(owners[name] == 1 for name in (*entries(conv), *entries(node))):
             pairs.append((conv, node))
     return pairs
 
@@ -135,6 +213,8 @@ def run(nodes: Sequence[Node], state: Mapping[str, Tensor], images: Tensor) -> T
 
 def _run_conv(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
     weight, bias = state[node.parameters + "weight"], state.get(node.parameters + "bias")
+    if x.dim() == 2:
+        return F.linear(x, weight.flatten(1), bias)
     return F.conv2d(x, weight, bias, node.stride, node.padding, node.dilation, node.groups)
 
 
@@ -144,19 +224,76 @@ def _run_batch_norm(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tenso
     return F.batch_norm(x, mean, var, weight, bias, eps=node.eps)
 
 
+def _spread(x: Tensor) -> Tensor:
+    """Return a vector as a map of one pixel; maps stay as they are."""
+    return x[:, :, None, None] if x.dim() == 2 else x
+
+
 def _run_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    return F.linear(x, state[node.parameters + "weight"], state.get(node.parameters + "bias"))
+    weight, bias = state[node.parameters + "weight"], state.get(node.parameters + "bias")
+    return F.linear(x.flatten(1), weight, bias)
+
+
+def _run_pixel_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    weight, bias = state[node.parameters + "weight"], state.get(node.parameters + "bias")
+    return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def _run_layer_norm(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    weight, bias = (state.get(node.parameters + name) for name in _WEIGHTS)
+    normalized = F.layer_norm(x.movedim(1, -1), (x.shape[1],), weight, bias, node.eps)
+    return normalized.movedim(-1, 1)
+
+
+def _run_scale(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return x * state[node.parameters].reshape(1, -1, 1, 1)
+
+
+def _run_prepend(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    first = state[node.parameters].reshape(1, node.tokens, x.shape[1]).mT
+    return torch.cat([first.expand(len(x), -1, -1), x.flatten(2)], 2)[:, :, None]
+
+
+def _run_embedding(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return x + state[node.parameters].reshape(-1, x.shape[1]).T.reshape(x.shape[1:])
+
+
+def _run_attention(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    num_images, _, height, width = x.shape
+    tokens = x.reshape(num_images, 3, node.heads, -1, height * width).mT
+    query, key, value = tokens.unbind(1)
+    found = F.scaled_dot_product_attention(query, key, value, scale=node.score_scale)
+    return found.mT.reshape(num_images, -1, height, width)
 
 
 _TORCH: dict[str, Callable[..., Tensor]] = {
+    "pixel_linear": _run_pixel_linear,
+    "layer_norm": _run_layer_norm,
+    "scale": _run_scale,
+    "prepend": _run_prepend,
+    "embedding": _run_embedding,
+    "attention": _run_attention,
+    "token": lambda node, state, x: x.flatten(2)[:, :, node.index],
     "conv": _run_conv,
     "batch_norm": _run_batch_norm,
     "linear": _run_linear,
-    "relu": lambda node, state, x: F.relu(x),
     "add": lambda node, state, x, y: x + y,
+    "mul": lambda node, state, x, y: _spread(x) * _spread(y),
     "max_pool": lambda node, state, x: F.max_pool2d(
         x, node.kernel, node.stride, node.padding, ceil_mode=node.ceil_mode
     ),
     "avg_pool": lambda node, state, x: F.avg_pool2d(x, node.kernel, node.stride, node.padding),
     "mean_pool": lambda node, state, x: x.mean((2, 3)),
+    "adaptive_avg_pool": lambda node, state, x: F.adaptive_avg_pool2d(x, node.output),
+    "concat": lambda node, state, *x: torch.cat(x, 1),
+    "chunk": lambda node, state, x: x.chunk(node.groups, 1)[node.index],
+    "shuffle": lambda node, state, x: F.channel_shuffle(x, node.groups),
+    "relu": lambda node, state, x: F.relu(x),
+    "relu6": lambda node, state, x: F.relu6(x),
+    "silu": lambda node, state, x: F.silu(x),
+    "hardswish": lambda node, state, x: F.hardswish(x),
+    "hardsigmoid": lambda node, state, x: F.hardsigmoid(x),
+    "sigmoid": lambda node, state, x: torch.sigmoid(x),
+    "gelu": lambda node, state, x: F.gelu(x),
+    "gelu_tanh": lambda node, state, x: F.gelu(x, approximate="tanh"),
 }

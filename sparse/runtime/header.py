@@ -181,12 +181,7 @@ def _check_masked(name: str, shape: tuple[int, ...], tensors: Mapping[str, Tenso
 
 def _check_types(header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Check that entries of the graph have one of `DTYPES`, and others one of `_OTHER_DTYPES`."""
-    read = {
-        node.parameters + name
-        for node in header.nodes
-        if node.op in ("conv", "linear", "batch_norm")
-        for name in ("weight", "bias", "running_mean", "running_var")
-    }
+    read = {name for node in header.nodes for name in graph.entries(node)}
     for name in header.names:
         if name in header.shapes:
             continue

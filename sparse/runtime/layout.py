@@ -78,22 +78,76 @@ class Grid:
 
 @dataclass(kw_only=True, eq=False)
 class Map:
-    """The value of a layer: planes of rows of vectors. Its readers set `halo` and the pads."""
+    """The value of a layer: planes of rows of vectors. Its readers set the borders.
+
+    A map can be a range of the channels of another one, the whole. It then lies in its memory.
+    """
 
     channels: int
     height: int
     width: int
     grid: Grid
-    halo: int = 0
-    pad_top: int = 0
-    pad_bottom: int = 0
-    position: int = field(default=-1, init=False)
-    """Place of row 0, channel 0, vector 0 in the arena; set by `place` of memory.py."""
+    whole: "Map | None" = None
+    first: int = 0
+    """The first channel in the whole."""
+    borders: "Borders" = field(default_factory=lambda: Borders(), init=False)
+    _position: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
         # With one band, `mask` has one row for all rows, so no row may lie below the image.
         assert self.grid.holds(self.height, self.width)
         assert self.grid.bands > 1 or self.grid.rows == self.height
+        if self.whole is not None:
+            self.borders = self.whole.borders
+
+    @property
+    def root(self) -> "Map":
+        """The map that has a place of its own in memory."""
+        return self if self.whole is None else self.whole
+
+    def part(self, first: int, channels: int) -> "Map":
+        """Return the map of some of the channels; it is the map itself for all of them."""
+        if channels == self.channels:
+            return self
+        return Map(
+            channels=channels,
+            height=self.height,
+            width=self.width,
+            grid=self.grid,
+            whole=self.root,
+            first=self.first + first,
+        )
+
+    def overlaps(self, other: "Value | None") -> bool:
+        """Tell whether the maps have channels in common."""
+        return (
+            isinstance(other, Map)
+            and self.root is other.root
+            and self.first < other.first + other.channels
+            and other.first < self.first + self.channels
+        )
+
+    @property
+    def position(self) -> int:
+        """Place of row 0, channel 0, vector 0 in the arena; `place` of memory.py sets it."""
+        return self.root._position + self.first * self.plane
+
+    @position.setter
+    def position(self, value: int) -> None:
+        assert self.whole is None
+        self._position = value
+
+    @property
+    def halo(self) -> int:
+        return self.borders.halo
+
+    @property
+    def pad_top(self) -> int:
+        return self.borders.top
+
+    @property
+    def pad_bottom(self) -> int:
+        return self.borders.bottom
 
     @property
     def vectors(self) -> int:
@@ -118,7 +172,7 @@ class Map:
 
         A cache with 4 KiB per way maps addresses whose distance is a multiple of 4 KiB to one set.
         """
-        lines = -(-self.plane * self.channels // ALIGNMENT)
+        lines = -(-self.plane * self.root.channels // ALIGNMENT)
         if lines >= WAY_LINES:
             while lines % WAY_LINES not in SPREADING:
                 lines += 1
@@ -136,8 +190,13 @@ class Map:
         )
 
     @property
+    def share(self) -> int:
+        """Floats of a row that belong to the map."""
+        return self.row * self.channels // self.root.channels
+
+    @property
     def size(self) -> int:
-        size = self.row * (self.pad_top + self.rows + self.pad_bottom)
+        size = self.share * (self.pad_top + self.rows + self.pad_bottom)
         return -(-size // ALIGNMENT) * ALIGNMENT
 
     @property
@@ -188,9 +247,19 @@ class Map:
 
     def require(self, *, halo: int, top: int, bottom: int) -> None:
         """Enlarge the borders to the size that a reader needs."""
-        self.halo = max(self.halo, halo)
-        self.pad_top = max(self.pad_top, top)
-        self.pad_bottom = max(self.pad_bottom, bottom)
+        self.borders.halo = max(self.halo, halo)
+        self.borders.top = max(self.pad_top, top)
+        self.borders.bottom = max(self.pad_bottom, bottom)
+
+
+@dataclass
+class Borders:
+    """What a map has around the image. All parts of a map have the same."""
+
+    halo: int = 0
+    """Vectors on each side."""
+    top: int = 0
+    bottom: int = 0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -200,6 +269,10 @@ class Vector:
     channels: int
     lanes: int
     position: int = field(default=-1, init=False)
+
+    @property
+    def root(self) -> "Vector":
+        return self
 
     @property
     def key(self) -> tuple[object, ...]:

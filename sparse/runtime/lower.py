@@ -1,7 +1,8 @@
-"""Lower a graph to layers: fold BatchNorm, ReLU and sums into the layers before them.
+"""Lower a graph to layers: fold BatchNorm, activations and sums into the layers before them.
 
 An operation that cannot be folded becomes a depthwise convolution. A lone BatchNorm is a 1x1
-convolution, as is a lone sum or ReLU, with weight 1. Average-pooling has equal weights.
+convolution, as is a lone sum or activation, with weight 1. Average-pooling has equal weights. What
+happens to each channel of a vector becomes a linear layer with one group per channel.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .graph import INPUT, Node
+from .graph import ACTIVATIONS, INPUT, Node, entries
 
 Array = npt.NDArray[Any]
 
@@ -25,13 +26,21 @@ class Layer:
 
     name: str
     kind: str
-    """conv, linear, max_pool or mean_pool."""
+    """conv, linear, max_pool, mean_pool, scale, adaptive_avg_pool, concat, chunk or shuffle;
+    layer_norm, tokens, token or attention.
+
+    A linear layer whose source is a map reads its pixels, channel by channel. `tokens` takes the
+    pixels of a map row by row, puts others before them and adds to all.
+    """
     source: str
     """Name of the layer whose value is read, or `INPUT`."""
     channels: int
     """Output channels."""
     weight: Array | None = None
-    """float32: (out, in / groups, kh, kw) of a convolution, (out, in) of a linear layer."""
+    """float32 (out, in / groups), and then (kh, kw) of a convolution.
+
+    A layer_norm has (channels,). The tokens have (channels, tokens), which are added.
+    """
     bias: Array | None = None
     """float32 (out,)."""
     kernel: tuple[int, int] = (1, 1)
@@ -40,9 +49,24 @@ class Layer:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     ceil_mode: bool = False
+    output: tuple[int, int] = (1, 1)
+    """Height and width of the value of an adaptive_avg_pool."""
+    index: int = 0
+    """The part of the channels that a chunk takes, or the pixel that a token takes."""
+    parts: tuple[str, ...] = ()
+    """Names of the layers whose values concat joins."""
     residual: str | None = None
-    """Name of a layer whose value is added before the ReLU."""
-    relu: bool = False
+    """Name of a layer whose value is added before the activation."""
+    factor: str | None = None
+    """Name of a layer whose vector multiplies the channels, for scale."""
+    activation: str | None = None
+    """One of `ACTIVATIONS`."""
+    eps: float = 0.0
+    """Of a layer_norm."""
+    heads: int = 0
+    score_scale: float = 0.0
+    size: tuple[int, int] = (0, 0)
+    """Height and width that `tokens` give; the last of them are the pixels of the source."""
 
     @cached_property
     def num_active(self) -> int:
@@ -71,19 +95,23 @@ class _Lowering:
     def __init__(self, nodes: Sequence[Node], state: dict[str, Tensor], in_channels: int) -> None:
         self.layers: list[Layer] = []
         self._state = state
-        self._readers = Counter(node.parameters for node in nodes)
+        self._readers = Counter(name for node in nodes for name in entries(node))
         self._uses = Counter(name for node in nodes for name in node.inputs)
         self._uses[nodes[-1].name] += 1
         # name of a node -> name of the layer that computes its value
         self._values = {INPUT: INPUT}
         self._channels = {INPUT: in_channels}
         self._index = {INPUT: -1}
+        self._vectors = set[str]()  # names of the layers whose value is a vector
         for node in nodes:
-            getattr(self, "_" + node.op)(node)
+            getattr(self, "_activation" if node.op in ACTIVATIONS else "_" + node.op)(node)
 
     def _append(self, node: Node, layer: Layer) -> None:
         self._index[layer.name] = len(self.layers)
         self._channels[layer.name] = layer.channels
+        is_vector_norm = layer.kind == "layer_norm" and layer.source in self._vectors
+        if layer.kind in ("mean_pool", "linear", "token") or is_vector_norm:
+            self._vectors.add(layer.name)
         self._values[node.name] = layer.name
         self.layers.append(layer)
 
@@ -96,20 +124,24 @@ class _Lowering:
         if value == INPUT or self._uses[name] > 1:
             return None
         layer = self.layers[self._index[value]]
-        return layer if layer.kind in kinds and not layer.relu else None
+        return layer if layer.kind in kinds and layer.activation is None else None
 
     def _array(self, name: str) -> Array:
         return self._state[name].double().numpy()
 
     def _weight(self, node: Node) -> Array:
         name = node.parameters + "weight"
-        shared = self._readers[node.parameters] > 1
+        shared = self._readers[name] > 1
         weight = self._state[name] if shared else self._state.pop(name)
         return np.array(weight.float().numpy())  # a copy, because folding changes it
 
     def _conv(self, node: Node) -> None:
         weight = self._weight(node)
-        self._append(node, self._convolution(node, weight, self._bias(node, len(weight))))
+        if self._source(node) in self._vectors:
+            weight = weight.reshape(len(weight), -1)  # of a 1x1 convolution
+        layer = self._convolution(node, weight, self._bias(node, len(weight)))
+        layer.kind = "conv" if weight.ndim == 4 else "linear"
+        self._append(node, layer)
 
     def _bias(self, node: Node, channels: int) -> Array:
         bias = self._state.get(node.parameters + "bias")
@@ -128,15 +160,19 @@ class _Lowering:
             padding=node.padding,
             dilation=node.dilation,
             groups=node.groups,
-            ceil_mode=node.ceil_mode,
         )
 
     def _depthwise(self, node: Node, weight: Array, bias: Array | None = None) -> Layer:
-        """Append a depthwise convolution with a node's window; weight has the shape (channels,)."""
+        """Append a depthwise convolution with a node's window; weight has the shape (channels,).
+
+        For a vector it is the linear layer that does the same.
+        """
         window = np.broadcast_to(weight[:, None, None, None], (len(weight), 1, *node.kernel))
         shift = np.zeros(len(weight)) if bias is None else bias
         layer = self._convolution(node, window.astype(np.float32), shift.astype(np.float32))
         layer.groups = len(weight)
+        if self._source(node) in self._vectors:
+            layer.kind, layer.weight = "linear", window[:, :, 0, 0].astype(np.float32)
         self._append(node, layer)
         return layer
 
@@ -148,21 +184,34 @@ class _Lowering:
         weight, bias, mean, var = (self._array(node.parameters + name) for name in names)
         scale = weight / np.sqrt(var + node.eps)
         shift = bias - mean * scale
-        conv = self._open(node.inputs[0], "conv")
+        conv = self._open(node.inputs[0], "conv", "linear")
         if conv is None or conv.residual is not None:
             self._depthwise(node, scale, shift)
             return
         assert conv.weight is not None
         assert conv.bias is not None
-        np.multiply(conv.weight, scale[:, None, None, None], out=conv.weight, casting="same_kind")
+        scales = scale.reshape(-1, *[1] * (conv.weight.ndim - 1))
+        np.multiply(conv.weight, scales, out=conv.weight, casting="same_kind")
         conv.bias = (conv.bias * scale + shift).astype(np.float32)
         self._values[node.name] = conv.name
 
-    def _relu(self, node: Node) -> None:
+    def _scale(self, node: Node) -> None:
+        scale = self._array(node.parameters).reshape(-1)
+        conv = self._open(node.inputs[0], "conv")
+        if conv is None or conv.residual is not None:
+            self._depthwise(node, scale)
+            return
+        assert conv.weight is not None
+        assert conv.bias is not None
+        np.multiply(conv.weight, scale[:, None, None, None], out=conv.weight, casting="same_kind")
+        conv.bias = (conv.bias * scale).astype(np.float32)
+        self._values[node.name] = conv.name
+
+    def _activation(self, node: Node) -> None:
         layer = self._open(node.inputs[0], "conv", "linear")
         if layer is None:
             layer = self._depthwise(node, self._ones(node))
-        layer.relu = True
+        layer.activation = node.op
         self._values[node.name] = layer.name
 
     def _add(self, node: Node) -> None:
@@ -175,6 +224,14 @@ class _Lowering:
         layer.residual = self._values[early]
         self._values[node.name] = layer.name
 
+    def _mul(self, node: Node) -> None:
+        source, factor = (self._values[name] for name in node.inputs)
+        if source in self._vectors:
+            source, factor = factor, source
+        channels = self._channels[source]
+        layer = Layer(name=node.name, kind="scale", source=source, factor=factor, channels=channels)
+        self._append(node, layer)
+
     def _avg_pool(self, node: Node) -> None:
         self._depthwise(node, self._ones(node) / (node.kernel[0] * node.kernel[1]))
 
@@ -184,13 +241,80 @@ class _Lowering:
     def _mean_pool(self, node: Node) -> None:
         self._pool(node, "mean_pool")
 
-    def _pool(self, node: Node, kind: str) -> None:
-        layer = self._convolution(node, self._ones(node), self._ones(node))
-        layer.kind, layer.weight, layer.bias = kind, None, None
-        self._append(node, layer)
+    def _pool(self, node: Node, kind: str) -> Layer:
+        """Append a layer of another kind with as many channels as its source."""
+        return self._weightless(node, kind, self._channels[self._source(node)])
 
-    def _linear(self, node: Node) -> None:
-        weight = self._weight(node)
-        layer = self._convolution(node, weight, self._bias(node, len(weight)))
-        layer.kind = "linear"
+    def _weightless(self, node: Node, kind: str, channels: int) -> Layer:
+        """Append a layer of a kind that has no weights."""
+        layer = Layer(
+            name=node.name,
+            kind=kind,
+            source=self._source(node),
+            channels=channels,
+            kernel=node.kernel,
+            stride=node.stride,
+            padding=node.padding,
+            groups=node.groups,
+            ceil_mode=node.ceil_mode,
+            output=node.output,
+            index=node.index,
+        )
         self._append(node, layer)
+        return layer
+
+    def _pixel_linear(self, node: Node) -> None:
+        weight = self._weight(node)
+        bias = self._bias(node, len(weight))
+        self._append(node, self._convolution(node, weight[:, :, None, None], bias))
+
+    def _layer_norm(self, node: Node) -> None:
+        layer = self._pool(node, "layer_norm")
+        weight = self._state.get(node.parameters + "weight")
+        layer.weight = np.ones(layer.channels, np.float32)
+        if weight is not None:
+            layer.weight = weight.float().numpy().copy()
+        layer.bias = self._bias(node, layer.channels)
+        layer.eps = node.eps
+
+    def _token(self, node: Node) -> None:
+        self._pool(node, "token")
+
+    def _attention(self, node: Node) -> None:
+        layer = self._weightless(node, "attention", self._channels[self._source(node)] // 3)
+        layer.heads, layer.score_scale = node.heads, node.score_scale
+
+    def _prepend(self, node: Node) -> None:
+        layer = self._pool(node, "tokens")
+        first = self._array(node.parameters).reshape(node.tokens, layer.channels)
+        count = node.tokens + node.size[0] * node.size[1]
+        layer.size = 1, count
+        layer.weight = np.zeros((layer.channels, count), np.float32)
+        layer.weight[:, : node.tokens] = first.T
+
+    def _embedding(self, node: Node) -> None:
+        layer = self._open(node.inputs[0], "tokens")
+        added = self._array(node.parameters).reshape(-1, self._channels[self._source(node)]).T
+        if layer is None:
+            layer = self._pool(node, "tokens")
+            layer.size, layer.weight = node.size, added.astype(np.float32)
+            return
+        assert layer.weight is not None
+        layer.weight = (layer.weight + added).astype(np.float32)
+        self._values[node.name] = layer.name
+
+    def _adaptive_avg_pool(self, node: Node) -> None:
+        self._pool(node, "adaptive_avg_pool")
+
+    def _shuffle(self, node: Node) -> None:
+        self._pool(node, "shuffle")
+
+    def _chunk(self, node: Node) -> None:
+        self._weightless(node, "chunk", self._channels[self._source(node)] // node.groups)
+
+    def _concat(self, node: Node) -> None:
+        parts = tuple(self._values[name] for name in node.inputs)
+        self._weightless(node, "concat", sum(self._channels[name] for name in parts))
+        self.layers[-1].parts = parts
+
+    _linear = _conv

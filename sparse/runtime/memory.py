@@ -56,25 +56,26 @@ def place(operations: Sequence[Operation], groups: Sequence[range], pieces: Sequ
     """
     last_use: dict[int, int] = {}
     for i, operation in enumerate(operations):
-        for value in (operation.source, operation.residual):
-            if value is not None:
-                last_use[id(value)] = i
+        for value in operation.inputs():
+            last_use[id(value.root)] = i
     arena = Arena()
+    placed = set[int]()
     for members in groups:
         dead: dict[int, Value] = {}
         for i in members:
             operation = operations[i]
-            for value in (operation.source, operation.residual):
-                if value is not None and last_use[id(value)] == i:
-                    dead[id(value)] = value
-            if operation.target is None:
+            for value in operation.inputs():
+                if last_use[id(value.root)] == i:
+                    dead[id(value.root)] = value.root
+            if operation.target is None or id(operation.target.root) in placed:
                 continue
+            placed.add(id(operation.target.root))
             if _sums_in_place(operations, pieces, i, dead):
                 assert operation.residual is not None
                 operation.target.position = operation.residual.position
                 del dead[id(operation.residual)]
             else:
-                arena.place(operation.target)
+                arena.place(operation.target.root)
         for value in dead.values():
             arena.release(value)
     return arena.size
@@ -89,7 +90,9 @@ def _sums_in_place(
     return (
         residual is not None
         and target is not None
-        and residual is not operation.source
+        and residual.root is residual
+        and target.root is target
+        and not residual.overlaps(operation.source)
         and id(residual) in dead
         and residual.key == target.key
         and may_overwrite(operations, pieces, i)

@@ -55,9 +55,11 @@ class Network:
         self._programs: dict[tuple[int, int], Program] = {}
         self._planning = threading.Lock()
         state = compact.state_dict()
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        self._columns = {name: shape[1] for name, shape in shapes.items() if len(shape) == 2}
         self._channels = check_shapes(
             self._nodes,
-            {name: tuple(value.shape) for name, value in state.items()},
+            shapes,
             in_channels=self.header.in_channels,
             folded=False,
         )
@@ -107,7 +109,7 @@ class Network:
             return self._programs[height, width]
 
     def _plan(self, kernels: bindings.Kernels, height: int, width: int) -> "Program":
-        check_images(self._nodes, self._channels, height, width)
+        check_images(self._nodes, self._channels, self._columns, height, width)
         size = (self.header.in_channels, height, width)
         plan = ExecutionPlan(self._layers, size, lanes=kernels.num_lanes, num_parts=self._threads)
         if self._tuner is not None:
@@ -127,7 +129,7 @@ class Network:
     def _run(self, images: Tensor) -> Tensor:
         if self._kernels is None:
             assert self._state is not None
-            check_images(self._nodes, self._channels, *images.shape[2:])
+            check_images(self._nodes, self._channels, self._columns, *images.shape[2:])
             with torch.inference_mode():
                 return graph.run(self._nodes, self._state, images).clone()
         return self.program(*images.shape[2:]).run(images.contiguous())

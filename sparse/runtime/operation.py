@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from . import bindings
-from .layout import Map, Value
+from .layout import Map, Value, Vector
 from .lower import Array, Layer
 
 
@@ -18,7 +18,9 @@ class Operation:
     target: Value | None
     """The value that is written; None for the memory of the logits."""
     residual: Map | None = None
-    """The value that is added before the ReLU."""
+    """The value that is added before the activation."""
+    factor: Vector | None = None
+    """The vector that multiplies the channels of the source."""
     layer: Layer | None = None
     stride: tuple[int, int] = (1, 1)
     op: bindings.Op = field(default_factory=bindings.Op)
@@ -37,13 +39,23 @@ class Operation:
         vectors = target.rows * target.vectors if isinstance(target, Map) else 1
         return self.layer.num_active * vectors if self.layer is not None else 0
 
+    def inputs(self) -> list[Value]:
+        """Return the values that the operation reads."""
+        values = (self.source, self.residual, self.factor)
+        return [value for value in values if value is not None]
+
     def maps(self) -> list[Map]:
         """Return the maps that the operation reads and writes."""
-        values = (self.source, self.residual, self.target)
-        return [value for value in values if isinstance(value, Map)]
+        return [value for value in (*self.inputs(), self.target) if isinstance(value, Map)]
 
     def num_rows(self) -> int:
-        """Return the rows of the output, or its channels if the output has no rows."""
+        """Return the rows of the output, or its channels if the output has no rows.
+
+        An attention has its heads instead.
+        """
+        if self.kind == bindings.ATTENTION:
+            assert self.layer is not None
+            return self.layer.heads
         if isinstance(self.target, Map):
             return self.target.rows
         if self.layer is not None:

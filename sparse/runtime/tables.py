@@ -204,10 +204,15 @@ def _by_channels(flat: Array) -> Array:
     return np.ascontiguousarray(grouped)
 
 
-def linear_table(weight: Array) -> tuple[Array, Array]:
-    """Return where the connections of each output begin, and the pairs (input index, weight)."""
+def linear_table(weight: Array, *, groups: int) -> tuple[Array, Array]:
+    """Return where the connections of each output begin, and the pairs (input index, weight).
+
+    The weight has the shape (out, in / groups).
+    """
     out, source = np.nonzero(weight)
     connections = np.empty((len(out), 2), np.float32)
-    connections.view(np.int32)[:, 0], connections[:, 1] = source, weight[out, source]
+    connections[:, 1] = weight[out, source]
+    group = out // (len(weight) // groups)
+    connections.view(np.int32)[:, 0] = source + group * weight.shape[1]
     begin = np.concatenate([[0], np.cumsum(np.bincount(out, minlength=len(weight)))])
     return begin.astype(np.int32), connections

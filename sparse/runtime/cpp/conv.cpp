@@ -198,11 +198,19 @@ inline SPARSE_INLINE void finish(const Op& op, float* arena, const DenseTile& ti
     for_each<NV>([&](auto i) SPARSE_INLINE {
       Vec v = sum[j][i];
       if (res) v += load(res + (c + j) * op.res_plane + tile.res[i]);
-      if (op.relu) v = maximum(v, Vec{});
+      if (op.activation == kRelu) v = maximum(v, Vec{});
       if (mask) v = keep(v, load_mask(mask + tile.mask[i]));
       store(out + (c + j) * op.out_plane + tile.out[i], v);
     });
   });
+  if (op.activation > kRelu) {
+    for (int64_t j = c; j < std::min<int64_t>(c + kDenseChannels, op.channels); ++j) {
+      for (int64_t i = 0; i < NV; ++i) {
+        activate_tile(op, out + j * op.out_plane + tile.out[i],
+                      mask ? mask + tile.mask[i] : nullptr, 1, 1);
+      }
+    }
+  }
 }
 
 // Replace `upper` by upper + sum, and write upper - sum to `lower`.

@@ -1,10 +1,12 @@
 // Sparse and dense convolutions of one tile or of a range of rows.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <utility>
 
+#include "activation.h"
 #include "op.h"
 #include "simd.h"
 
@@ -136,7 +138,7 @@ struct SparseTile {
                                                            const float* res, const int32_t* mask) {
     for_each<kSize>([&](auto i) SPARSE_INLINE {
       if (res) sum[i] += load(res + (i / VX) * op.res_row + (i % VX) * kLanes);
-      if (op.relu) sum[i] = maximum(sum[i], Vec{});
+      if (op.activation == kRelu) sum[i] = maximum(sum[i], Vec{});
       if (mask) sum[i] = keep(sum[i], load_mask(mask + (i / VX) * op.mask_row + (i % VX) * kLanes));
       store(out + (i / VX) * op.out_row + (i % VX) * kLanes, sum[i]);
     });
@@ -193,6 +195,11 @@ struct SparseTile {
                    mask);
           }
         });
+        if (is_last && op.activation > kRelu) {
+          for (int64_t c = 0; c < std::min<int64_t>(P, left); ++c) {
+            activate_tile(op, out + channel[g * P + c] * op.out_plane, mask, VY, VX);
+          }
+        }
       }
     }
   }

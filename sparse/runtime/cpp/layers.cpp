@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "activation.h"
 #include "conv.h"
 #include "simd.h"
 
@@ -28,7 +29,7 @@ void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
   for (int64_t y = y0; y < y1; ++y) {
     const int32_t* place = op.offsets + y * size;
     for (int64_t c = 0; c < op.channels; ++c) {
-      const float* in = arena + op.in + c * op.in_plane;
+      const float* in = arena + op.in + (op.row_channel ? op.row_channel[c] : c) * op.in_plane;
       float* out = arena + op.out + y * op.out_row + c * op.out_plane;
       if (op.depth) {
         for (int64_t i = 0; i < size; i += kLanes) store(out + i, load(in + place[i]));
@@ -52,6 +53,23 @@ void write_output(const Op& op, const float* arena, float* image, int64_t y0, in
       }
     }
   }
+}
+
+void scale(const Op& op, float* arena, int64_t y0, int64_t y1) {
+  const float* factor = arena + op.res;
+  for (int64_t y = y0; y < y1; ++y) {
+    const int32_t* mask = op.mask ? op.mask + y * op.mask_row : nullptr;
+    for (int64_t c = 0; c < op.channels; ++c) {
+      const Vec f = broadcast(factor[c]);
+      const float* in = arena + op.in + y * op.in_row + c * op.in_plane;
+      float* out = arena + op.out + y * op.out_row + c * op.out_plane;
+      for (int64_t i = 0; i < op.vectors * kLanes; i += kLanes) {
+        const Vec v = f * load(in + i);
+        store(out + i, mask ? keep(v, load_mask(mask + i)) : v);
+      }
+    }
+  }
+  fill_halo(op, arena + op.out, y0, y1, 0, op.channels);
 }
 
 void max_pool(const Op& op, float* arena, int64_t y0, int64_t y1) {
@@ -146,9 +164,9 @@ void linear(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1
                           ? sparse_dot(op.connections + 2 * op.row_begin[c],
                                        op.row_begin[c + 1] - op.row_begin[c], x)
                           : dense_dot(op.weights + c * op.depth, x, op.depth);
-    const float y = dot + op.bias[c];
-    out[c] = op.relu && y < 0 ? 0.0f : y;
+    out[c] = dot + op.bias[c];
   }
+  activate(op.activation, out + c0, c1 - c0);
 }
 
 }  // namespace sparse_runtime

@@ -1,4 +1,4 @@
-// All operations but convolutions: input, output, pooling, linear layers, change of layout.
+// All operations but convolutions: input, output, pooling, scaling, linear layers, change of layout.
 #pragma once
 
 #include "op.h"
@@ -10,6 +10,8 @@ void read_input(const Op& op, const float* image, float* arena, int64_t y0, int6
 void repack(const Op& op, float* arena, int64_t y0, int64_t y1);
 // The reverse of read_input: writes all rows y0 <= y < y1 to `image`.
 void write_output(const Op& op, const float* arena, float* image, int64_t y0, int64_t y1);
+// Multiplies every channel by its element of a vector.
+void scale(const Op& op, float* arena, int64_t y0, int64_t y1);
 void max_pool(const Op& op, float* arena, int64_t y0, int64_t y1);
 
 // Channels c0 <= c < c1 of a vector, whose elements are contiguous at `out`.

@@ -11,9 +11,11 @@
 #include <sys/mman.h>
 #endif
 
+#include "attention.h"
 #include "conv.h"
 #include "layers.h"
 #include "network.h"
+#include "norm.h"
 #include "pool.h"
 
 namespace sparse_runtime {
@@ -60,10 +62,16 @@ struct Slice {
 bool is_conv(const Op& op) { return op.kind == kSparseConv || op.kind == kDenseConv; }
 
 bool is_vector(const Op& op) {
-  return op.kind == kMeanPool || op.kind == kSparseLinear || op.kind == kDenseLinear;
+  return op.kind == kMeanPool || op.kind == kSparseLinear || op.kind == kDenseLinear ||
+         op.kind == kToken;
 }
 
-int64_t extent(const Op& op) { return is_vector(op) ? op.channels : op.rows; }
+// What slices of an operation are counted in. A norm of a vector is one whole.
+int64_t extent(const Op& op) {
+  if (op.kind == kAttention) return op.heads;
+  if (op.kind == kVectorNorm) return 1;
+  return is_vector(op) ? op.channels : op.rows;
+}
 
 void run_slice(const Op& op, const Image& image, const Slice& s, float* scratch) {
   float* out = op.out < 0 ? image.logits : image.arena + op.out;
@@ -73,9 +81,16 @@ void run_slice(const Op& op, const Image& image, const Slice& s, float* scratch)
       return sparse_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end, scratch);
     case kDenseConv:
       return dense_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end, scratch);
+    case kScale: return scale(op, image.arena, s.begin, s.end);
     case kMaxPool: return max_pool(op, image.arena, s.begin, s.end);
     case kRepack: return repack(op, image.arena, s.begin, s.end);
     case kOutput: return write_output(op, image.arena, out, s.begin, s.end);
+    case kLayerNorm:
+      return layer_norm(op, image.arena, s.begin_part, s.end_part, s.begin, s.end);
+    case kVectorNorm: return vector_norm(op, image.arena, out);
+    case kTokens: return tokens(op, image.arena, s.begin, s.end);
+    case kToken: return token(op, image.arena, out, s.begin, s.end);
+    case kAttention: return attention(op, image.arena, s.begin, s.end, scratch);
     case kMeanPool: return mean_pool(op, image.arena, out, s.begin, s.end);
     default: return linear(op, image.arena, out, s.begin, s.end);
   }
@@ -94,7 +109,9 @@ class Network {
         arena_floats_(arena_floats),
         pool_(threads) {
     int64_t scratch = 0;
-    for (const Op& op : ops_) scratch = std::max(scratch, scratch_floats(op));
+    for (const Op& op : ops_) {
+      scratch = std::max({scratch, scratch_floats(op), attention_scratch_floats(op)});
+    }
     for (int i = 0; i < pool_.size(); ++i) scratch_.push_back(std::make_unique<Floats>(scratch));
     arenas_.push_back(std::make_unique<Floats>(arena_floats));
   }
@@ -178,7 +195,7 @@ class Network {
     // Large images are split by rows, one slice per thread: in the next layer a thread mostly reads
     // from its own cache what it wrote. In small images most of the traffic is weights, so channels
     // are split.
-    const bool by_rows = size >= 2 * threads || !is_conv(op);
+    const bool by_rows = size >= 2 * threads || op.num_parts == 1;
     const int64_t parts = by_rows ? 1 : std::min<int64_t>(op.num_parts, threads);
     const int64_t slices = by_rows ? std::min(size, threads) : 1;
     pool_.run(slices * parts, [&](int64_t i, int thread) {

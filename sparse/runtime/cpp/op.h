@@ -24,6 +24,25 @@ enum Kind : int64_t {
   kDenseLinear = 6,
   kRepack = 7,
   kOutput = 8,
+  kScale = 9,
+  kLayerNorm = 10,
+  kVectorNorm = 11,
+  kTokens = 12,
+  kToken = 13,
+  kAttention = 14,
+};
+
+// In the order of ACTIVATIONS of graph.py.
+enum Activation : int64_t {
+  kNone = 0,
+  kRelu = 1,
+  kRelu6 = 2,
+  kSilu = 3,
+  kHardswish = 4,
+  kHardsigmoid = 5,
+  kSigmoid = 6,
+  kGelu = 7,
+  kGeluTanh = 8,
 };
 
 // The version of plan files. Raise it when the meaning of a member or of a table changes: older plans
@@ -34,39 +53,46 @@ constexpr int64_t kPlanVersion = 1;
 // come last, from `mask` on: plan files have the numbers of tables in their place (plan.cpp).
 struct Op {
   int64_t kind;
-  int64_t in, out, res;             // res: activation to add, or -1; out: -1 for the logits
+  int64_t in, out, res;             // res: activation to add, or -1; scale: the vector of factors;
+                                    // out: -1 for the logits
   int64_t in_row, in_plane;         // distance between rows, between channels of a row
   int64_t out_row, out_plane;
   int64_t res_row, res_plane;
   int64_t rows, vectors, channels;  // of the output
   int64_t halo;                     // of the output, vectors on each side
   int64_t stride_y, stride_x;       // input rows per output row, input vectors per output vector
-  int64_t relu;
+  int64_t activation;               // an Activation, of convolutions and linear layers
   int64_t tile_rows, tile_vectors;  // of a convolution; dense: 1 row, or 2 by F(2, 3)
   int64_t group;                    // output channels computed together: 1, 2 or 4
   int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections
   int64_t depth;                    // terms per output: dense convolution, linear, mean; repack: 1
-                                    // if whole vectors are copied
+                                    // if whole vectors are copied; attention: channels of a head
   int64_t width, height, in_channels;  // of the input; max-pool: columns from -pad_x to the last read
   int64_t window_y, window_x, pad_y, pad_x;  // of a max-pool
   int64_t pad_top, pad_bottom;      // rows of the output that repeat others: with bands only
   int64_t mask_row;                 // distance between rows of the mask, 0 if one row serves all
+  int64_t heads, num_tokens;        // of an attention
+  double eps, score_scale;          // of a layer norm; of an attention
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are valid
   const int32_t* moves;             // [4][lanes] Grid.moves of the output, null with one band
   const int32_t* row_begin;         // sparse linear: [channels + 1] into connections
-  const int32_t* row_channel;       // [channels] in the order of computation, part by part
+  const int32_t* row_channel;       // [channels] in the order of computation, part by part;
+                                    // repack: the channel that each one copies, null for the same
   const int32_t* counts;            // [parts][blocks][groups][2^group - 1] connections by pattern;
                                     // dense, of 2 rows: [4] terms of each product
   const int64_t* part_begin;        // [parts + 1] first channel of each part, a multiple of 4
   const int64_t* part_stream;       // [parts] where the connections of a part begin
   const float* connections;         // in the order of use: offset from the tile's first input
                                     // vector, in floats; one weight per channel of the pattern
-  const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth]
+  const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth];
+                                    // layer norm: [channels]; tokens: [channels][rows][vectors]
+                                    // [lanes] to add
   const int32_t* offsets;           // dense: [depth]; of 2 rows: [depth][3] two offsets and the
                                     // sign of the second; input: [vectors][lanes] pixel of row 0,
                                     // or -1; output, repack: [rows][vectors][lanes] where in the
                                     // channel, or -1; max-pool: [width][lanes] valid input columns,
-                                    // then valid rows, from -pad_x and -pad_y on
+                                    // then valid rows, from -pad_x and -pad_y on; tokens: as
+                                    // repack; attention: [num_tokens] where in the channel
   const float* bias;                // [channels]
 };
 

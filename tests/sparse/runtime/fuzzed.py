@@ -17,11 +17,13 @@ from unittest import mock
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse import runtime
 from sparse.runtime import bindings, memory
 from sparse.runtime.format import FORMAT, digest
+from sparse.runtime.graph import Node
 from sparse.runtime.network import Network
 
 MEMORY = 2**26  # bytes: what a case may take
@@ -39,13 +41,43 @@ class Seed(nn.Module):
         self.norm, self.lone = nn.BatchNorm2d(12), nn.BatchNorm2d(12)
         self.pool, self.mean = nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 1)
         self.wide = nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=3)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(12, 12, 1), nn.Sigmoid())
+        self.more, self.shuffle = nn.Conv2d(12, 6, 1), nn.ChannelShuffle(3)
+        self.flat = nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Linear(12, 12))
         self.fc = nn.Linear(12, 20)
         self.last = nn.Linear(20, 7, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.norm(self.stem(x)).relu())
-        x = self.mean((self.wide(x) + self.lone(x)).relu()).mean((2, 3))
+        x = F.silu(self.wide(x) + self.lone(x))
+        x = self.mean(x * self.gate(x))
+        parts = self.shuffle(torch.cat((x, self.more(x)), 1)).chunk(3, 1)
+        x = self.flat(F.gelu(parts[0]) + parts[2])
         return self.last(self.fc(x).relu())
+
+
+def transformer() -> tuple[list[Node], dict[str, Tensor]]:
+    """Return a graph with every operation of transformers, for images of 9 x 9, and its state."""
+    nodes = [
+        Node(name="patch", op="conv", inputs=("input",), parameters="patch.", **PATCHES),
+        Node(name="tokens", op="prepend", inputs=("patch",), parameters="c", size=(3, 3), tokens=1),
+        Node(name="placed", op="embedding", inputs=("tokens",), parameters="p", size=(1, 10)),
+        Node(name="norm", op="layer_norm", inputs=("placed",), parameters="norm.", eps=1e-6),
+        Node(name="qkv", op="pixel_linear", inputs=("norm",), parameters="qkv."),
+        Node(name="mix", op="attention", inputs=("qkv",), heads=2, score_scale=0.4),
+        Node(name="scaled", op="scale", inputs=("mix",), parameters="s"),
+        Node(name="sum", op="add", inputs=("scaled", "placed")),
+        Node(name="class", op="token", inputs=("sum",), index=0),
+        Node(name="last", op="layer_norm", inputs=("class",), parameters="last.", eps=1e-6),
+        Node(name="head", op="linear", inputs=("last",), parameters="head."),
+    ]
+    shapes = {"patch.weight": (12, 3, 3, 3), "patch.bias": (12,), "c": (1, 1, 12), "s": (12,)}
+    shapes |= {"p": (1, 10, 12), "norm.weight": (12,), "norm.bias": (12,), "last.weight": (12,)}
+    shapes |= {"last.bias": (12,), "qkv.weight": (36, 12), "head.weight": (7, 12)}
+    return nodes, {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+PATCHES = {"kernel": (3, 3), "stride": (3, 3)}
 
 
 def seeds(directory: Path) -> list[Path]:
@@ -72,6 +104,28 @@ def seeds(directory: Path) -> list[Path]:
             std=(0.2,) * 3,
             dtype=dtype,
             fold=fold,
+        )
+    return [*paths, *transformer_seeds(directory)]
+
+
+def transformer_seeds(directory: Path) -> list[Path]:
+    nodes, state = transformer()
+    mask = torch.rand(36, 12) < 0.4
+    state["qkv.weight"] *= mask
+    paths = []
+    for dtype in ("float32", "int8"):
+        paths.append(directory / f"transformer-{dtype}")
+        runtime.save(
+            paths[-1],
+            state,
+            {"qkv.weight": mask},
+            nodes=nodes,
+            arch="transformer",
+            model={},
+            image_size=9,
+            mean=(0.5,) * 3,
+            std=(0.2,) * 3,
+            dtype=dtype,
         )
     return paths
 

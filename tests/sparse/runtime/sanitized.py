@@ -17,6 +17,7 @@ import numpy as np
 from sparse.runtime import bindings, execution_plan
 from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.execution_plan import Choice, ExecutionPlan, can_share, dense_choices
+from sparse.runtime.graph import ACTIVATIONS
 from sparse.runtime.layout import Map
 from sparse.runtime.lower import Layer
 from sparse.runtime.tune import Tuner
@@ -39,11 +40,23 @@ def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[
             bias=np.ones(into, np.float32),
             kernel=(kernel, kernel),
             groups=used,
-            relu=True,
+            activation=ACTIVATIONS[len(name + source) + into + kernel + groups & 7],
             **options,
         )
 
-    dense = generator.standard_normal((5, 12)).astype(np.float32)
+    def linear(name: str, source: str, into: int, **options: object) -> Layer:
+        weight = generator.standard_normal((into, 12)).astype(np.float32)
+        bias = np.zeros(into, np.float32)
+        return Layer(
+            name=name,
+            kind="linear",
+            source=source,
+            channels=into,
+            weight=weight,
+            bias=bias,
+            **options,
+        )
+
     return [
         conv("a", "input", 12, 7, stride=(2, 2), padding=(3, 3)),
         Layer(
@@ -58,15 +71,25 @@ def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[
         conv("c", "b", 12, 3, stride=(stride, stride), padding=(1, 1)),
         conv("d", "c", 12, 3, padding=(2, 2), dilation=(2, 2)),
         conv("e", "b", 12, 1, stride=(stride, stride), residual="d"),
-        Layer(name="f", kind="mean_pool", source="e", channels=12),
         Layer(
-            name="g",
-            kind="linear",
-            source="f",
-            channels=5,
-            weight=dense,
-            bias=np.zeros(5, np.float32),
+            name="n",
+            kind="layer_norm",
+            source="e",
+            channels=12,
+            weight=np.ones(12, np.float32),
+            bias=np.ones(12, np.float32),
+            eps=1e-2,
         ),
+        conv("q", "n", 36, 1),
+        Layer(name="t", kind="attention", source="q", channels=12, heads=3, score_scale=0.5),
+        Layer(name="f", kind="mean_pool", source="t", channels=12),
+        linear("g", "f", 12, activation="sigmoid"),
+        Layer(name="h", kind="scale", source="e", factor="g", channels=12),
+        Layer(name="i", kind="concat", source="h", parts=("h", "e"), channels=24),
+        Layer(name="j", kind="shuffle", source="i", groups=2, channels=24),
+        Layer(name="k", kind="chunk", source="j", groups=2, index=1, channels=12),
+        Layer(name="l", kind="adaptive_avg_pool", source="k", channels=12),
+        linear("m", "l", 5),
     ]
 
 

@@ -34,7 +34,7 @@ def test_a_bottleneck_network_becomes_convolutions_pools_and_one_classifier() ->
     layers = lower(trace(model), model.state_dict(), in_channels=3)
     assert [layer.kind for layer in layers] == ["conv", "max_pool", *["conv"] * 52, *TAIL]
     assert sum(layer.residual is not None for layer in layers) == 16
-    assert sum(layer.relu for layer in layers) == 49
+    assert sum(layer.activation == "relu" for layer in layers) == 49
     assert {layer.groups for layer in layers} == {1}
 
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_folded_becomes_a_depthwise_convolution() -> None:
         )
         if layer.residual is not None:
             y = y + values[layer.residual]
-        values[layer.name] = F.relu(y) if layer.relu else y
+        values[layer.name] = F.relu(y) if layer.activation else y
     with torch.no_grad():
         assert torch.allclose(values[layers[-1].name], model(images), rtol=1e-4, atol=1e-5)
 
@@ -109,26 +109,35 @@ POOL = nn.AdaptiveAvgPool2d(1)
     ("model", "message"),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3, padding="same")), "pads with numbers"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), "flattens only what"),
+        (
+            nn.Sequential(CONV, nn.Flatten()),
+            "needs .N, C, H, W. or .N, C., but _1 is .N, C . H . W.",
+        ),
         (nn.Sequential(nn.MaxPool2d(2, dilation=2)), "max-pooling with dilation"),
         (nn.Sequential(nn.AvgPool2d(2, ceil_mode=True)), "average-pooling with options"),
         (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), "return_indices"),
         (nn.Sequential(nn.BatchNorm2d(3, affine=False)), "BatchNorm without"),
-        (nn.Sequential(nn.Sigmoid()), "does not know 0: Sigmoid"),
+        (nn.Sequential(nn.Tanh()), "does not know 0: Tanh"),
         (nn.Sequential(nn.Identity()), "it has 0"),
         (nn.Sequential(nn.AvgPool2d(3, padding=(1, 2))), "more than half of the kernel"),
         (nn.Sequential(nn.Conv2d(3, 4, 1, padding=2000)), "more than 1024 pixels"),
         # what has been averaged
-        (nn.Sequential(POOL, CONV), "_0 keeps a height and a width of 1: flatten it"),
+        (nn.Sequential(POOL, CONV), "_1 keeps a height and a width of 1: flatten it"),
+        (nn.Sequential(POOL, nn.SiLU()), "_1 keeps a height and a width of 1: flatten it"),
         (nn.Sequential(POOL), "flatten it"),
-        (nn.Sequential(POOL, nn.ReLU(), nn.Flatten()), "flatten it"),
-        (nn.Sequential(POOL, nn.Flatten(), nn.ReLU()), "no ReLU of vectors"),
         (Applied(lambda x, y: x + y, nn.Conv2d(3, 3, 1), POOL), "flatten it"),
-        (Applied(lambda x, y: y.mean([2, 3], keepdim=True), CONV), "does not know .*keepdim"),
+        (Applied(lambda x, y: y.mean([2, 3], keepdim=True), CONV), "flatten it"),
         (Applied(lambda x, y: y.mean([2, 3]) + y.mean([2, 3]), CONV), "no add of vectors"),
         (nn.Sequential(CONV, nn.Linear(8, 4)), "no linear layer of images"),
+        (nn.Sequential(POOL, nn.Conv2d(3, 4, 3, padding=1), nn.Flatten()), "only plain 1x1 conv"),
+        (nn.Sequential(POOL, nn.MaxPool2d(1), nn.Flatten()), "flatten it"),
+        # products
+        (Applied(lambda x, y: x * y, nn.Conv2d(3, 3, 1)), "multiplies maps only by what was av"),
+        (Applied(lambda x, y: y * y, POOL), "multiplies maps only by what was averaged"),
+        (Applied(lambda x, y: x * 2, POOL), "does not know .*mul"),
+        (Applied(lambda x, y: x * y, nn.Sequential(POOL, CONV)), "reads values of 3 and 4 chan"),
         # sums
-        (Applied(lambda x, y: x + y, CONV), "the sum 'add' adds values of 3 and 4 channels"),
+        (Applied(lambda x, y: x + y, CONV), "'add' reads values of 3 and 4 channels"),
         (Applied(lambda x, y: torch.add(x, y, alpha=2), nn.ReLU()), "does not know .*alpha"),
         (Applied(lambda x, y: x + 1, CONV), "does not know"),
         # channels
@@ -196,7 +205,7 @@ def test_a_shared_layer_is_not_folded_twice(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([], "it has 0"),
-        ([{"name": "a", "op": "sigmoid", "inputs": ["input"]}], "whose op is 'sigmoid'"),
+        ([{"name": "a", "op": "tanh", "inputs": ["input"]}], "whose op is 'tanh'"),
         ([{"name": "a", "op": "relu", "inputs": ["b"]}], r"'a' .relu. reads .'b',."),
         ([{"nam": "a"}], "a node that is none"),
     ],

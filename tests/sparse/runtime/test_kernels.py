@@ -8,11 +8,23 @@ from torch import Tensor, nn
 
 from sparse.runtime import bindings, trace
 from sparse.runtime.execution_plan import Choice, ExecutionPlan, dense_choices
+from sparse.runtime.graph import ACTIVATIONS
 from sparse.runtime.lower import lower
 from sparse.runtime.network import Program
 from sparse.runtime.tables import DENSE_CHANNELS
 
 TOLERANCE = 1e-4
+
+MODULES = {
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "silu": nn.SiLU(),
+    "hardswish": nn.Hardswish(),
+    "hardsigmoid": nn.Hardsigmoid(),
+    "sigmoid": nn.Sigmoid(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+}
 
 FEW = settings(
     max_examples=40,
@@ -211,6 +223,36 @@ def test_pooled_classifiers_equal_torch(
     with torch.no_grad():
         wanted = model(images)
     assert_close(run(model, images, each_kernels, threads=threads), wanted)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_as_exact_as_those_of_torch(
+    name: str, each_kernels: bindings.Kernels
+) -> None:
+    model, function = nn.Sequential(MODULES[name]), MODULES[name]
+    values = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([-1e4, -100, 0, 100, 1e4])])
+    images = values.reshape(1, 1, 2, -1)
+    wanted = function(images.double())
+    error = (run(model, images, each_kernels) - wanted).abs()
+    assert float((error / images.abs().clamp(min=1)).max()) < 5e-7
+    vectors = nn.Sequential(nn.AdaptiveAvgPool2d(1), MODULES[name], nn.Flatten())
+    images = values.reshape(1, -1, 1, 1)
+    error = (run(vectors, images, each_kernels) - function(images.double()).flatten(1)).abs()
+    assert float((error / images.flatten(1).abs().clamp(min=1)).max()) < 5e-7
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_lies_outside_the_image_stays_zero_after_an_activation(
+    name: str, dense: bool, each_kernels: bindings.Kernels
+) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), MODULES[name], nn.Conv2d(5, 4, 3, padding=1)
+    )
+    images = torch.randn(1, 3, 9, 19)
+    choice = Choice(dense=True, tile_rows=2) if dense else Choice(group=2, tile_rows=2)
+    with torch.no_grad():
+        assert_close(run(model, images, each_kernels, choice=choice), model(images))
 
 
 def test_a_nan_is_not_hidden_by_relu(kernels: bindings.Kernels) -> None:

@@ -133,6 +133,44 @@ def test_other_images_are_refused(
         network(images)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("tail", "fits", "others", "message"),
+    [
+        (
+            (nn.AdaptiveAvgPool2d((2, 3)), nn.Flatten(), nn.Linear(24, 7)),
+            [(4, 6), (2, 3), (14, 9)],
+            [(5, 6), (1, 3), (4, 8)],
+            r"'_1' averages \dx\d to 2x3, which must be divisors",
+        ),
+        (
+            (nn.Flatten(), nn.Linear(4 * 12, 7)),
+            [(2, 6), (3, 4), (12, 1)],
+            [(2, 7), (1, 1)],
+            r"the linear layer '_2' reads 12 pixels per channel, and \dx\d are left",
+        ),
+    ],
+)
+def test_layers_for_one_size_take_the_sizes_that_fit(
+    tail: tuple[nn.Module, ...],
+    fits: list[tuple[int, int]],
+    others: list[tuple[int, int]],
+    message: str,
+    backend: str,
+    save: Save,
+    kernel_cache: Path,
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *tail)
+    network = runtime.load(save(model, 0.5), tune=False, cache=kernel_cache, backend=backend)
+    for size in fits:
+        images = torch.randn(2, 3, *size)
+        assert_close(network(images), logits_of(model, images))
+    for size in others:
+        with pytest.raises(ValueError, match=message) as error:
+            network(torch.zeros(1, 3, *size))
+        assert "\n" not in str(error.value)
+
+
 def test_the_state_dict_of_a_loaded_network_is_the_trained_one(
     save: Save, kernel_cache: Path
 ) -> None:
@@ -215,7 +253,7 @@ def test_arguments_out_of_range_are_refused(
 
 @pytest.mark.parametrize(
     ("arch", "message"),
-    [("vit_b_16", "cannot be traced|does not know"), ("mobilenet_v2", "does not know .*ReLU6")],
+    [("vit_b_16", "cannot be traced|does not know"), ("swin_t", "does not know .*permute")],
 )
 def test_unknown_operations_are_named(arch: str, message: str) -> None:
     with torch.device("meta"):

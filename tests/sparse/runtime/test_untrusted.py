@@ -14,7 +14,7 @@ import export
 from image_classification.models import create_model
 from sparse import runtime
 from sparse.runtime import bindings, memory
-from tests.sparse.runtime.fuzzed import content, fuzz, rewrite, seeds
+from tests.sparse.runtime.fuzzed import content, fuzz, rewrite, seeds, transformer_seeds
 
 Change = Callable[[Any, dict[str, Tensor]], None]
 
@@ -70,10 +70,25 @@ def tensor(name: str, value: Tensor) -> Change:
         (node("max_pool", "padding", [2, 0]), "more than half of the kernel"),
         (node("max_pool", "dilation", [2, 2]), "max_pool. has no dilation"),
         (node("relu", "kernel", [3, 3]), "relu. has no kernel"),
+        (node("mul", "inputs", ["input", "sigmoid"]), "mul. reads|no operation reads the value"),
+        (node("sigmoid", "op", "max_pool"), "no max_pool of vectors"),
         (node("add", "inputs", ["input", "input"]), "no operation reads the value"),
         (node("add", "inputs", ["add", "add"]), "which was not computed before"),
-        (node("mean_pool", "op", "conv"), "no linear layer of images .operation 'fc'"),
+        (node("mean_pool", "op", "conv"), "multiplies maps by vectors only .operation 'mul'"),
         (node("linear", "op", "relu"), "relu. has no parameters"),
+        (node("concat", "inputs", ["avg_pool2d"]), "concat. reads .*not computed before"),
+        (node("concat", "inputs", ["mean", "gate_0"]), "no concat of vectors"),
+        (node("concat", "inputs", ["mean"] * 6000 + ["more"]), "more than 65536 or not"),
+        (node("chunk", "index", 3), "there is no part 3 of 3"),
+        (node("chunk", "index", -1), "there is no part -1 of 3"),
+        (node("chunk", "groups", 4), "not 4 equal groups"),
+        (node("chunk", "index", "0"), "whose index is '0'"),
+        (node("shuffle", "groups", 5), "not 5 equal groups"),
+        (node("shuffle", "index", 1), "shuffle. has no index"),
+        (node("adaptive_avg_pool", "output", [0, 1]), "output must be at least 1"),
+        (node("adaptive_avg_pool", "output", [10**6, 1]), "spans more than 1024 pixels"),
+        (node("max_pool", "output", [2, 2]), "max_pool. has no output"),
+        (tensor("flat.2.weight", torch.ones(12, 13)), "'flat.2.weight' is .12, 13., the graph"),
         (node("conv", "name", "a\nb"), "whose name is 'a.nb'"),
         (field("in_channels", 4), "mean that is not of in_channels numbers"),
         (field("in_channels", 0), "in_channels that is not 1 to"),
@@ -102,6 +117,59 @@ def test_what_does_not_fit_is_named(tmp_path: Path, change: Change, message: str
         runtime.load(path, backend="torch")
     assert str(error.value).startswith(f"{path} is no valid compact sparse network: ")
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (node("attention", "heads", 5), "'mix' of 5 heads reads 36 channels"),
+        (node("attention", "heads", 0), "heads 0 or score_scale 0.4 out of range"),
+        (node("attention", "score_scale", float("nan")), "score_scale nan out of range"),
+        (node("attention", "score_scale", -1), "score_scale -1 out of range"),
+        (node("prepend", "tokens", 0), "index 0 or tokens 0 out of range"),
+        (node("prepend", "tokens", 2), r"'c' is \(1, 1, 12\), 'tokens' needs 24 numbers"),
+        (node("prepend", "size", [0, 3]), "size .0, 3. out of range"),
+        (node("embedding", "size", [2, 10]), r"'p' is \(1, 10, 12\), 'placed' needs 240 numbers"),
+        (node("scale", "parameters", "p"), "'p' is .*'scaled' needs 12 numbers: 1 for each of 12"),
+        (node("scale", "parameters", "z"), "'z' is missing, 'scaled' needs 12 numbers"),
+        (node("token", "index", -1), "index -1 or tokens 0 out of range"),
+        (node("add", "size", [1, 10]), "has no size"),
+        (node("layer_norm", "heads", 2), "has no heads"),
+        (node("layer_norm", "eps", -1), "or eps -1 out of range"),
+        (tensor("norm.weight", torch.ones(11)), "'norm.weight' is .11,., the graph needs .12,."),
+        (tensor("s", torch.ones(12, dtype=torch.int64)), "'s' is torch.int64"),
+    ],
+)
+def test_what_does_not_fit_a_transformer_is_named(
+    tmp_path: Path, change: Change, message: str
+) -> None:
+    path = transformer_seeds(tmp_path)[0]
+    header, tensors = content(path)
+    change(header, tensors)
+    rewrite(path, header, tensors)
+    with pytest.raises(ValueError, match=message) as error:
+        runtime.load(path, backend="torch")
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("op", "field", "value", "message"),
+    [
+        ("token", "index", 10, "'class' takes token 10"),
+        ("embedding", "size", [10, 1], "'p' is made for a map of 10x1, .* give 10 tokens"),
+        ("prepend", "size", [9, 1], "'c' is made for a map of 9x1, .* give a map of 3x3"),
+    ],
+)
+def test_images_that_do_not_fit_the_tokens_are_refused(
+    tmp_path: Path, op: str, field: str, value: object, message: str
+) -> None:
+    path = transformer_seeds(tmp_path)[0]
+    header, tensors = content(path)
+    node(op, field, value)(header, tensors)
+    rewrite(path, header, tensors)
+    network = runtime.load(path, backend="torch")
+    with pytest.raises(ValueError, match=f"images of 9x9 do not fit this network.*{message}"):
+        network(torch.zeros(3, 9, 9))
 
 
 @pytest.mark.parametrize("text", ["", "3", "null", "[" * 100_000, "{", '{"a": 1}', "9" * 10_000])
