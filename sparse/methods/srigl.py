@@ -14,7 +14,7 @@ from ..topology.flat import all_true, count_nonzero, vector
 from ..topology.rng import Draw
 from ..topology.rows import by_layer, count_in_rows, fill_rows, per_row, within_rows
 from ..topology.selection import largest_in_layers
-from ..topology.shards import any_sharded
+from ..topology.shards import part_of
 from .after import AfterSteps
 from .base import Tensors
 from .layers import included, prunable_modules, weights_of
@@ -72,8 +72,12 @@ class Srigl(AfterSteps):
     def fitted_to(self, model: nn.Module) -> Self:
         fitted = super().fitted_to(model)
         weights = weights_of(prunable_modules(model, included(model, self.include)))
-        if any_sharded(weights.values()):
-            raise ValueError("srigl cannot count the rows of weights that are sharded; use DDP")
+        for name, weight in weights.items():
+            if not part_of(weight).has_whole_rows:
+                raise ValueError(
+                    f"srigl needs the rows of {name} whole, which is spread along other dimensions "
+                    "or over several groups of processes: use DDP or FSDP2 alone"
+                )
         allocation, rows = fitted.allocation, {n: len(weight) for n, weight in weights.items()}
         budgets, counts = {}, {}
         for name, size in allocation.sizes.items():
@@ -100,15 +104,17 @@ class Srigl(AfterSteps):
 
     def begin_from(self, masks: Tensors) -> Tensors:
         """Refuse masks without a constant fan-in; rows without weights may be ablated ones."""
-        for name, mask in masks.items():
-            counts = sorted(set(mask.flatten(1).sum(1).tolist()))
+        if not masks:
+            return masks
+        for name, numbers in by_layer(count_in_rows(masks, masks), masks).items():
+            mask, counts = masks[name], sorted(set(numbers.tolist()))
             if len(set(counts) - {0}) > 1:
                 raise ValueError(
                     f"srigl needs masks with as many weights in every row; rows of {name} have "
                     f"{counts[0]} to {counts[-1]}: begin with masks of srigl, or with the weights "
                     "alone"
                 )
-            if 0 in counts and self.threshold(name, len(mask), mask[0].numel()) == 0:
+            if 0 in counts and self.threshold(name, len(mask), mask.shape[1:].numel()) == 0:
                 raise ValueError(
                     f"srigl ablates no rows of {name}, but its mask has rows without weights: give "
                     "min_salient and never_ablated as in the run of the masks"
@@ -172,7 +178,7 @@ class Srigl(AfterSteps):
         every = all_true(masks)
         steepest = largest_in_layers(grads, num_dropped, every)
         salient = count_in_rows(largest, steepest)
-        fan_ins = [mask[0].numel() for mask in masks.values()]
+        fan_ins = [mask.shape[1:].numel() for mask in masks.values()]
         thresholds = [
             self.threshold(name, number, fan_in)
             for name, number, fan_in in zip(masks, rows, fan_ins, strict=True)

@@ -1,8 +1,10 @@
 """Rows of layers: the weights that lead to one output, along the first dimension.
 
-A row lies whole in a layer. Entries are ranked as in `selection`. On a device the rows of all
-layers are handled together, in a fixed number of operations. On a CPU every layer is handled by
-itself, without a full sort: the threshold of a row is found among its largest entries.
+A row lies whole in a layer. Layers may be spread over processes by rows, each row lying in one
+of them. What is known of rows is known of all of them, in all processes. Entries are ranked as in
+`selection`. On a device the rows of all layers are handled together, in a fixed number of
+operations. On a CPU every layer is handled by itself, without a full sort: the threshold of a row
+is found among its largest entries.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +16,10 @@ from torch import Tensor
 
 from . import radix
 from .flat import apart, batched, layout_of
+from .radix import indices
 from .rng import Draw
 from .selection import order_keys
+from .shards import Ranks, any_sharded, local, locals_of, part_of, spread_all
 
 Tensors = Mapping[str, Tensor]
 
@@ -41,6 +45,14 @@ def count_in_rows(masks: Tensors, others: Tensors) -> Tensor:
     Returns:
         int64 tensor, of all layers one after the other.
     """
+    if any_sharded(masks.values()):
+        ranks, counts = Ranks.of(masks), per_row([0] * len(masks), masks)
+        places = _rows_here(counts, masks)
+        here = count_in_rows(locals_of(masks), locals_of(others))
+        pieces = torch.split(here, [len(place) for place in places])
+        if mine := [n for n, is_mine in enumerate(ranks.owned) if is_mine]:
+            torch._foreach_copy_([places[n] for n in mine], [pieces[n] for n in mine])
+        return ranks.sum(counts)
     if not _together(masks):
         either = (mask | others[name] for name, mask in masks.items())
         return torch.cat([_count(mask.flatten(1)) for mask in either])
@@ -68,6 +80,10 @@ def fill_rows(
         New masks.
     """
     grow = _drawn(grow, masks)
+    if any_sharded(masks.values()):
+        here = torch.cat(_rows_here(counts, masks))
+        keep = None if keep is None else locals_of(keep)
+        return spread_all(fill_rows(locals_of(masks), here, keep, locals_of(grow)), masks)
     if not _together(masks):
         limits = by_layer(counts, masks)
         new = {}
@@ -93,15 +109,26 @@ def within_rows(masks: Tensors, rows: Tensor) -> dict[str, Tensor]:
 
     On a CPU the mask itself is returned where all rows are marked.
     """
-    if not _together(masks):
-        marks = by_layer(rows, masks)
-        return {
-            name: mask
-            if bool(marks[name].all())
-            else mask & marks[name].view(-1, *[1] * (mask.dim() - 1))
-            for name, mask in masks.items()
+    if not _together(locals_of(masks)):
+        whole = [name for name, marks in by_layer(rows, masks).items() if bool(marks.all())]
+        changed = {name: mask for name, mask in masks.items() if name not in whole}
+        parts = dict(zip(masks, _rows_here(rows, masks), strict=True))
+        left = {
+            name: local(mask) & parts[name].view(-1, *[1] * (mask.dim() - 1))
+            for name, mask in changed.items()
         }
+        return {**masks, **spread_all(left, masks)}
+    if any_sharded(masks.values()):
+        here = torch.cat(_rows_here(rows, masks))
+        return spread_all(within_rows(locals_of(masks), here), masks)
     return apart(_join(masks) & rows.index_select(0, _rows(masks)[0]), masks)
+
+
+def _rows_here(numbers: Tensor, like: Tensors) -> list[Tensor]:
+    """Give the numbers of the rows that lie here, views of them layer by layer."""
+    parts = [part_of(tensor) for tensor in like.values()]
+    layers = by_layer(numbers, like).values()
+    return [n.narrow(0, p.offset[0], p.size[0]) for n, p in zip(layers, parts, strict=True)]
 
 
 def _together(masks: Tensors) -> bool:
@@ -114,7 +141,7 @@ def _join(tensors: Tensors, names: Tensors | None = None) -> Tensor:
 
 def _rows(masks: Tensors) -> tuple[Tensor, int, Tensor]:
     """Give the row of every entry of all layers, the number of rows, and where each begins."""
-    lengths = per_row([mask[0].numel() for mask in masks.values()], masks)
+    lengths = per_row([mask.shape[1:].numel() for mask in masks.values()], masks)
     numel, num_rows = sum(mask.numel() for mask in masks.values()), len(lengths)
     index = torch.arange(num_rows, dtype=torch.int32, device=lengths.device)
     row_of = torch.repeat_interleave(index, lengths, output_size=numel)
@@ -137,7 +164,7 @@ def _largest_of_rows(scores: Tensor, counts: Tensor, among: Tensor) -> Tensor:
     """Mark so many entries of every row of a matrix on the CPU, or all candidates of a row."""
     some = ((counts > 0) & (counts < _count(among))).nonzero().flatten()  # rows with a choice
     scores = scores.detach().reshape(among.shape)
-    if len(some) == len(among):
+    if 0 < len(some) == len(among):
         return torch.from_numpy(_largest_keys(_keys(scores, among).numpy(), counts.numpy()))
     chosen = among & (counts > 0)[:, None]
     if len(some):
@@ -179,6 +206,13 @@ def _drawn(scores: Tensors | Mapping[str, Draw], like: Tensors) -> Tensors:
     tensors = {name: score for name, score in scores.items() if isinstance(score, Tensor)}
     if not draws:
         return tensors
+    if any_sharded(like.values()):
+        ranks, parts = Ranks.of({name: like[name] for name in draws}), locals_of(like)
+        layout = layout_of(tuple(parts[name].numel() for name in draws))
+        device = next(iter(parts.values())).device
+        index = indices(layout, [part.start for part in ranks.parts.values()], device)
+        flat = radix.drawn(list(draws.values()), layout, device, index)
+        return layout.by_layer(flat, draws, parts)
     if not _together(like):
         return {name: draw.tensor() for name, draw in draws.items()}
     layout = layout_of(tuple(like[name].numel() for name in draws))

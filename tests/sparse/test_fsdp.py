@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import (
 
 import sparse
 from benchmarks.sharded import Collectives
+from sparse.topology import rows
 from sparse.topology.rng import Draw
 from sparse.topology.selection import largest_in_layers, largest_together, replace
 from tests.sparse.nets import METHODS, make
@@ -44,7 +45,7 @@ from tests.sparse.test_batched import together
 pytestmark = pytest.mark.distributed
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
-SPREAD = [name for name in METHODS if "srigl" not in name]  # which is refused
+SPREAD = list(METHODS)
 Model = Any  # an nn.Module, with the methods of FSDPModule where it is sharded
 
 
@@ -255,6 +256,67 @@ def test_entries_are_picked_over_shards_as_in_whole_tensors(
     assert all(compared > 200 for compared in run(world_size, select_shards, tmp_path))
 
 
+def in_rows(marks: Tensor, draws: Any, masks: Any, others: Any, keep: Any, grow: Any) -> list[Any]:
+    counts = rows.count_in_rows(masks, others) // 2
+    filled = rows.fill_rows(masks, counts, keep, grow)
+    drawn = rows.fill_rows(masks, counts, None, draws)
+    return [filled, drawn, rows.within_rows(filled, marks), {"counts": counts}]
+
+
+def rows_of_shards(rank: int, world_size: int) -> int:
+    """Compare rows of shards with those of whole tensors; give how many layers there were."""
+    line, compared = init_device_mesh("cpu", (world_size,)), 0
+    meshes: list[tuple[DeviceMesh, list[Any]]] = [(line, [Shard(0)])]
+    if world_size == 4:
+        meshes.append((init_device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)]))
+    for case in range(8):
+        generator = torch.Generator().manual_seed(case)
+        shapes = {str(n): SHAPES[(case + n) % len(SHAPES)] for n in range(4)}
+        masks = {n: torch.rand(shape, generator=generator) < 0.6 for n, shape in shapes.items()}
+        keep, grow = (
+            {n: torch.randn(s, generator=generator).mul(2).round() for n, s in shapes.items()}
+            for _ in range(2)
+        )
+        draws = {n: Draw(shape, (case, 1)) for n, shape in shapes.items()}
+        marks = torch.rand(sum(map(len, masks.values())), generator=generator) < 0.7
+        others = {n: scores > 0 for n, scores in keep.items()}
+        expected = in_rows(marks, draws, masks, others, keep, grow)
+        for mesh, placements in meshes:
+            spread: list[Any] = [
+                {
+                    n: t
+                    if case % 3 == 0 and n == "2"  # a whole layer among sharded ones
+                    else distribute_tensor(t, mesh, placements, src_data_rank=None)
+                    for n, t in tensors.items()
+                }
+                for tensors in (masks, others, keep, grow)
+            ]
+            with together() if case % 2 else contextlib.nullcontext():
+                found = in_rows(marks, draws, *spread)
+            for layers_found, layers_expected in zip(found, expected, strict=True):
+                for n, mask in layers_found.items():
+                    assert torch.equal(whole(mask), layers_expected[n]), (case, placements, n)
+                    compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rows_of_shards_are_those_of_whole_tensors(world_size: int, tmp_path: Path) -> None:
+    assert all(compared >= 8 * 13 for compared in run(world_size, rows_of_shards, tmp_path))
+
+
+def refuse_split_rows(rank: int, world_size: int) -> str:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    parallelize_module(model, init_device_mesh("cpu", (world_size,)), {"0": RowwiseParallel()})
+    with pytest.raises(ValueError, match=r"srigl needs the rows of 0\.weight whole") as told:
+        sparse.srigl(model, sgd(model), sparsity=0.5, t_end=9)
+    return str(told.value)
+
+
+def test_rows_that_are_split_are_refused(tmp_path: Path) -> None:
+    assert all("use DDP or FSDP2" in line for line in run(2, refuse_split_rows, tmp_path))
+
+
 # Every update is that of the method on whole tensors ---------------------------------------------
 
 
@@ -388,11 +450,11 @@ def test_an_update_takes_what_the_page_on_scaling_says(tmp_path: Path) -> None:
     table = re.findall(
         r"^\| ([a-z_, ]+) \| (\d+) \| ([\d.]+)(.*) \|$", PAGE.read_text(), re.MULTILINE
     )
-    rows = {name: row for names, *row in table for name in names.split(", ")}
+    told_of = {name: row for names, *row in table for name in names.split(", ")}
     found = run(2, count_of_methods, tmp_path)[0]
-    assert found.keys() == rows.keys()
+    assert found.keys() == told_of.keys()
     for name, (collectives, size) in found.items():
-        told, per_layer, in_all = rows[name]
+        told, per_layer, in_all = told_of[name]
         assert collectives == int(told), name
         assert size <= float(per_layer) + (4 / 3 if "4 in all" in in_all else 0), name
 
