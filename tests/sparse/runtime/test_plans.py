@@ -23,18 +23,30 @@ from tests.sparse.runtime.conftest import LEVELS
 from tests.sparse.runtime.plans import HEADER, Api, draw_for, replaced
 
 
+def compare(seed: int, kernels: bindings.Kernels, api: Api) -> None:
+    """Compare a random plan that the C interface runs with Python's program and with torch."""
+    case = draw_for(seed, kernels)
+    for threads in (1, 3):
+        network = api.open(case.data, threads)
+        assert not isinstance(network, str), (seed, network)
+        assert network.in_shape == tuple(case.images.shape[1:])
+        found = network.run(case.images).view(case.wanted.shape)
+        case.check(found)
+        program = Program(case.plan, kernels, threads)
+        assert torch.equal(found, program.run(case.images)), seed
+
+
 def test_random_plans_equal_python_and_torch(each_kernels: bindings.Kernels) -> None:
     api = Api(each_kernels.path)
     for seed in range(40):
-        case = draw_for(seed, each_kernels)
-        for threads in (1, 3):
-            network = api.open(case.data, threads)
-            assert not isinstance(network, str), (seed, network)
-            assert network.in_shape == tuple(case.images.shape[1:])
-            found = network.run(case.images).view(case.wanted.shape)
-            case.check(found)
-            program = Program(case.plan, each_kernels, threads)
-            assert torch.equal(found, program.run(case.images)), seed
+        compare(seed, each_kernels, api)
+
+
+@pytest.mark.slow
+def test_many_random_plans_equal_python_and_torch(each_kernels: bindings.Kernels) -> None:
+    api = Api(each_kernels.path)
+    for seed in range(1000, 1600):
+        compare(seed, each_kernels, api)
 
 
 def small() -> nn.Module:
