@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse import runtime
+from sparse.native import __main__ as native
 from sparse.native import library
 from sparse.runtime import bindings, plan_file
 from sparse.runtime.network import Program
@@ -128,9 +129,16 @@ def test_without_tuning_the_same_network_gives_the_same_bytes(
     assert len(set(made)) == len(library.LEVELS)
 
 
-def test_a_level_of_another_machine_is_not_tuned(compact: Path, tmp_path: Path) -> None:
+def test_a_level_of_another_machine_is_for_plans_only(
+    compact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     foreign = next(level for level in library.LEVELS if level not in library.family())
-    assert not runtime.save_plan(compact, tmp_path / "plan", level=foreign)
+    assert not runtime.save_plan(compact, tmp_path / "plan", level=foreign)  # not tuned
+    told = f"level {foreign} is not for this machine"
+    with pytest.raises(ValueError, match=told):
+        runtime.load(compact, level=foreign)
+    assert native.main([foreign]) == 2
+    assert capsys.readouterr().err.startswith(f"sparse.native: error: {told} (")
 
 
 @pytest.mark.parametrize(
