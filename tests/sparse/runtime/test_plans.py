@@ -164,6 +164,15 @@ def test_the_python_side_knows_the_kernels(each_kernels: bindings.Kernels) -> No
     assert bindings.Op._fields_[bindings.NUMBERS][0] == "mask", "the first pointer of check.cpp"
 
 
+def test_every_kind_of_operation_is_checked() -> None:
+    header, checks = ((plans.SOURCES / name).read_text() for name in ("op.h", "check.cpp"))
+    kinds = re.findall(
+        r"^  (k\w+) = \d+,$", header.partition("enum Kind")[2].partition("}")[0], re.M
+    )
+    assert len(kinds) >= 9
+    assert {kind for kind in kinds if f"case {kind}: return" not in checks} == set()
+
+
 def test_the_registers_of_a_level_are_known(libraries: dict[int, Path]) -> None:
     best = library.LEVELS[library.cpu_level()][0]
     for lanes, path in libraries.items():
