@@ -30,6 +30,7 @@ struct Span {
 
 constexpr Span kVector{0, kLanes - 1};
 constexpr Span kFloat{0, 0};
+constexpr Span kNothing{kMost, -kMost};  // until an offset is known: 0 need not be one of them
 
 class Checker {
  public:
@@ -132,10 +133,11 @@ class Checker {
   }
 
   // The vectors that a convolution reads for `rows` rows, from those at the offsets on.
-  Span taps(const Span& offsets, int64_t rows) const {
-    return Span{offsets.first, offsets.last + kLanes - 1}
-        .repeat(op_.vectors, Wide(op_.stride_x) * kLanes)
-        .repeat(rows, Wide(op_.stride_y) * op_.in_row);
+  void reads_taps(const Span& offsets, int64_t rows) const {
+    if (offsets.first > offsets.last) return;  // there are no connections
+    in_arena(op_.in, Span{offsets.first, offsets.last + kLanes - 1}
+                         .repeat(op_.vectors, Wide(op_.stride_x) * kLanes)
+                         .repeat(rows, Wide(op_.stride_y) * op_.in_row));
   }
 
   static void widen(Span& span, int32_t offset) {
@@ -183,9 +185,9 @@ class Checker {
     const int64_t patterns = (int64_t(1) << op_.group) - 1;
     table(op_.counts, Wide(op_.num_blocks) * patterns * groups(0, op_.channels));
     table(op_.part_stream, op_.num_parts);
-    Span offsets;
+    Span offsets = kNothing;
     for (int64_t part = 0; part < op_.num_parts; ++part) stream(part, patterns, offsets);
-    in_arena(op_.in, taps(offsets, op_.rows));
+    reads_taps(offsets, op_.rows);
   }
 
   int64_t groups(int64_t first, int64_t end) const {
@@ -217,12 +219,12 @@ class Checker {
                            kDenseChannels);
     const bool in_pairs = op_.tile_rows == 2;
     table(op_.offsets, Wide(op_.depth) * (in_pairs ? 3 : 1));
-    Span offsets;
+    Span offsets = kNothing;
     for (int64_t k = 0; k < op_.depth; ++k) {
       widen(offsets, op_.offsets[in_pairs ? 3 * k : k]);
       if (in_pairs) widen(offsets, op_.offsets[3 * k + 1]);
     }
-    in_arena(op_.in, taps(offsets, op_.rows - (in_pairs ? 1 : 0)));
+    reads_taps(offsets, op_.rows - (in_pairs ? 1 : 0));
     if (!in_pairs) return;
     table(op_.counts, 4);
     int64_t terms = 0;

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse import runtime
+from sparse.native import __main__ as native
 from sparse.native import library
 from sparse.runtime import bindings, plan_file
 from sparse.runtime.network import Program
@@ -23,18 +24,30 @@ from tests.sparse.runtime.conftest import LEVELS
 from tests.sparse.runtime.plans import HEADER, Api, draw_for, replaced
 
 
+def compare(seed: int, kernels: bindings.Kernels, api: Api) -> None:
+    """Compare a random plan that the C interface runs with Python's program and with torch."""
+    case = draw_for(seed, kernels)
+    for threads in (1, 3):
+        network = api.open(case.data, threads)
+        assert not isinstance(network, str), (seed, network)
+        assert network.in_shape == tuple(case.images.shape[1:])
+        found = network.run(case.images).view(case.wanted.shape)
+        case.check(found)
+        program = Program(case.plan, kernels, threads)
+        assert torch.equal(found, program.run(case.images)), seed
+
+
 def test_random_plans_equal_python_and_torch(each_kernels: bindings.Kernels) -> None:
     api = Api(each_kernels.path)
     for seed in range(40):
-        case = draw_for(seed, each_kernels)
-        for threads in (1, 3):
-            network = api.open(case.data, threads)
-            assert not isinstance(network, str), (seed, network)
-            assert network.in_shape == tuple(case.images.shape[1:])
-            found = network.run(case.images).view(case.wanted.shape)
-            case.check(found)
-            program = Program(case.plan, each_kernels, threads)
-            assert torch.equal(found, program.run(case.images)), seed
+        compare(seed, each_kernels, api)
+
+
+@pytest.mark.slow
+def test_many_random_plans_equal_python_and_torch(each_kernels: bindings.Kernels) -> None:
+    api = Api(each_kernels.path)
+    for seed in range(1000, 1600):
+        compare(seed, each_kernels, api)
 
 
 def small() -> nn.Module:
@@ -116,9 +129,16 @@ def test_without_tuning_the_same_network_gives_the_same_bytes(
     assert len(set(made)) == len(library.LEVELS)
 
 
-def test_a_level_of_another_machine_is_not_tuned(compact: Path, tmp_path: Path) -> None:
+def test_a_level_of_another_machine_is_for_plans_only(
+    compact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     foreign = next(level for level in library.LEVELS if level not in library.family())
-    assert not runtime.save_plan(compact, tmp_path / "plan", level=foreign)
+    assert not runtime.save_plan(compact, tmp_path / "plan", level=foreign)  # not tuned
+    told = f"level {foreign} is not for this machine"
+    with pytest.raises(ValueError, match=told):
+        runtime.load(compact, level=foreign)
+    assert native.main([foreign]) == 2
+    assert capsys.readouterr().err.startswith(f"sparse.native: error: {told} (")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +162,15 @@ def test_the_python_side_knows_the_kernels(each_kernels: bindings.Kernels) -> No
     pointers = [kind is ctypes.c_void_p for _, kind in bindings.Op._fields_]
     assert pointers == sorted(pointers), "plan.cpp expects the pointers last"
     assert bindings.Op._fields_[bindings.NUMBERS][0] == "mask", "the first pointer of check.cpp"
+
+
+def test_every_kind_of_operation_is_checked() -> None:
+    header, checks = ((plans.SOURCES / name).read_text() for name in ("op.h", "check.cpp"))
+    kinds = re.findall(
+        r"^  (k\w+) = \d+,$", header.partition("enum Kind")[2].partition("}")[0], re.M
+    )
+    assert len(kinds) >= 9
+    assert {kind for kind in kinds if f"case {kind}: return" not in checks} == set()
 
 
 def test_the_registers_of_a_level_are_known(libraries: dict[int, Path]) -> None:
