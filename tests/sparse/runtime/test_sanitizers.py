@@ -22,18 +22,18 @@ def sanitized(name: str, directory: Path) -> tuple[Path, dict[str, str]]:
     if compiler is None:
         pytest.skip("needs g++ and its sanitizers")
 
-    def library(file: str) -> str:
+    def path_of(file: str) -> str:
         command = [compiler, f"-print-file-name={file}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    found = library({"address,undefined": "libasan.so", "thread": "libtsan.so"}[name])
+    found = path_of({"address,undefined": "libasan.so", "thread": "libtsan.so"}[name])
     if not os.path.isabs(found):
         pytest.skip(f"{compiler} comes without {found}")
     flags = (f"-fsanitize={name}", "-O1", "-g", "-fno-omit-frame-pointer")
     return library.KERNELS.compile(library.cpu_level(), directory, flags=flags), {
         **os.environ,
         # Sanitizers look for what throws exceptions when they start.
-        "LD_PRELOAD": f"{found} {library('libstdc++.so.6')}",
+        "LD_PRELOAD": f"{found} {path_of('libstdc++.so.6')}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         # Python itself leaves memory to the end of the process.
