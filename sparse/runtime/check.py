@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 _WINDOWS = ("conv", "max_pool", "avg_pool")
 _FIXED = ("prepend", "embedding")
-"""Operations that take maps of one size only. An avg_pool may do so, too."""
+"""Operations that take maps of one size only. Those which read the images may do so, too."""
 _INPUTS = {**dict.fromkeys(OPS, 1), "add": 2, "mul": 2}
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
@@ -63,7 +63,7 @@ def _check_geometry(node: Node, where: str) -> None:
     allowed = {"parameters": bool(entries(node))}
     allowed["eps"] = node.op in ("batch_norm", "layer_norm")
     allowed |= dict.fromkeys(("heads", "score_scale"), node.op == "attention")
-    allowed |= {"size": node.op in (*_FIXED, "avg_pool"), "tokens": node.op == "prepend"}
+    allowed |= {"size": node.op in _FIXED or INPUT in node.inputs, "tokens": node.op == "prepend"}
     allowed |= {"ceil_mode": node.op == "max_pool"}
     allowed |= {"output": node.op == "adaptive_avg_pool", "index": node.op in ("chunk", "token")}
     allowed |= {"dilation": node.op == "conv", "groups": node.op in ("conv", "chunk", "shuffle")}
@@ -261,10 +261,10 @@ def check_images(
                     f"{first[0]}x{first[1]} and {other[0]}x{other[1]} ({node.name!r})"
                 )
         if node.size not in ((0, 0), first):
+            fixed = node.parameters if node.op in _FIXED else node.name
             raise ValueError(
-                f"{images} do not fit this network, which takes one size: "
-                f"{node.parameters or node.name!r} is made for {_pixels(node.size)}, and these "
-                f"images give {_pixels(first)}"
+                f"{images} do not fit this network, which takes one size: {fixed!r} is made for "
+                f"{_pixels(node.size)}, and these images give {_pixels(first)}"
             )
         if node.op == "token" and node.index >= first[0] * first[1]:
             raise ValueError(

@@ -62,7 +62,7 @@ def _nodes(model: nn.Module, image_size: int) -> list[Node]:
         try:
             return exported.trace(model, image_size)
         except UnknownOperationError:
-            raise  # it names the operation where torch.fx stopped at a reshape, or earlier
+            raise  # it names a module, where torch.fx stopped at a reshape, or earlier
         except ValueError:
             raise unknown from None
 
