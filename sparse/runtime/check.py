@@ -17,6 +17,7 @@ MAX_NODES = 10_000
 MAX_EXTENT = 1024
 """Limit, in pixels, of the extent of a window, of its stride and of its padding."""
 MAX_CHANNELS = 2**16
+"""Limit of the channels of the images, and of those that are concatenated."""
 MAX_WINDOWS = 2**24
 """Limit of the weights that lowering adds for average-pools and lone BatchNorms, sums and
 activations."""
@@ -207,6 +208,7 @@ def check_images(
     """
     images = f"images of {height}x{width}"
     sizes = {INPUT: (height, width)}
+    windows = 0
     if min(height, width) < 1:
         raise ValueError(f"{images} have no pixels")
     for node in nodes:
@@ -233,6 +235,12 @@ def check_images(
                 raise ValueError(
                     f"{images} do not fit this network: {node.name!r} averages {first[0]}x"
                     f"{first[1]} to {size[0]}x{size[1]}, which must be divisors"
+                )
+            windows += channels[node.name] * first[0] * first[1] // (size[0] * size[1])
+            if windows > MAX_WINDOWS:
+                raise ValueError(
+                    f"{images} are too large for this network: the windows of adaptive pools would "
+                    f"take {windows} weights, more than {MAX_WINDOWS}"
                 )
         elif node.op != "mean_pool":
             window = zip(node.kernel, node.stride, node.padding, node.dilation, strict=True)
