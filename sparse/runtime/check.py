@@ -19,6 +19,7 @@ MAX_EXTENT = 1024
 MAX_SCALE = 1e30
 MAX_SIDE = 2**16
 MAX_CHANNELS = 2**16
+"""Limit of the channels of the images, and of those that are concatenated."""
 MAX_WINDOWS = 2**24
 """Limit of the weights that lowering adds for average-pools and lone BatchNorms, sums and
 activations."""
@@ -248,6 +249,7 @@ def check_images(
     """
     images = f"images of {height}x{width}"
     sizes = {INPUT: (height, width)}
+    windows = 0
     if min(height, width) < 1:
         raise ValueError(f"{images} have no pixels")
     for node in nodes:
@@ -286,6 +288,12 @@ def check_images(
                 raise ValueError(
                     f"{images} do not fit this network: {node.name!r} averages {first[0]}x"
                     f"{first[1]} to {size[0]}x{size[1]}, which must be divisors"
+                )
+            windows += channels[node.name] * first[0] * first[1] // (size[0] * size[1])
+            if windows > MAX_WINDOWS:
+                raise ValueError(
+                    f"{images} are too large for this network: the windows of adaptive pools would "
+                    f"take {windows} weights, more than {MAX_WINDOWS}"
                 )
         elif node.op not in ("mean_pool", "token"):
             window = zip(node.kernel, node.stride, node.padding, node.dilation, strict=True)
