@@ -121,7 +121,10 @@ def attempt(
 
 def trace_alone(name: str) -> Result:
     """Trace a network that is too large to be executed here."""
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            model = build(name)
+    except NotImplementedError:  # RegNet computes its widths with tensors
         model = build(name)
     num_parameters = sum(p.numel() for p in model.parameters())
     try:

@@ -19,6 +19,7 @@ MAX_EXTENT = 1024
 MAX_SCALE = 1e30
 MAX_SIDE = 2**16
 MAX_CHANNELS = 2**16
+"""Limit of the channels of the images, and of those that are concatenated."""
 MAX_WINDOWS = 2**24
 """Limit of the weights that lowering adds for average-pools and lone BatchNorms, sums and
 activations."""
@@ -27,7 +28,7 @@ Shape = tuple[int, ...]
 
 _WINDOWS = ("conv", "max_pool", "avg_pool")
 _FIXED = ("prepend", "embedding")
-"""Operations that take maps of one size only. An avg_pool may do so, too."""
+"""Operations that take maps of one size only. Those which read the images may do so, too."""
 _INPUTS = {**dict.fromkeys(OPS, 1), "add": 2, "mul": 2}
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
@@ -63,7 +64,7 @@ def _check_geometry(node: Node, where: str) -> None:
     allowed = {"parameters": bool(entries(node))}
     allowed["eps"] = node.op in ("batch_norm", "layer_norm")
     allowed |= dict.fromkeys(("heads", "score_scale"), node.op == "attention")
-    allowed |= {"size": node.op in (*_FIXED, "avg_pool"), "tokens": node.op == "prepend"}
+    allowed |= {"size": node.op in _FIXED or INPUT in node.inputs, "tokens": node.op == "prepend"}
     allowed |= {"ceil_mode": node.op == "max_pool"}
     allowed |= {"output": node.op == "adaptive_avg_pool", "index": node.op in ("chunk", "token")}
     allowed |= {"dilation": node.op == "conv", "groups": node.op in ("conv", "chunk", "shuffle")}
@@ -85,10 +86,10 @@ def _check_geometry(node: Node, where: str) -> None:
     needs_size = node.op in _FIXED or node.size != (0, 0)
     if needs_size and not 1 <= min(node.size) <= max(node.size) <= MAX_SIDE:
         raise ValueError(f"{where}: size {node.size} out of range")
+    if node.op == "chunk" and not 0 <= node.index < node.groups:
+        raise ValueError(f"{where}: there is no part {node.index} of {node.groups}")
     if node.index < 0 or (node.op == "prepend" and node.tokens < 1):
         raise ValueError(f"{where}: index {node.index} or tokens {node.tokens} out of range")
-    if node.op == "chunk" and node.index >= node.groups:
-        raise ValueError(f"{where}: there is no part {node.index} of {node.groups}")
     extents = [d * (k - 1) + 1 for k, d in zip(node.kernel, node.dilation, strict=True)]
     if max(*extents, *node.stride, *node.padding, *node.output) > MAX_EXTENT:
         raise ValueError(
@@ -248,6 +249,7 @@ def check_images(
     """
     images = f"images of {height}x{width}"
     sizes = {INPUT: (height, width)}
+    windows = 0
     if min(height, width) < 1:
         raise ValueError(f"{images} have no pixels")
     for node in nodes:
@@ -261,10 +263,10 @@ def check_images(
                     f"{first[0]}x{first[1]} and {other[0]}x{other[1]} ({node.name!r})"
                 )
         if node.size not in ((0, 0), first):
+            fixed = node.parameters if node.op in _FIXED else node.name
             raise ValueError(
-                f"{images} do not fit this network, which takes one size: "
-                f"{node.parameters or node.name!r} is made for {_pixels(node.size)}, and these "
-                f"images give {_pixels(first)}"
+                f"{images} do not fit this network, which takes one size: {fixed!r} is made for "
+                f"{_pixels(node.size)}, and these images give {_pixels(first)}"
             )
         if node.op == "token" and node.index >= first[0] * first[1]:
             raise ValueError(
@@ -286,6 +288,12 @@ def check_images(
                 raise ValueError(
                     f"{images} do not fit this network: {node.name!r} averages {first[0]}x"
                     f"{first[1]} to {size[0]}x{size[1]}, which must be divisors"
+                )
+            windows += channels[node.name] * first[0] * first[1] // (size[0] * size[1])
+            if windows > MAX_WINDOWS:
+                raise ValueError(
+                    f"{images} are too large for this network: the windows of adaptive pools would "
+                    f"take {windows} weights, more than {MAX_WINDOWS}"
                 )
         elif node.op not in ("mean_pool", "token"):
             window = zip(node.kernel, node.stride, node.padding, node.dilation, strict=True)

@@ -21,11 +21,15 @@ from .layout import out_size
 from .views import BATCH, CHANNELS, PIXELS, REPEATED, WEIGHT, Dim, Part, View, axis_of, merged
 
 BATCH_SIZE = 2
+ODD = 33  # pixels that other images have more, to see what depends on their size
 aten = torch.ops.aten
 
 
 class UnknownOperationError(ValueError):
-    """The runtime does not know an operation. The message is one line that names it."""
+    """The runtime does not know an operation. The message is one line that names it.
+
+    Of torch.export it names the module, too.
+    """
 
 
 def export(model: nn.Module, in_channels: int, image_size: int) -> ExportedProgram:
@@ -50,13 +54,26 @@ def export(model: nn.Module, in_channels: int, image_size: int) -> ExportedProgr
 def trace(model: nn.Module, image_size: int) -> list[Node]:
     """Return the graph that a model computes for images of a size.
 
+    If the model does something else with images of an odd size, or cannot take them, the graph
+    takes images of the given size only.
+
     Raises:
         UnknownOperationError: Names the operation that the runtime does not have, and its module.
-        ValueError: torch.export cannot trace the model.
+        ValueError: torch.export cannot trace the model, or the operation is outside of any module.
     """
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     in_channels = 3 if first is None else first.in_channels
-    return _Interpreter(export(model, in_channels, image_size)).nodes()
+    nodes = _Interpreter(export(model, in_channels, image_size)).nodes()
+    if any(node.size != (0, 0) for node in nodes):
+        return nodes
+    try:
+        is_free = nodes == _Interpreter(export(model, in_channels, image_size + ODD)).nodes()
+    except ValueError:
+        is_free = False
+    if is_free:
+        return nodes
+    size = (image_size, image_size)
+    return [replace(node, size=size) if INPUT in node.inputs else node for node in nodes]
 
 
 class _Interpreter:
@@ -106,11 +123,11 @@ class _Interpreter:
     def _computed(self, node: fx.Node) -> list[Node]:
         outputs: Any = node.args[0]
         if not isinstance(outputs, Sequence) or len(outputs) != 1:
-            raise UnknownOperationError("a model with more than one output cannot be exported")
+            raise ValueError("a model with more than one output cannot be exported")
         found = self._read(node, self._values.get(outputs[0]))
         size = self._sizes[found.name]
         if found.dims != self._value(found.name, self._channels[found.name], size).dims:
-            raise UnknownOperationError("the runtime gives logits (N, K) or maps (N, C, H, W) only")
+            raise ValueError("the runtime gives logits (N, K) or maps (N, C, H, W) only")
         needed = {found.name}
         for made in reversed(self._nodes):
             if made.name in needed:
@@ -272,15 +289,15 @@ class _Interpreter:
         return prefix
 
 
-def _unknown(node: fx.Node, reason: str = "") -> UnknownOperationError:
+def _unknown(node: fx.Node, reason: str = "") -> ValueError:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path, kind = stack[-1] if stack else ("", "")
-    kind = getattr(kind, "__name__", str(kind).rpartition(".")[2])
-    where = f"{path}: {kind}" if path else kind or "the model"
     name = str(node.target).rpartition(".")[0] or str(node.target)
-    return UnknownOperationError(
-        f"the runtime does not know {where} ({name}{': ' + reason if reason else ''})"
-    )
+    what = f"({name}{': ' + reason if reason else ''})"
+    if not path:
+        return ValueError(f"the runtime does not know {what}")
+    kind = getattr(kind, "__name__", str(kind).rpartition(".")[2])
+    return UnknownOperationError(f"the runtime does not know {path}: {kind} {what}")
 
 
 _WEIGHTS = {1: "weight", 2: "bias"}
@@ -606,11 +623,11 @@ def _pool(made: _Interpreter, node: fx.Node) -> View:
         )
         if divisor or (not counts_pad and values["padding"] != (0, 0)):
             raise ValueError("average-pooling with options")
-        if ceil_mode:
-            values["size"] = made.size_of(view)
-            sides = zip(values["size"], kernel, values["stride"], values["padding"], strict=True)
-            if tuple(out_size(*side, 1) for side in sides) != made.shape(node)[2:]:
-                raise ValueError("its last window reaches beyond the image")
+        sides = zip(
+            made.size_of(view) or (), kernel, values["stride"], values["padding"], strict=True
+        )
+        if ceil_mode and tuple(out_size(*side, 1) for side in sides) != made.shape(node)[2:]:
+            raise ValueError("its last window reaches beyond the image")
     return made.add(node, op, view, pixels=made.shape(node)[2:], **values)
 
 

@@ -66,7 +66,7 @@ class Node:
     size: tuple[int, int] = (0, 0)
     """Height and width of the map that a prepend or an embedding takes: it takes no other.
 
-    An avg_pool has it if it would round up the size of the output of other maps.
+    Operations that read the images have it if the network takes images of one size.
     """
     tokens: int = 0
     """Number of tokens that are put before others."""

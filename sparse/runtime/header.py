@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..topology.bits import unpack
 from . import graph, memory
-from .check import check, check_shapes
+from .check import MAX_CHANNELS, check, check_shapes
 from .graph import Node
 
 DTYPES = {
@@ -30,7 +30,6 @@ _OTHER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64,
 """Types of entries that the graph does not use, such as counters."""
 
 MAX_IMAGE_SIZE = 2**14
-MAX_CHANNELS = 2**16
 MAX_DIMENSIONS = 8
 
 

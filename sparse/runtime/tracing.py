@@ -62,7 +62,7 @@ def _nodes(model: nn.Module, image_size: int) -> list[Node]:
         try:
             return exported.trace(model, image_size)
         except UnknownOperationError:
-            raise  # it names the operation where torch.fx stopped at a reshape, or earlier
+            raise  # it names a module, where torch.fx stopped at a reshape, or earlier
         except ValueError:
             raise unknown from None
 
@@ -101,7 +101,7 @@ class _Tracer:
         self._modules = modules
         self._names: dict[fx.Node, str] = {}
         self._forms: dict[fx.Node, _Form] = {}
-        # The nodes whose values share memory have the same node here, the first of them.
+        # The nodes whose values may share memory have the same node here, the first of them.
         self._memory: dict[fx.Node, fx.Node] = {}
         self._nodes: list[Node] = []
         # Sizes, groups of channels and the like: values of torch that are none of the runtime's
@@ -126,7 +126,7 @@ class _Tracer:
 
     def _computed(self, output: Any) -> list[Node]:
         """Return the nodes on which the output depends; the last one computes the output."""
-        if not isinstance(output, fx.Node):
+        if not isinstance(output, fx.Node) or output not in self._forms:
             raise ValueError("a model with more than one output cannot be exported")
         self._require(output, "the output of the network", _Form.MAP, _Form.VECTOR)
         needed = {self._names[output]}
@@ -220,15 +220,17 @@ class _Tracer:
         self._pool(node, "avg_pool", _window(pool))
 
     def _adaptive_pool(self, node: fx.Node, size: Any) -> None:
-        sizes = (size, size) if isinstance(size, int) else tuple(size)
-        if len(sizes) != 2 or not all(isinstance(s, int) for s in sizes):
+        sizes = _integers(size)
+        if len(sizes) == 1:
+            sizes *= 2
+        if len(sizes) != 2:
             raise _unknown(node)
         if sizes == (1, 1):
             self._mean(node, _Form.POOLED)
             return
         (source,) = self._operands(node, keywords=node.kwargs)
         self._require(source, node.name, _Form.MAP)
-        self._add(node, "adaptive_avg_pool", [source], _Form.MAP, output=sizes)
+        self._add(node, "adaptive_avg_pool", [source], _Form.MAP, output=(sizes[0], sizes[1]))
 
     def _mean(self, node: fx.Node, form: _Form) -> None:
         (source,) = self._operands(node, keywords=node.kwargs)
@@ -303,7 +305,7 @@ class _Tracer:
             self._shuffle(node, _arguments(node, {"groups": None})["groups"])
         elif _is_identity(node, self._forms):
             self._skip(node, node.kwargs)
-        elif function in _REGROUPING and isinstance(node.args[0], fx.Node):
+        elif function in _REGROUPING and isinstance(next(iter(node.args), None), fx.Node):
             self._regroup(node)
         else:
             raise _unknown(node)
@@ -345,7 +347,10 @@ class _Tracer:
     def _shuffle(self, node: fx.Node, groups: int) -> None:
         (source,) = self._operands(node, keywords=node.kwargs)
         form = self._require(source, node.name, _Form.MAP)
+        if not _integers(groups):
+            raise _unknown(node)
         self._add(node, "shuffle", [source], form, groups=groups)
+        self._memory[node] = self._memory[source]  # if it moves nothing, torch does not copy
 
     def _regroup(self, node: fx.Node) -> None:
         """Follow what only regroups channels, step by step: chunks, and shuffles that use views."""
@@ -364,13 +369,14 @@ class _Tracer:
             found = ("shuffled", *part[1:])
         elif (function, kind) == ("contiguous", "shuffled"):
             found = part
-        elif (function, kind) == ("getitem", "chunks"):
+        elif (function, kind) == ("getitem", "chunks") and _integers(rest[0]):
             found = ()
             self._add(node, "chunk", part[1:2], _Form.MAP, groups=part[2], index=rest[0])
             self._memory[node] = self._memory[part[1]]
         elif (function, kind) == ("view", "shuffled") and rest in (_SIZES, _SIZES_BUT_CHANNELS):
             found = ()
             self._add(node, "shuffle", part[1:2], _Form.MAP, groups=part[2])
+            self._memory[node] = self._memory[part[1]]
         else:
             raise _unknown(node)
         if node not in self._forms and (not found or node.kwargs.keys() - {"dim"}):
@@ -384,9 +390,7 @@ class _Tracer:
 
     def _mean_function(self, node: fx.Node) -> None:
         arguments = _arguments(node, {"dim": (), "keepdim": False})
-        dim = arguments["dim"]
-        dims = dim if isinstance(dim, Sequence) else (dim,)
-        if sorted(dims) not in ([2, 3], [-2, -1]):
+        if sorted(_integers(arguments["dim"])) not in ([2, 3], [-2, -1]):
             raise _unknown(node)
         self._mean(node, _Form.POOLED if arguments["keepdim"] else _Form.VECTOR)
 
@@ -412,11 +416,13 @@ def _part_of_map(function: str, source: fx.Node, rest: tuple[Any, ...]) -> tuple
     """Return what a regrouping function of a map gives; () if it is not known."""
     if function == "size" and rest in ((), ("shape",)):
         return ("sizes",)
-    if function == "chunk" and len(rest) == 2 and rest[1] in (1, -3):
+    if function == "size" and len(rest) == 1 and _integers(rest[0]):
+        return ("size", rest[0], 1)
+    if function == "chunk" and len(rest) == 2 and rest[1] in (1, -3) and _integers(rest[0]):
         return ("chunks", source, rest[0])
     if function == "view" and len(rest) == 5:
         groups = rest[1]
-        if rest == (_SIZES[0], groups, ("size", 1, groups), *_SIZES[2:]):
+        if _integers(groups) and rest == (_SIZES[0], groups, ("size", 1, groups), *_SIZES[2:]):
             return ("groups", source, groups)
     return ()
 
@@ -482,6 +488,8 @@ def _arguments(node: fx.Node, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return a function's arguments after the first, by name; unknown ones are refused."""
     given = dict(zip(parameters, node.args[1:], strict=False))
     keywords = {name: value for name, value in node.kwargs.items() if name != "input"}
+    if len(node.all_input_nodes) > 1:  # as of a window that depends on the size of the image
+        raise _unknown(node)
     if len(node.args) > 1 + len(parameters) or not parameters.keys() >= keywords.keys():
         raise _unknown(node)
     return {**parameters, **given, **keywords}
@@ -507,6 +515,12 @@ def _is_identity(node: fx.Node, forms: Collection[fx.Node]) -> bool:
         else {}
     )
     return arguments.get("training") is False
+
+
+def _integers(value: Any) -> tuple[int, ...]:
+    """Return an integer or a sequence of integers as a tuple; () for anything else."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values if all(type(v) is int for v in values) else ()
 
 
 def _pair(value: Any) -> tuple[int, int]:

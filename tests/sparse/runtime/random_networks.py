@@ -41,7 +41,7 @@ class RandomNetwork(nn.Module):
         self._rng = rng
         self._steps: list[Step] = []
         self._shapes = [(channels, height, width)]
-        self._shared = {0}  # values that must not be overwritten: the image, chunks, their sources
+        self._shared = {0}  # what must not be overwritten: the image, and what chunks may share
         self.layers = nn.ModuleList()
         for _ in range(rng.randint(1, 7)):
             draw = rng.choices(
@@ -53,14 +53,20 @@ class RandomNetwork(nn.Module):
                 [5, 2, 1, 3, 2, 2, 1, 2, 1, 1, 1, 1],
             )[0]
             draw(rng.choice([-1, -1, -1, rng.randrange(len(self._shapes))]))
-        if not list(self.parameters()):  # perhaps nothing at all is computed
-            self._norm(-1)
+        layers = (nn.Conv2d, nn.BatchNorm2d)
+        if not any(isinstance(self._steps[i - 1].operation, layers) for i in self._read() if i):
+            self._norm(-1)  # perhaps nothing was computed
         if rng.random() < 0.5:
             self._classifier()
-        self._needed = {len(self._steps)}  # what is not read is not computed
-        for i, step in reversed(list(enumerate(self._steps, 1))):
-            self._needed |= set(step.inputs) if i in self._needed else set()
+        self._needed = self._read()
         self.eval()
+
+    def _read(self) -> set[int]:
+        """Return the numbers of the values that are needed: what is not read is not computed."""
+        needed = {len(self._steps)}
+        for i, step in reversed(list(enumerate(self._steps, 1))):
+            needed |= set(step.inputs) if i in needed else set()
+        return needed
 
     def forward(self, x: Tensor) -> Tensor:
         values = {0: x}
@@ -203,7 +209,7 @@ class RandomNetwork(nn.Module):
         source %= len(self._shapes)
         channels, *size = self._shapes[source]
         groups = self._rng.choice([g for g in (1, 2, 3, 4) if channels % g == 0])
-        self._shared |= {source, *range(len(self._shapes), len(self._shapes) + groups)}
+        self._shared |= set(range(len(self._shapes) + groups))
         for index in self._rng.sample(range(groups), self._rng.randint(1, min(groups, 2))):
             self._append(
                 lambda x, i=index: x.chunk(groups, 1)[i],
@@ -220,6 +226,7 @@ class RandomNetwork(nn.Module):
             x = x.view(n, groups, c // groups, h, w)
             return torch.transpose(x, 1, 2).contiguous().view(n, -1, h, w)
 
+        self._shared |= set(range(len(self._shapes) + 1))
         shuffle = self._rng.choice([nn.ChannelShuffle(groups), by_views])
         self._append(shuffle, (source,), self._shapes[source])
 

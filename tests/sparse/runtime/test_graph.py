@@ -131,6 +131,21 @@ POOL = nn.AdaptiveAvgPool2d(1)
         (nn.Sequential(CONV, nn.Linear(8, 4)), "no linear layer of images"),
         (nn.Sequential(POOL, nn.Conv2d(3, 4, 3, padding=1), nn.Flatten()), "only plain 1x1 conv"),
         (nn.Sequential(POOL, nn.MaxPool2d(1), nn.Flatten()), "flatten it"),
+        # arguments that are none, or depend on the image
+        (Applied(lambda x, y: y.mean(x.size(2)), CONV), "does not know .*mean"),
+        (Applied(lambda x, y: F.dropout(y, 0.5), CONV), "does not know .*dropout"),
+        # channels
+        (Applied(lambda x, y: y.chunk(2, 1), CONV), "more than one output"),
+        (Applied(lambda x, y: y.chunk(2, 1)[:1], CONV), "does not know .*getitem"),
+        (Applied(lambda x, y: y.chunk(x.size(2), 1)[0], CONV), "does not know .*chunk"),
+        (Applied(lambda x, y: y.chunk(3, 1)[0], CONV), "reads 4 channels, .* not 3 equal groups"),
+        (Applied(lambda x, y: y.chunk(2, 0)[0], CONV), "does not know .*chunk"),
+        (Applied(lambda x, y: y.view(1, -1), CONV), "does not know .*view"),
+        (Applied(lambda x, y: F.channel_shuffle(y, 3), CONV), "not 3 equal groups"),
+        (Applied(lambda x, y: torch.cat((x, y), 2), CONV), "does not know .*cat"),
+        (Applied(lambda x, y: torch.cat((y, y)), CONV), "does not know .*cat"),
+        (Applied(lambda x, y: torch.cat((x, y), 1), POOL), "flatten it"),
+        (Applied(lambda x, y: y.chunk(2, 1)[0].relu_() + y.chunk(2, 1)[1], CONV), "overwrites"),
         # products
         (Applied(lambda x, y: x * y, nn.Conv2d(3, 3, 1)), "multiplies maps only by what was av"),
         (Applied(lambda x, y: y * y, POOL), "multiplies maps only by what was averaged"),

@@ -251,14 +251,10 @@ def test_arguments_out_of_range_are_refused(
         runtime.load(path, **arguments)
 
 
-@pytest.mark.parametrize(
-    ("arch", "message"),
-    [("vit_b_16", "cannot be traced|does not know"), ("swin_t", "does not know .*permute")],
-)
-def test_unknown_operations_are_named(arch: str, message: str) -> None:
+def test_unknown_operations_are_named() -> None:
     with torch.device("meta"):
-        model = torchvision.models.get_model(arch, weights=None)
-    with pytest.raises(ValueError, match=message):
+        model = torchvision.models.get_model("swin_t", weights=None)
+    with pytest.raises(ValueError, match=r"know features.1.0.attn: ShiftedWindow.* .aten\.pad"):
         runtime.trace(model.eval())
 
 

@@ -223,6 +223,18 @@ def test_an_architecture_that_does_not_fit_is_one_line_of_the_program(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pool_of_a_large_image_takes_no_memory(tmp_path: Path) -> None:
+    path = seeds(tmp_path)[3]
+    header, tensors = content(path)
+    first = {"name": "first", "op": "adaptive_avg_pool", "inputs": ["input"], "output": [1, 8]}
+    header["nodes"].insert(0, first)
+    header["nodes"][1]["inputs"] = ["first"]
+    rewrite(path, header, tensors)
+    network = runtime.load(path, backend="torch")
+    with pytest.raises(ValueError, match="adaptive pools would take 18874368 weights"):
+        network(torch.zeros(()).expand(1, 3, 4096, 12288))
+
+
 def test_a_file_of_padding_takes_no_memory(tmp_path: Path) -> None:
     path = seeds(tmp_path)[3]
     header, tensors = content(path)
