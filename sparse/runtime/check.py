@@ -228,6 +228,11 @@ def _expect(shapes: Mapping[str, Shape], name: str, wanted: Shape) -> None:
         raise ValueError(f"{name!r} is {shapes.get(name, 'missing')}, the graph needs {wanted}")
 
 
+def linear_columns(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Return the numbers that linear layers read, by the names of their weights."""
+    return {name: shape[1] for name, shape in shapes.items() if len(shape) == 2}
+
+
 def check_images(
     nodes: Sequence[Node],
     channels: Mapping[str, int],
@@ -240,7 +245,7 @@ def check_images(
     Args:
         nodes: A graph that `check` accepts.
         channels: Result of `check_shapes`.
-        columns: Numbers that linear layers read, by the names of their weights.
+        columns: Result of `linear_columns`.
         height: Rows of the images.
         width: Columns of the images.
 

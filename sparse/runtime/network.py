@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..native.library import BuildError, check_level, cpu_level, default_cache
 from . import bindings, graph
-from .check import check_images, check_shapes
+from .check import check_images, check_shapes, linear_columns
 from .execution_plan import ExecutionPlan
 from .format import read
 from .header import Header
@@ -56,7 +56,7 @@ class Network:
         self._planning = threading.Lock()
         state = compact.state_dict()
         shapes = {name: tuple(value.shape) for name, value in state.items()}
-        self._columns = {name: shape[1] for name, shape in shapes.items() if len(shape) == 2}
+        self._columns = linear_columns(shapes)
         self._channels = check_shapes(
             self._nodes,
             shapes,

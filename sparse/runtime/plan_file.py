@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..native.library import LEVELS, cpu_level, default_cache, family, num_registers
 from . import bindings
-from .check import check_images, check_shapes
+from .check import check_images, check_shapes, linear_columns
 from .execution_plan import ExecutionPlan
 from .format import read, write_whole
 from .header import MAX_IMAGE_SIZE, Header
@@ -86,7 +86,7 @@ def _plan(
 ) -> ExecutionPlan:
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     channels = check_shapes(header.nodes, shapes, in_channels=header.in_channels, folded=False)
-    check_images(header.nodes, channels, *size[1:])
+    check_images(header.nodes, channels, linear_columns(shapes), *size[1:])
     layers = lower(header.nodes, state, in_channels=header.in_channels)
     return ExecutionPlan(layers, size, lanes=lanes, num_parts=threads)
 

@@ -1,6 +1,9 @@
 #include "check.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
 
 #include "conv.h"
 #include "simd.h"
@@ -11,6 +14,10 @@ namespace {
 using Wide = __int128;  // products of three members do not overflow
 
 constexpr int64_t kMost = int64_t(1) << 31;  // of a member that is no position
+
+static_assert(offsetof(Op, eps) == offsetof(Op, num_tokens) + sizeof(int64_t) &&
+                  offsetof(Op, mask) == offsetof(Op, score_scale) + sizeof(double),
+              "whole numbers come first, then the others, then the pointers");
 
 void require(bool fits, const char* what) {
   if (!fits) throw Damage(what);
@@ -48,6 +55,12 @@ class Checker {
       case kDenseLinear: return dense_linear();
       case kRepack: return repack();
       case kOutput: return output();
+      case kScale: return scale();
+      case kLayerNorm: return layer_norm();
+      case kVectorNorm: return vector_norm();
+      case kTokens: return tokens();
+      case kToken: return token();
+      case kAttention: return attention();
       default: throw Damage("kind " + std::to_string(op_.kind) + " is unknown");
     }
   }
@@ -55,8 +68,8 @@ class Checker {
  private:
   // All members that are numbers. Positions are checked where they are used.
   void check_members() const {
-    const int64_t* end = reinterpret_cast<const int64_t*>(&op_.mask);
-    for (const int64_t* member = reinterpret_cast<const int64_t*>(&op_); member < end; ++member) {
+    const int64_t* end = &op_.num_tokens;
+    for (const int64_t* member = &op_.kind; member <= end; ++member) {
       const bool is_position = member == &op_.in || member == &op_.out || member == &op_.res;
       const int64_t most = is_position ? limits_.arena : kMost;
       require(*member >= -kMost && *member <= most, "a member is out of range");
@@ -67,6 +80,14 @@ class Checker {
                          op_.mask_row, op_.depth}) {
       require(size >= 0, "a size is negative");
     }
+    constexpr double largest = std::numeric_limits<float>::max();
+    require(op_.eps >= 0 && op_.eps <= largest, "eps is out of range");
+    require(std::abs(op_.score_scale) <= largest, "score_scale is out of range");
+    require(op_.activation >= kNone && op_.activation <= kGeluTanh, "there is no such activation");
+    // Threads share parts. They would else compute the same.
+    const bool has_parts =
+        op_.kind == kSparseConv || op_.kind == kDenseConv || op_.kind == kLayerNorm;
+    require(op_.num_parts >= 1 && (has_parts || op_.num_parts == 1), "it has other parts");
   }
 
   void in_arena(int64_t position, Span span) const {
@@ -148,7 +169,7 @@ class Checker {
   void conv() const {
     writes_map();
     require(op_.stride_y >= 1 && op_.stride_x >= 1, "a stride is not positive");
-    require(op_.tile_rows >= 1 && op_.num_parts >= 1, "there are no tiles or parts");
+    require(op_.tile_rows >= 1, "there are no tiles");
     aligned({op_.in, op_.in_row, op_.in_plane});
     table(op_.bias, op_.channels);
     if (op_.res >= 0) {
@@ -295,21 +316,96 @@ class Checker {
     table(op_.weights, Wide(op_.channels) * op_.depth);
   }
 
+  // Floats of a vector that one operation has computed for another.
+  void reads_floats() const {
+    require(op_.channels >= 1, "the input is empty");
+    in_arena(op_.in, {0, Wide(op_.channels) - 1});
+  }
+
+  // From the first to the last float that the offsets of a table reach; negative ones reach none.
+  Span reached(Wide count) const {
+    table(op_.offsets, count);
+    const int32_t most = *std::max_element(op_.offsets, op_.offsets + int64_t(count));
+    return {0, std::max<Wide>(most, 0)};
+  }
+
+  // The same for whole vectors, which lie anywhere.
+  Span reached_vectors(Wide count) const {
+    table(op_.offsets, count);
+    aligned({op_.in, op_.in_plane});
+    Span places;
+    for (int64_t i = 0; i < int64_t(count); i += kLanes) widen(places, op_.offsets[i]);
+    return {places.first, places.last + kLanes - 1};
+  }
+
   void repack() const {
     writes_map();
     const Wide size = Wide(op_.rows) * op_.vectors * kLanes;
-    table(op_.offsets, size);
-    if (op_.depth) aligned({op_.in, op_.in_plane});
-    Span places;
-    for (int64_t i = 0; i < int64_t(size); i += op_.depth ? kLanes : 1) {
-      if (op_.depth) {
-        widen(places, op_.offsets[i]);
-      } else if (op_.offsets[i] >= 0) {
-        places.last = std::max<Wide>(places.last, op_.offsets[i]);
-      }
+    const Span places = op_.depth ? reached_vectors(size) : reached(size);
+    int64_t channels = op_.channels;
+    if (op_.row_channel) {
+      table(op_.row_channel, channels);
+      const auto [least, most] =
+          std::minmax_element(op_.row_channel, op_.row_channel + op_.channels);
+      require(*least >= 0, "there is no channel");
+      channels = int64_t(*most) + 1;
     }
-    if (op_.depth) places.last += kLanes - 1;
-    in_arena(op_.in, places.repeat(op_.channels, op_.in_plane));
+    in_arena(op_.in, places.repeat(channels, op_.in_plane));
+  }
+
+  void tokens() const {
+    writes_map();
+    const Wide size = Wide(op_.rows) * op_.vectors * kLanes;
+    table(op_.weights, size * op_.channels);
+    in_arena(op_.in, reached(size).repeat(op_.channels, op_.in_plane));
+  }
+
+  void token() const {
+    require(op_.channels >= 1, "the output is empty");
+    in_arena(op_.in, kFloat.repeat(op_.channels, op_.in_plane));
+    writes_floats(op_.channels);
+  }
+
+  void scale() const {
+    writes_map();
+    reads_map(op_.rows);
+    require(op_.res >= 0, "there are no factors");
+    in_arena(op_.res, {0, Wide(op_.channels) - 1});
+  }
+
+  void norm() const {
+    table(op_.weights, op_.channels);
+    table(op_.bias, op_.channels);
+  }
+
+  void layer_norm() const {
+    writes_map();
+    reads_map(op_.rows);
+    norm();
+    // A part is some vectors of a row, and borders are copied from the whole row.
+    const bool has_borders = op_.halo > 0 || op_.pad_top > 0 || op_.pad_bottom > 0;
+    require(op_.num_parts == 1 || !has_borders, "parts of rows have borders");
+  }
+
+  void vector_norm() const {
+    reads_floats();
+    norm();
+    writes_floats(op_.channels);
+  }
+
+  void attention() const {
+    writes_map();
+    reads_map(op_.rows);  // the queries
+    require(op_.heads >= 1 && op_.depth >= 1 && Wide(op_.heads) * op_.depth == op_.channels,
+            "the heads have other channels");
+    // This limits the memory of keys and values, too: it is less than that of the map.
+    require(op_.num_tokens >= 1 && op_.num_tokens <= Wide(op_.rows) * op_.vectors * kLanes,
+            "the map has no such number of tokens");
+    const Span tokens = reached(op_.num_tokens);
+    const auto* end = op_.offsets + op_.num_tokens;
+    require(*std::min_element(op_.offsets, end) >= 0, "a token lies elsewhere");
+    const Span keys_and_values = tokens.repeat(2 * op_.channels, op_.in_plane);
+    in_arena(op_.in, keys_and_values.move(Wide(op_.channels) * op_.in_plane));
   }
 
   void output() const {

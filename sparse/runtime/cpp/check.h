@@ -22,7 +22,8 @@ struct Limits {
 
 // Check an operation whose pointers are null or point to tables of `limits`. The kernels then read
 // and write only the arena, the image, the output and the tables, on any threads, with the scratch
-// memory of scratch_floats. The numbers that they compute are not checked.
+// memory of scratch_floats and attention_scratch_floats. The numbers that they compute are not
+// checked.
 //
 // Throws Damage. An operation of a kind that is not known here is refused.
 void check_op(const Op& op, const Limits& limits);

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "check.h"
 #include "conv.h"
 #include "include/sparse_runtime.h"
@@ -118,6 +119,12 @@ int64_t size_of(const int64_t shape[3]) {
   return size;
 }
 
+void fit_memory(double floats) {
+  if (floats > double(memory_limit()) / sizeof(float)) {
+    throw Failure{SPARSE_NO_MEMORY, "the plan needs more than half of the memory of this machine"};
+  }
+}
+
 // A plan that is checked, and its memory.
 class Plan {
  public:
@@ -142,6 +149,15 @@ class Plan {
       stored += members;
     }
     check();
+  }
+
+  // Activations and what each thread needs besides must fit.
+  void check_memory(int threads) const {
+    int64_t scratch = 0;
+    for (const Op& op : ops) {
+      scratch = std::max({scratch, scratch_floats(op), attention_scratch_floats(op)});
+    }
+    fit_memory(double(header.arena) + double(scratch) * threads);
   }
 
   int64_t image_size() const { return limits_.image; }
@@ -190,10 +206,7 @@ class Plan {
     limits_.output = size_of(header.output);
     limits_.arena = header.arena;
     require(header.arena >= 0, "its memory");
-    if (header.arena > memory_limit() / int64_t(sizeof(float))) {
-      throw Failure{SPARSE_NO_MEMORY,
-                    "the plan needs more than half of the memory of this machine"};
-    }
+    fit_memory(double(header.arena));
     at_ = int64_t(sizeof header);
   }
 
@@ -281,6 +294,7 @@ using namespace sparse_runtime;
 struct sparse_network {
   sparse_network(Bytes bytes, size_t size, int wanted)
       : plan(std::move(bytes), size), threads(wanted > 0 ? wanted : int(plan.header.threads)) {
+    plan.check_memory(threads);
     idle.push_back(create());
     started = int(sparse_runtime_threads(idle.front()));
   }
