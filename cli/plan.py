@@ -29,7 +29,7 @@ def sparse_plan(model: nn.Module, method: Allocated | None, *, total_steps: int)
         counts, total = method.final_counts, method.final_total
     window = None if method is None else method.window
     known = counts is not None
-    blocks = None if method is None else method.blocks
+    blocks = None if method is None else method.allocation.blocks
     shared = known and (method is None or not method.follows_masks)
     return {
         "sparsity": getattr(method, "sparsity", None),

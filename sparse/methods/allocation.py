@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..topology.blocks import ONE, Block, Blocks, blocks_of
+from ..topology.blocks import Blocks, blocks_of, check_block
 from ..topology.distributions import count_active, fixed_sparsities, layer_sparsities
 from .layers import included, parameters_only, prunable_modules, weights_of
 
@@ -68,7 +68,7 @@ def allocate_layers(
     include: Sequence[str] | None = None,
     *,
     scope: str = "layer",
-    block: Block = ONE,
+    block: Sequence[int] | None = None,
 ) -> Allocation:
     """Share a sparsity out among the layers of a model.
 
@@ -110,7 +110,7 @@ def allocate_layers(
     fixed = fixed_sparsities(shapes, distribution, dense_layers, sparsity_map)
     parameters_only({name: w for name, w in weights.items() if fixed.get(name) != 0.0})
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    blocks = blocks_of(shapes, block)
+    blocks = blocks_of(shapes, check_block(block))
     return Allocation(
         sizes=sizes,
         num_active={
@@ -127,8 +127,7 @@ def allocation_of(
     model: nn.Module,
     num_active: Mapping[str, int],
     include: Sequence[str] | None = None,
-    *,
-    block: Block = ONE,
+    block: Sequence[int] | None = None,
 ) -> Allocation:
     """Take the numbers of active weights from masks; layers that have none are dense.
 
@@ -152,7 +151,7 @@ def allocation_of(
         num_active=counts,
         sparsities={name: 1.0 - counts[name] / size for name, size in sizes.items()},
         maskable=tuple(masked),
-        blocks=blocks_of({name: tuple(weight.shape) for name, weight in weights.items()}, block),
+        blocks=blocks_of({n: weight.shape for n, weight in weights.items()}, check_block(block)),
     )
 
 

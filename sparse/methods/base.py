@@ -15,14 +15,12 @@ from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from ..topology import rng
-from ..topology.blocks import ONE, Blocks, check_block
+from ..topology.blocks import ONE, check_block
 from ..topology.distributions import Distribution
 from ..topology.masks import drop_and_grow_layers
 from ..topology.rng import Draw
 from ..topology.schedules import Anneal, DropFraction, Window, num_dropped
 from ..topology.selection import Scores, largest_in_layers
-from ..topology.shards import part_like
 from .allocation import Allocation, allocate_layers, allocation_of
 from .settings import check_types, setting
 
@@ -87,16 +85,6 @@ class Method(ABC):
             weights: The weights, for methods that begin with the largest ones.
         """
         return largest_in_layers(draws, num_active, among)
-
-    @property
-    def blocks(self) -> Blocks:
-        """What is active or inactive as a whole."""
-        return Blocks({})
-
-    @property
-    def rule(self) -> "Method":
-        """What chooses masks: this method, for a network of one weight per block."""
-        return self
 
     def ranked(self, weights: Tensors, grads: Tensors) -> tuple[Tensors, Tensors]:
         """Give what is added up in a block, in place of weights and gradients."""
@@ -212,27 +200,11 @@ class Allocated(Method):
         """
         if self.follows_masks:
             assert self.begins_with is not None
-            block = check_block(self.block)
-            found = allocation_of(model, self.begins_with, self.include, block=block)
+            found = allocation_of(model, self.begins_with, self.include, self.block)
             return dataclasses.replace(self, allocation=found, sparsity=found.sparsity)
-        names = "sparsity distribution power_scale dense_layers sparsity_map include scope".split()
-        settings = {name: getattr(self, name) for name in names}
-        found = allocate_layers(model, **settings, block=check_block(self.block))
-        return dataclasses.replace(self, allocation=found)
-
-    @property
-    def blocks(self) -> Blocks:
-        return self.allocation.blocks
-
-    @functools.cached_property
-    def rule(self) -> Self:
-        if not self.blocks:
-            return self
-        begins_with = self.begins_with and {
-            name: number // self.blocks.numel(name) for name, number in self.begins_with.items()
-        }
-        counted = self.allocation.in_blocks()
-        return dataclasses.replace(self, allocation=counted, begins_with=begins_with, block=None)
+        names = "sparsity distribution power_scale dense_layers sparsity_map include scope block"
+        settings = {name: getattr(self, name) for name in names.split()}
+        return dataclasses.replace(self, allocation=allocate_layers(model, **settings))
 
     @property
     def follows_masks(self) -> bool:
@@ -327,27 +299,6 @@ class Dropping(Allocated):
     def drop_scores(self, name: str, weight: Tensor, grads: Tensors, step: int) -> Tensor:
         """Give the scores whose smallest magnitudes are dropped."""
         return weight
-
-
-@dataclass(frozen=True, kw_only=True)
-class DropNoise(Dropping):
-    """Dropping by magnitude with noise; the RigL repository breaks ties with one of 1e-5."""
-
-    drop_noise: float = setting(0.0, "standard deviation of noise on |w| when dropping")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.drop_noise < 0.0:
-            raise ValueError(f"drop_noise must not be negative, got {self.drop_noise}")
-
-    def drop_scores(self, name: str, weight: Tensor, grads: Tensors, step: int) -> Tensor:
-        if self.drop_noise == 0.0:
-            return weight
-        key = self.key(name, step, rng.DROP_NOISE)
-        # Noise never exceeds six deviations: the offset makes scores non-negative, so that ranking
-        # them by magnitude is ranking them by value.
-        noise = rng.normal(weight.shape, key, weight.device).add_(6.0).mul_(self.drop_noise)
-        return part_like(noise, weight).add_(weight.abs())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,53 +7,67 @@ to the output, and how much the loss would change with it; the norm of squares w
 with a single large weight. What the method returns, a mask of blocks, is spread over the weights.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..topology import rng
+from ..topology.blocks import Blocks
 from ..topology.flat import all_true
-from ..topology.rng import Draw
-
-if TYPE_CHECKING:
-    from .base import Method
+from .base import Allocated, Method
 
 Tensors = Mapping[str, Tensor]
 
 
-def first_masks(
-    method: "Method", draws: Mapping[str, Draw], num_active: Mapping[str, int], weights: Tensors
-) -> Tensors:
-    """Let a method choose its first masks; see `Method.first_masks`.
+class MaskRule:
+    """How a method chooses masks: by itself, or for a network of one weight per block.
 
-    Args:
-        method: The method.
-        draws: Layer name -> random numbers, one per block.
-        num_active: Layer name -> active weights.
-        weights: The weights.
+    Attributes:
+        blocks: What is active or inactive as a whole.
     """
-    blocks, seen = method.blocks, method.blocks.added(weights)
-    counts = {name: num_active[name] // blocks.numel(name) for name in draws}
-    return blocks.spread(method.rule.first_masks(draws, counts, all_true(seen), seen), weights)
 
+    def __init__(self, method: Method) -> None:
+        self.blocks, self._method, self._rule = Blocks({}), method, method
+        if isinstance(method, Allocated) and method.allocation.blocks:
+            self.blocks = method.allocation.blocks
+            begun = method.begins_with and self._counted(method.begins_with)
+            counted = method.allocation.in_blocks()
+            self._rule = dataclasses.replace(
+                method, allocation=counted, begins_with=begun, block=None
+            )
 
-def new_masks(
-    method: "Method",
-    masks: Tensors,
-    weights: Tensors,
-    grads: Tensors,
-    step: int,
-    state: dict[str, Tensor],
-) -> tuple[Tensors, Tensors]:
-    """Let a method choose; see `Method.survivors` and `Method.update`, in this order."""
-    blocks = method.blocks
-    seen = blocks.first(masks)
-    ranked = map(blocks.added, method.ranked(weights, grads)) if blocks else (weights, grads)
-    in_blocks, slopes = ranked
+    def _counted(self, numbers: Mapping[str, int]) -> dict[str, int]:
+        return {name: number // self.blocks.numel(name) for name, number in numbers.items()}
 
-    def spread(chosen: Tensors) -> Tensors:
-        changed = {name: mask for name, mask in chosen.items() if mask is not seen[name]}
-        return {name: masks[name] for name in chosen} | blocks.spread(changed, weights)
+    def first_masks(
+        self, keys: Mapping[str, tuple[int, ...]], num_active: Mapping[str, int], weights: Tensors
+    ) -> Tensors:
+        """Choose the first masks; see `Method.first_masks`.
 
-    survivors = method.rule.survivors(seen, in_blocks, step)
-    return spread(survivors), spread(method.rule.update(seen, in_blocks, slopes, step, state))
+        Args:
+            keys: Layer name -> key of its random numbers.
+            num_active: Layer name -> active weights.
+            weights: The weights.
+        """
+        seen = self.blocks.added(weights)
+        draws = {name: rng.Draw(tuple(seen[name].shape), key) for name, key in keys.items()}
+        counts = self._counted({name: num_active[name] for name in keys})
+        return self.blocks.spread(
+            self._rule.first_masks(draws, counts, all_true(seen), seen), weights
+        )
+
+    def new_masks(
+        self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
+    ) -> tuple[Tensors, Tensors]:
+        """Choose the survivors and the new masks; see `Method.survivors` and `Method.update`."""
+        seen = self.blocks.first(masks)
+        if self.blocks:
+            weights, grads = map(self.blocks.added, self._method.ranked(weights, grads))
+
+        def spread(chosen: Tensors) -> Tensors:
+            changed = {name: mask for name, mask in chosen.items() if mask is not seen[name]}
+            return {name: masks[name] for name in chosen} | self.blocks.spread(changed, masks)
+
+        survivors = self._rule.survivors(seen, weights, step)
+        return spread(survivors), spread(self._rule.update(seen, weights, grads, step, state))

@@ -53,7 +53,7 @@ class Pruning(Allocated):
 
     def _num_final(self, name: str, size: int, sparsity: float) -> int:
         """Count the weights of a layer in the end: those of whole blocks."""
-        block = self.blocks.numel(name)
+        block = self.allocation.blocks.numel(name)
         return self.num_final(size // block, sparsity) * block
 
     @property

@@ -6,7 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..topology.selection import Scores
-from .base import DropAndGrow, DropNoise, Tensors, Timing
+from .base import DropAndGrow, Tensors, Timing
+from .noise import DropNoise
 from .settings import setting
 
 

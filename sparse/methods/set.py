@@ -9,7 +9,8 @@ from torch import Tensor
 from ..topology import rng
 from ..topology.rng import Draw
 from ..topology.selection import Scores
-from .base import DropAndGrow, DropNoise, Tensors
+from .base import DropAndGrow, Tensors
+from .noise import DropNoise
 
 
 @dataclass(frozen=True, kw_only=True)

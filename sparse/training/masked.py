@@ -8,8 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..methods.allocation import check_named
-from ..methods.base import Method
-from ..methods.blocks import first_masks
+from ..methods.blocks import MaskRule
 from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weights_of
 from ..topology import rng
 from ..topology.flat import count_nonzero, vector
@@ -133,20 +132,14 @@ class MaskedModel:
         mask_module(module, self._gates)
 
     def _random_masks(
-        self, method: Method, num_active: Mapping[str, int], seed: int
+        self, rule: MaskRule, num_active: Mapping[str, int], seed: int
     ) -> dict[str, Tensor]:
         masked = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
         indices = {name: index for index, name in enumerate(self._weights)}
-        shapes = {name: method.blocks.shape(name, weight.shape) for name, weight in masked.items()}
-        draws = {
-            name: rng.Draw(shape, (seed, 0, indices[name], rng.INITIAL_MASK))
-            for name, shape in shapes.items()
-        }
+        keys = {name: (seed, 0, indices[name], rng.INITIAL_MASK) for name in masked}
         rng.words((seed,))  # refuses what is no seed, even if the method draws nothing
-        if not draws:
-            return {}
         values = {name: weight.detach() for name, weight in masked.items()}
-        return dict(first_masks(method, draws, num_active, values))
+        return dict(rule.first_masks(keys, num_active, values)) if keys else {}
 
     def _given(self, masks: Tensors, num_active: Mapping[str, int]) -> dict[str, Tensor]:
         """Return masks of the caller where the weights are, if they fit them and their counts."""
