@@ -51,8 +51,10 @@ class Operation:
     def num_rows(self) -> int:
         """Return the rows of the output, or its channels if the output has no rows.
 
-        An attention has its heads instead.
+        An attention has its heads instead, and a norm of a vector is one whole.
         """
+        if self.kind == bindings.VECTOR_NORM:
+            return 1
         if self.kind == bindings.ATTENTION:
             assert self.layer is not None
             return self.layer.heads
