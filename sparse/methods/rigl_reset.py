@@ -6,7 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..topology.selection import replace
-from .base import DropNoise, Tensors
+from .base import Tensors
+from .noise import DropNoise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,11 @@ from pathlib import Path
 import torch
 
 from sparse.runtime import bindings
-from tests.sparse.runtime.plans import Api, Network, draw_for, signed
+from tests.sparse.runtime.plans import HEADER, Api, Network, draw_for, number_at, operations, signed
 
 NUMBERS = (0, 1, 2, 3, 4, 5, 7, 8, 16, 64, 100, 1000, 2**15, 2**20, 2**31 - 1, 2**31, 2**32)
 NUMBERS += (2**40, 2**60, 2**62, 2**63 - 1)
-OPERATIONS = 256
-"""About where the operations begin."""
-SEEDS = 12
+SEEDS = 24
 MOST = 2**25
 """Floats of an image or output that is run."""
 
@@ -26,13 +24,14 @@ MOST = 2**25
 def changed(rng: random.Random, plan: bytes) -> bytes:
     """Return a plan with some bytes or numbers changed, and its digest."""
     data = bytearray(plan)
+    ops = number_at(plan, HEADER["num_ops"]) * number_at(plan, HEADER["op_bytes"])
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         if rng.random() < 0.3:
             data[rng.randrange(40, len(data))] ^= 1 << rng.randrange(8)
             continue
         size = rng.choice([4, 8, 8])
         # Half of the changes are in the header and in the operations.
-        end = min(len(data), OPERATIONS + 4000) if rng.random() < 0.5 else len(data)
+        end = operations(plan) + ops if rng.random() < 0.5 else len(data)
         at = rng.randrange(40, end - size) // size * size
         value = int.from_bytes(data[at : at + size], "little", signed=True)
         value = rng.choice([rng.choice(NUMBERS), -rng.choice(NUMBERS), value + rng.choice(NUMBERS)])

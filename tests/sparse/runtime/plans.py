@@ -6,9 +6,10 @@ import os
 import platform
 import random
 import shutil
+import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +17,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torchvision
+from torch import Tensor, nn
 
 from sparse import runtime
 from sparse.native import library
-from sparse.runtime import bindings, plan_file
+from sparse.runtime import bindings, graph, plan_file
 from sparse.runtime.execution_plan import ExecutionPlan
+from sparse.runtime.graph import Node
 from sparse.runtime.lower import lower
 from tests.sparse.runtime.conftest import LEVELS
 from tests.sparse.runtime.random_networks import RandomChoices, RandomNetwork, another_plan
+from tests.sparse.runtime.random_transformers import RandomGraph
+from tests.sparse.runtime.test_transformers import MODELS, export
 
 ROOT = Path(library.__file__).parents[2]
 SOURCES = library.KERNELS.sources
@@ -47,9 +52,8 @@ HEADER = {
 
 @dataclass
 class Case:
-    """A plan with images and what torch computes for them, in float64."""
+    """A plan file with images and what torch computes for them, in float64."""
 
-    plan: ExecutionPlan
     data: bytes
     images: Tensor
     wanted: Tensor
@@ -62,14 +66,39 @@ class Case:
         assert error <= 1e-4 * max(1e-3, float(self.wanted.abs().max())), error
 
 
-def draw(seed: int, level: str) -> Case:
+@dataclass
+class Drawn(Case):
+    """A random plan."""
+
+    plan: ExecutionPlan
+
+
+Shape = tuple[int, int, int]
+State = Mapping[str, Tensor]
+Function = Callable[[Tensor], Tensor]
+
+
+def _network(rng: random.Random, size: Shape) -> tuple[Sequence[Node], State, Function]:
+    """Draw a network; return its graph and weights, and the function of it in float64."""
+    model = RandomNetwork(rng, *size)
+    return runtime.trace(model), model.state_dict(), lambda x: RandomNetwork.double(model)(x)
+
+
+def _transformer(rng: random.Random, size: Shape) -> tuple[Sequence[Node], State, Function]:
+    """Draw a graph with operations of transformers."""
+    drawn = RandomGraph(rng, size)
+    state = {name: value.double() for name, value in drawn.state.items()}
+    return drawn.nodes, drawn.state, lambda x: graph.run(drawn.nodes, state, x)
+
+
+def draw(seed: int, level: str) -> Drawn:
     """Draw a random network, its size of images and how it is computed."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     sizes = [1, 2, 3, 5, 7, 8, 13, 16, 17, 28, 31, 33, 40, 56]
     size = channels, height, width = rng.randint(1, 4), rng.choice(sizes), rng.choice(sizes)
-    model = RandomNetwork(rng, channels, height, width)
-    layers = lower(runtime.trace(model), model.state_dict(), in_channels=channels)
+    nodes, state, function = (_transformer if seed % 3 == 0 else _network)(rng, size)
+    layers = lower(nodes, state, in_channels=channels)
     lanes, threads = library.LEVELS[level][0], rng.choice([1, 3])
     with another_plan(rng, height, width, lanes):
         plan = ExecutionPlan(layers, size, lanes=lanes, num_parts=threads)
@@ -77,18 +106,47 @@ def draw(seed: int, level: str) -> Case:
         RandomChoices(rng).tune(plan, SimpleNamespace(max_tiles=MAX_TILES[level]))
     images = torch.randn(rng.choice([1, 2, 4]), *size)
     with torch.no_grad():
-        wanted = RandomNetwork.double(model)(images.double())
+        wanted = function(images.double())
     data = plan_file.to_bytes(
         plan, level=level, size=size, threads=threads, mean=(0.0,) * channels, std=(1.0,) * channels
     )
-    return Case(plan, data, images, wanted)
+    return Drawn(data, images, wanted, plan)
 
 
-def draw_for(seed: int, kernels: bindings.Kernels) -> Case:
+def draw_for(seed: int, kernels: bindings.Kernels) -> Drawn:
     """Draw a plan that these kernels open, if they only lend a layout, too."""
     case = draw(seed, LEVELS[kernels.num_lanes])
     case.data = replaced(case.data, {HEADER["registers"]: kernels.num_registers})
     return case
+
+
+def flat() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 6, 3, 4), nn.GELU(), nn.Flatten(), nn.Linear(384, 7))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "vit": MODELS["vit"],
+    "convnext": MODELS["convnext"],
+    "squeeze and excitation": MODELS["timm efficientnet"],
+    "concat": lambda: torchvision.models.DenseNet(4, (2, 2), 8, num_classes=7),
+    "shuffle": lambda: torchvision.models.ShuffleNetV2(
+        [1, 1, 1], [8, 12, 24, 36, 48], num_classes=7
+    ),
+    "flatten": flat,
+}
+"""Small networks for images of 32 x 32 that have all operations of the runtime, together."""
+
+
+def case_of(name: str, level: str, compact: Path) -> Case:
+    """Write one of `NETWORKS` as a compact file; return its plan and what torch computes."""
+    torch.manual_seed(0)
+    model, plan = NETWORKS[name](), compact.with_suffix(".plan")
+    export(model, compact, size=32)
+    runtime.save_plan(compact, plan, level=level, threads=3, tune=False)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model.double()(images.double())
+    return Case(plan.read_bytes(), images, wanted)
 
 
 def signed(data: bytes) -> bytes:
@@ -271,3 +329,46 @@ def replaced(data: bytes, values: Mapping[int, int]) -> bytes:
     for place, value in values.items():
         changed[place : place + 8] = value.to_bytes(8, "little", signed=True)
     return signed(bytes(changed))
+
+
+def number_at(data: bytes, place: int) -> int:
+    """Return an 8-byte number of a plan."""
+    return int.from_bytes(data[place : place + 8], "little", signed=True)
+
+
+def operations(data: bytes) -> int:
+    """Return where the operations of a plan begin."""
+    at = 184  # after the header; mean and standard deviation come first
+    for _ in range(2):
+        at = _part(at) + 4 * number_at(data, HEADER["channels"])
+    return _part(at)
+
+
+def member(data: bytes, kind: int, name: str) -> int:
+    """Return the place of a member of the first operation of a kind; a table must be there."""
+    size = ctypes.sizeof(bindings.Op)
+    for i in range(number_at(data, HEADER["num_ops"])):
+        place = operations(data) + i * size
+        op = bindings.Op.from_buffer_copy(data, place)
+        if op.kind == kind and getattr(op, name) is not None:
+            return place + int(getattr(bindings.Op, name).offset)
+    raise AssertionError(f"no operation of kind {kind} with {name}")
+
+
+def table(data: bytes, kind: int, name: str) -> int:
+    """Return the place of the first entry of a table of the first operation of a kind."""
+    number = number_at(data, member(data, kind, name))
+    count, pieces = (number_at(data, HEADER[n]) for n in ("num_ops", "num_pieces"))
+    at = _part(operations(data) + count * ctypes.sizeof(bindings.Op))
+    directory = _part(at + 24 * pieces)
+    return number_at(data, directory + 16 * (number - 1))
+
+
+def bits(value: float) -> int:
+    """Return the bits of a float64 as a number."""
+    (found,) = struct.unpack("<q", struct.pack("<d", value))
+    return int(found)
+
+
+def _part(place: int) -> int:
+    return -(-place // 64) * 64

@@ -17,7 +17,7 @@ from sparse.native import library
 from tests.documents import blocks
 from tests.sparse.runtime import plans
 from tests.sparse.runtime.conftest import prune_
-from tests.sparse.runtime.plans import RUN_PLANS, Target, compile_program, draw, install
+from tests.sparse.runtime.plans import NETWORKS, RUN_PLANS, Target, compile_program, draw, install
 from tests.sparse.runtime.test_plans import small
 
 EXAMPLES = plans.ROOT / "examples" / "embedding"
@@ -46,6 +46,22 @@ def test_random_plans_equal_torch_and_python(target: Target, threads: int, tmp_p
         network = api.open(case.data, threads)
         assert isinstance(network, plans.Network)
         assert torch.equal(outputs, network.run(case.images).view(outputs.shape))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_networks_of_every_kind_equal_torch(target: Target, threads: int, tmp_path: Path) -> None:
+    compacts = [tmp_path / name.replace(" ", "-") for name in NETWORKS]
+    cases = [
+        plans.case_of(name, target.level, compact)
+        for name, compact in zip(NETWORKS, compacts, strict=True)
+    ]
+    program = compile_program(target, RUN_PLANS, tmp_path / "run_plans", shared=True)
+    found = plans.run_cases(target, program, cases, tmp_path, threads=threads)
+    for compact, case, outputs in zip(compacts, cases, found, strict=True):
+        case.check(outputs)
+        if not target.emulator:  # bit for bit
+            python = runtime.load(compact, threads=3, level=target.level, tune=False)
+            assert torch.equal(outputs, python(case.images))
 
 
 def test_the_examples_print_what_python_computes(

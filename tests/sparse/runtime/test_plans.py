@@ -1,7 +1,10 @@
 """Plans through the C interface that Python's own libraries have: what runs, what is refused."""
 
 import ctypes
+import functools
 import hashlib
+import math
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +24,7 @@ from sparse.runtime import bindings, plan_file
 from sparse.runtime.network import Program
 from tests.sparse.runtime import plans
 from tests.sparse.runtime.conftest import LEVELS
-from tests.sparse.runtime.plans import HEADER, Api, draw_for, replaced
+from tests.sparse.runtime.plans import HEADER, NETWORKS, Api, bits, case_of, draw_for, replaced
 
 
 def compare(seed: int, kernels: bindings.Kernels, api: Api) -> None:
@@ -48,6 +51,22 @@ def test_many_random_plans_equal_python_and_torch(each_kernels: bindings.Kernels
     api = Api(each_kernels.path)
     for seed in range(1000, 1600):
         compare(seed, each_kernels, api)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_every_kind_equal_python_and_torch(
+    name: str, api: Api, kernel_cache: Path, tmp_path: Path
+) -> None:
+    compact = tmp_path / "network"
+    case = case_of(name, library.cpu_level(), compact)
+    for threads in (1, 3):
+        network = open_(api, case.data, threads)
+        python = runtime.load(compact, threads=threads, tune=False, cache=kernel_cache)
+        for images in (case.images, case.images[:1]):
+            assert torch.equal(network.run(images)[..., 0, 0], python(images))
+        case.check(network.run(case.images)[..., 0, 0])
+    assert api.call("retune", network.handle) == "SPARSE_OK"
+    case.check(network.run(case.images)[..., 0, 0])
 
 
 def small() -> nn.Module:
@@ -209,6 +228,96 @@ def test_a_header_that_does_not_fit_is_refused(
     assert refused.startswith(f"SPARSE_{status}: ")
     assert told in refused
     assert "\n" not in refused
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], plans.Case]:
+    """Return a function that makes the plans of small networks once."""
+
+    @functools.cache
+    def make(name: str) -> plans.Case:
+        compact = tmp_path_factory.mktemp("plan") / "network"
+        return case_of(name, library.cpu_level(), compact)
+
+    return make
+
+
+FAR, FURTHER = 10**6, 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "member", "value", "told"),
+    [
+        ("vit", "ATTENTION", "heads", 3, "the heads have other channels"),
+        ("vit", "ATTENTION", "depth", 2**31, "the heads have other channels"),
+        ("vit", "ATTENTION", "num_tokens", 0, "no such number of tokens"),
+        ("vit", "ATTENTION", "num_tokens", 2**31, "no such number of tokens"),
+        ("vit", "ATTENTION", "in_plane", FAR // 16 * 16, "overlap"),
+        ("vit", "ATTENTION", "score_scale", bits(math.nan), "score_scale is out of range"),
+        ("vit", "ATTENTION", "score_scale", bits(1e300), "score_scale is out of range"),
+        ("vit", "ATTENTION", "num_parts", 2, "other parts"),
+        ("vit", "ATTENTION", "offsets", None, "a table is missing"),
+        ("vit", "ATTENTION", "offsets", FURTHER, "outside the arena"),
+        ("vit", "ATTENTION", "offsets", -1, "a token lies elsewhere"),
+        ("vit", "LAYER_NORM", "weights", None, "a table is missing"),
+        ("vit", "LAYER_NORM", "bias", None, "a table is missing"),
+        ("vit", "LAYER_NORM", "eps", bits(-1.0), "eps is out of range"),
+        ("vit", "LAYER_NORM", "num_parts", 0, "other parts"),
+        ("vit", "LAYER_NORM", "channels", 40, "overlap"),
+        ("vit", "TOKENS", "weights", None, "a table is missing"),
+        ("vit", "TOKENS", "offsets", FURTHER, "outside the arena"),
+        ("vit", "TOKENS", "rows", 2, "a table is too short"),
+        ("vit", "TOKENS", "in_plane", FAR, "outside the arena"),
+        ("vit", "TOKEN", "channels", FAR, "outside the arena"),
+        ("vit", "TOKEN", "in_plane", FAR, "outside the arena"),
+        ("vit", "TOKEN", "channels", 0, "the output is empty"),
+        ("convnext", "VECTOR_NORM", "channels", 17, "a table is too short"),
+        ("convnext", "VECTOR_NORM", "in_", FAR, "a member is out of range"),
+        ("convnext", "SPARSE_CONV", "activation", 9, "no such activation"),
+        ("convnext", "VECTOR_NORM", "eps", bits(math.inf), "eps is out of range"),
+        ("squeeze and excitation", "SCALE", "res", -1, "there are no factors"),
+        ("squeeze and excitation", "SCALE", "res", "arena", "outside the arena"),
+        ("squeeze and excitation", "SCALE", "in_", 1, "not aligned"),
+        ("squeeze and excitation", "SCALE", "in_row", FAR // 16 * 16, "outside the arena"),
+        ("shuffle", "REPACK", "row_channel", FURTHER, "outside the arena"),
+        ("shuffle", "REPACK", "row_channel", -1, "there is no channel"),
+        ("flatten", "OUTPUT", "out", "arena", "outside the arena"),
+        ("flatten", "OUTPUT", "channels", 7, "overlap|outside the arena"),
+    ],
+)
+def test_an_operation_that_does_not_fit_is_refused(
+    name: str,
+    kind: str,
+    member: str,
+    value: int | str | None,
+    told: str,
+    api: Api,
+    networks: Callable[[str], plans.Case],
+) -> None:
+    """None stands for no table, and a number in the place of a table for its first entries."""
+    plan = networks(name).data
+    number = getattr(bindings, kind)
+    place = plans.member(plan, number, member)
+    is_table = dict(bindings.Op._fields_)[member] is ctypes.c_void_p
+    if value == "arena":
+        value = plans.number_at(plan, HEADER["arena"])
+    elif is_table and value is not None:
+        place = plans.table(plan, number, member)
+    refused = api.open(replaced(plan, {place: int(value or 0)}))
+    assert isinstance(refused, str)
+    assert refused.startswith("SPARSE_BAD_PLAN: the plan is damaged: operation ")
+    assert re.search(told, refused), refused
+
+
+def test_what_a_thread_needs_counts_towards_the_memory(
+    api: Api, networks: Callable[[str], plans.Case]
+) -> None:
+    plan = networks("vit").data
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+    full = replaced(plan, {HEADER["arena"]: most - 1000})
+    assert api.open(full, 1) == (
+        "SPARSE_NO_MEMORY: the plan needs more than half of the memory of this machine"
+    )
 
 
 def test_a_plan_of_another_level_is_refused_with_both_names(
