@@ -15,12 +15,14 @@ from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from ..topology.blocks import ONE, check_block
+from ..topology import rng
+from ..topology.blocks import check_block
 from ..topology.distributions import Distribution
 from ..topology.masks import drop_and_grow_layers
 from ..topology.rng import Draw
 from ..topology.schedules import Anneal, DropFraction, Window, num_dropped
 from ..topology.selection import Scores, largest_in_layers
+from ..topology.shards import part_like
 from .allocation import Allocation, allocate_layers, allocation_of
 from .settings import check_types, setting
 
@@ -85,10 +87,6 @@ class Method(ABC):
             weights: The weights, for methods that begin with the largest ones.
         """
         return largest_in_layers(draws, num_active, among)
-
-    def ranked(self, weights: Tensors, grads: Tensors) -> tuple[Tensors, Tensors]:
-        """Give what is added up in a block, in place of weights and gradients."""
-        return weights, grads
 
     @abstractmethod
     def due(self, step: int) -> bool:
@@ -176,21 +174,13 @@ class Allocated(Method):
     )
     sparsity_map: Mapping[str, float] | None = setting(None, "layer globs and their sparsities")
     include: Sequence[str] | None = setting(None, "globs of further weights to make sparse")
-    block: Sequence[int] | None = setting(
-        None, "outputs and inputs of the blocks of weights that are active together, such as 1 4"
-    )
+    block: Sequence[int] | None = setting(None, "outputs and inputs that are active together: 1 4")
     allocation: Allocation = field(default_factory=Allocation, repr=False)
     begins_with: Mapping[str, int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_types(self)
-        if check_block(self.block) != ONE and self.why_no_blocks is not None:
-            raise ValueError(f"{self.why_no_blocks}: leave block out")
-
-    @property
-    def why_no_blocks(self) -> str | None:
-        """Why the method, with these settings, cannot move blocks of weights; None if it can."""
-        return None
+        check_block(self.block)
 
     def fitted_to(self, model: nn.Module) -> Self:
         """Return this method with the numbers of active weights of a model's layers.
@@ -299,6 +289,27 @@ class Dropping(Allocated):
     def drop_scores(self, name: str, weight: Tensor, grads: Tensors, step: int) -> Tensor:
         """Give the scores whose smallest magnitudes are dropped."""
         return weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropNoise(Dropping):
+    """Dropping by magnitude with noise; the RigL repository breaks ties with one of 1e-5."""
+
+    drop_noise: float = setting(0.0, "standard deviation of noise on |w| when dropping")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drop_noise < 0.0:
+            raise ValueError(f"drop_noise must not be negative, got {self.drop_noise}")
+
+    def drop_scores(self, name: str, weight: Tensor, grads: Tensors, step: int) -> Tensor:
+        if self.drop_noise == 0.0:
+            return weight
+        key = self.key(name, step, rng.DROP_NOISE)
+        # Noise never exceeds six deviations: the offset makes scores non-negative, so that ranking
+        # them by magnitude is ranking them by value.
+        noise = rng.normal(weight.shape, key, weight.device).add_(6.0).mul_(self.drop_noise)
+        return part_like(noise, weight).add_(weight.abs())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,64 +10,75 @@ with a single large weight. What the method returns, a mask of blocks, is spread
 import dataclasses
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from ..topology import rng
-from ..topology.blocks import Blocks
 from ..topology.flat import all_true
-from .base import Allocated, Method
+from ..topology.rng import Draw
+from .base import Allocated, Method, Tensors
+from .snip import Snip
 
-Tensors = Mapping[str, Tensor]
+
+def in_blocks(method: Method) -> Method:
+    """Return what chooses masks for a method: the method itself, or `InBlocks` if it has blocks."""
+    if isinstance(method, Allocated) and method.allocation.blocks:
+        return InBlocks(method)
+    return method
 
 
-class MaskRule:
-    """How a method chooses masks: by itself, or for a network of one weight per block.
+def check_whole(rule: Method, masks: Tensors, whose: str) -> None:
+    """Refuse masks with blocks that are active in part; see `Blocks.check_whole`."""
+    if isinstance(rule, InBlocks):
+        rule.blocks.check_whole(masks, whose)
+
+
+class InBlocks(Method):
+    """A method for a network of one weight per block.
 
     Attributes:
         blocks: What is active or inactive as a whole.
     """
 
-    def __init__(self, method: Method) -> None:
-        self.blocks, self._method, self._rule = Blocks({}), method, method
-        if isinstance(method, Allocated) and method.allocation.blocks:
-            self.blocks = method.allocation.blocks
-            begun = method.begins_with and self._counted(method.begins_with)
-            counted = method.allocation.in_blocks()
-            self._rule = dataclasses.replace(
-                method, allocation=counted, begins_with=begun, block=None
-            )
+    def __init__(self, method: Allocated) -> None:
+        self.blocks, self._adds_products = method.allocation.blocks, isinstance(method, Snip)
+        begun = method.begins_with and self._counted(method.begins_with)
+        counted = method.allocation.in_blocks()
+        self._rule = dataclasses.replace(method, allocation=counted, begins_with=begun, block=None)
 
     def _counted(self, numbers: Mapping[str, int]) -> dict[str, int]:
         return {name: number // self.blocks.numel(name) for name, number in numbers.items()}
 
+    def due(self, step: int) -> bool:
+        return self._rule.due(step)
+
     def first_masks(
-        self, keys: Mapping[str, tuple[int, ...]], num_active: Mapping[str, int], weights: Tensors
+        self,
+        draws: Mapping[str, Draw],
+        num_active: Mapping[str, int],
+        among: Tensors,
+        weights: Tensors,
     ) -> Tensors:
-        """Choose the first masks; see `Method.first_masks`.
+        seen, counts = self.blocks.added(weights), self._counted(num_active)
+        draws = {name: Draw(tuple(seen[name].shape), draw.key) for name, draw in draws.items()}
+        chosen = self._rule.first_masks(draws, counts, all_true(seen), seen)
+        return self.blocks.spread(chosen, among)
 
-        Args:
-            keys: Layer name -> key of its random numbers.
-            num_active: Layer name -> active weights.
-            weights: The weights.
-        """
-        seen = self.blocks.added(weights)
-        draws = {name: rng.Draw(tuple(seen[name].shape), key) for name, key in keys.items()}
-        counts = self._counted({name: num_active[name] for name in keys})
-        return self.blocks.spread(
-            self._rule.first_masks(draws, counts, all_true(seen), seen), weights
-        )
-
-    def new_masks(
-        self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
-    ) -> tuple[Tensors, Tensors]:
-        """Choose the survivors and the new masks; see `Method.survivors` and `Method.update`."""
+    def survivors(self, masks: Tensors, weights: Tensors, step: int) -> Tensors:
         seen = self.blocks.first(masks)
-        if self.blocks:
-            weights, grads = map(self.blocks.added, self._method.ranked(weights, grads))
+        kept = self._rule.survivors(seen, self.blocks.added(weights), step)
+        return self._spread(kept, seen, masks)
 
-        def spread(chosen: Tensors) -> Tensors:
-            changed = {name: mask for name, mask in chosen.items() if mask is not seen[name]}
-            return {name: masks[name] for name in chosen} | self.blocks.spread(changed, masks)
+    def update(
+        self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
+    ) -> Tensors:
+        if self._adds_products:
+            weights = {name: weights[name] * grads.get(name, 0.0) for name in weights}
+            grads = {name: torch.ones_like(gradient) for name, gradient in grads.items()}
+        seen, added = self.blocks.first(masks), self.blocks.added
+        new = self._rule.update(seen, added(weights), added(grads), step, state)
+        return self._spread(new, seen, masks)
 
-        survivors = self._rule.survivors(seen, weights, step)
-        return spread(survivors), spread(self._rule.update(seen, weights, grads, step, state))
+    def _spread(self, chosen: Tensors, seen: Tensors, masks: Tensors) -> Tensors:
+        """Spread masks of blocks over the weights, but those that are as they were seen."""
+        changed = {name: mask for name, mask in chosen.items() if mask is not seen[name]}
+        return {name: masks[name] for name in chosen} | self.blocks.spread(changed, masks)

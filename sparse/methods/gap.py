@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+from ..topology.blocks import check_block
 from ..topology.distributions import match_layers
 from ..topology.flat import all_true
 from ..topology.rng import Draw
@@ -41,7 +42,6 @@ class Gap(Allocated):
     paper: ClassVar[str] = "[Ma et al., 2022](https://arxiv.org/abs/2106.09857)"
     grows = True
     masks_replace = ("mask_init",)
-    why_no_blocks = "gap grows and prunes single weights, not blocks"
 
     partitions: Sequence[str] | None = setting(
         None,
@@ -58,6 +58,7 @@ class Gap(Allocated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_block(self.block, "gap grows and prunes single weights")
         for name in ("phase", "num_phases"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

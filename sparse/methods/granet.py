@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+from ..topology.blocks import check_block
 from ..topology.distributions import check_sparsity, count_active
 from ..topology.flat import count_nonzero
 from ..topology.selection import largest_together, replace
@@ -31,7 +32,6 @@ class Granet(AfterSteps):
     paper: ClassVar[str] = "[Liu et al., 2021](https://arxiv.org/abs/2106.10404)"
     from_masks: ClassVar[Literal["counts", "prune"] | None] = "prune"
     masks_replace = ("initial_sparsity", "distribution", "power_scale")
-    why_no_blocks = "granet ranks the single weights of all layers, not blocks"
 
     initial_sparsity: float = setting(0.5, "granet's fraction of zeros at first, 0 to begin dense")
     prune_end: int = setting(MISSING, "step of granet's final sparsity", share=0.3)
@@ -42,6 +42,7 @@ class Granet(AfterSteps):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_block(self.block, "granet ranks the single weights of all layers")
         check_sparsity(self.sparsity)
         if self.begins_with is None and not 0.0 <= self.initial_sparsity <= self.sparsity:
             raise ValueError(

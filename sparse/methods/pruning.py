@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from torch import nn
 
+from ..topology.blocks import check_block
 from ..topology.distributions import Distribution
 from ..topology.selection import largest_in_layers, largest_together
 from .allocation import begun
@@ -27,10 +28,10 @@ class Pruning(Allocated):
     )
     scope: Scope = setting("layer", "rank weights within layers or over all")
 
-    @property
-    def why_no_blocks(self) -> str | None:
-        alone = "the global scope ranks the single weights of all layers, not blocks"
-        return alone if self.scope == "global" else None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scope == "global":
+            check_block(self.block, "the global scope ranks the single weights of all layers")
 
     def fitted_to(self, model: nn.Module) -> Self:
         fitted = super().fitted_to(model)

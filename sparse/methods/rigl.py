@@ -6,8 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..topology.selection import Scores
-from .base import DropAndGrow, Tensors, Timing
-from .noise import DropNoise
+from .base import DropAndGrow, DropNoise, Tensors, Timing
 from .settings import setting
 
 

@@ -6,8 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..topology.selection import replace
-from .base import Tensors
-from .noise import DropNoise
+from .base import DropNoise, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,7 @@ from torch import Tensor
 from ..topology import rng
 from ..topology.rng import Draw
 from ..topology.selection import Scores
-from .base import DropAndGrow, Tensors
-from .noise import DropNoise
+from .base import DropAndGrow, DropNoise, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)

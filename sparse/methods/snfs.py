@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..topology import rng
+from ..topology.blocks import check_block
 from ..topology.flat import batched, by_device, count_nonzero, gather, layout_of, vector
 from ..topology.selection import Scores, replace
 from ..topology.sharded import sums_of_magnitudes
@@ -57,6 +58,9 @@ class Snfs(DropAndGrow):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.keeps_counts:
+            moves = f"redistribution {self.redistribution!r} moves single weights between layers"
+            check_block(self.block, moves)
         if self.redistribution == "none" and self.growth != "momentum":
             raise ValueError(
                 f"growth {self.growth!r} has no effect with redistribution 'none'; use set"
@@ -65,11 +69,6 @@ class Snfs(DropAndGrow):
     @property
     def keeps_counts(self) -> bool:
         return self.redistribution == "none"
-
-    @property
-    def why_no_blocks(self) -> str | None:
-        moves = f"redistribution {self.redistribution!r} moves single weights between layers"
-        return None if self.keeps_counts else moves
 
     def step_flops(self, dense: float, sparse: float, total_steps: int | None = None) -> float:
         """Count the dense gradient of the weights in every step."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..errors import SparsityError
@@ -28,12 +27,6 @@ class Snip(Pruning):
 
     def due(self, step: int) -> bool:
         return step == 0
-
-    def ranked(self, weights: Tensors, grads: Tensors) -> tuple[Tensors, Tensors]:
-        """Add up the products, not their factors."""
-        both = weights.keys() & grads.keys()
-        products = {name: weights[name] * grads[name] for name in both}
-        return {**weights, **products}, {name: torch.ones_like(grads[name]) for name in grads}
 
     def num_final(self, numel: int, sparsity: float) -> int:
         return count_active(numel, sparsity)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from ..topology.blocks import check_block
 from ..topology.distributions import match_layers
 from ..topology.flat import all_true, count_nonzero, vector
 from ..topology.rng import Draw
@@ -39,7 +40,6 @@ class Srigl(AfterSteps):
     name: ClassVar[str] = "srigl"
     title: ClassVar[str] = "SRigL, with or without ablation"
     paper: ClassVar[str] = "[Lasby et al., 2024](https://arxiv.org/abs/2305.02299)"
-    why_no_blocks = "srigl gives every row the same number of single weights, not of blocks"
 
     min_salient: float = setting(
         0.3, "weights that must matter in a row of srigl; below 1 of its fan-in; 0: no ablation"
@@ -54,6 +54,7 @@ class Srigl(AfterSteps):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_block(self.block, "srigl gives every row the same number of single weights")
         if self.min_salient < 0.0:
             raise ValueError(f"min_salient must not be negative, got {self.min_salient}")
         if not 1 <= self.gradient_steps <= self.delta_t:

@@ -16,11 +16,15 @@ Block = tuple[int, int]
 ONE: Block = (1, 1)
 
 
-def check_block(block: Sequence[int] | None) -> Block:
+def check_block(block: Sequence[int] | None, why_not: str | None = None) -> Block:
     """Return the outputs and inputs of a block; None stands for a block of one weight.
 
+    Args:
+        block: Two numbers, or None.
+        why_not: Why there can be none of several weights, if so.
+
     Raises:
-        ValueError: The block is not two numbers of at least 1.
+        ValueError: The block is not two numbers of at least 1, or there can be none.
     """
     if block is None:
         return ONE
@@ -30,6 +34,8 @@ def check_block(block: Sequence[int] | None) -> Block:
             f"block must be two numbers of at least 1, outputs and inputs such as (1, 4), got "
             f"{block!r}"
         )
+    if numbers != ONE and why_not is not None:
+        raise ValueError(f"{why_not}: leave block out")
     return numbers
 
 

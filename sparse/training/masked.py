@@ -8,10 +8,11 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..methods.allocation import check_named
-from ..methods.blocks import MaskRule
+from ..methods.base import Method
+from ..methods.blocks import check_whole
 from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weights_of
 from ..topology import rng
-from ..topology.flat import count_nonzero, vector
+from ..topology.flat import all_true, count_nonzero, vector
 from ..topology.shards import Ranks, local, locals_of, part_like
 from .checkpoints import check_counts, check_masks
 from .connections import NewConnections, disconnect, mask_module
@@ -131,22 +132,33 @@ class MaskedModel:
         """
         mask_module(module, self._gates)
 
-    def _random_masks(
-        self, rule: MaskRule, num_active: Mapping[str, int], seed: int
+    def _first_masks(
+        self, rule: Method, given: Tensors | None, num_active: Mapping[str, int], seed: int
     ) -> dict[str, Tensor]:
+        """Return the masks to begin with: those of the caller, or else those a method chooses."""
+        if given is not None:
+            return self._given(given, num_active, rule)
         masked = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
         indices = {name: index for index, name in enumerate(self._weights)}
-        keys = {name: (seed, 0, indices[name], rng.INITIAL_MASK) for name in masked}
+        draws = {
+            name: rng.Draw(tuple(weight.shape), (seed, 0, indices[name], rng.INITIAL_MASK))
+            for name, weight in masked.items()
+        }
         rng.words((seed,))  # refuses what is no seed, even if the method draws nothing
+        if not draws:
+            return {}
         values = {name: weight.detach() for name, weight in masked.items()}
-        return dict(rule.first_masks(keys, num_active, values)) if keys else {}
+        return dict(rule.first_masks(draws, num_active, all_true(masked), values))
 
-    def _given(self, masks: Tensors, num_active: Mapping[str, int]) -> dict[str, Tensor]:
+    def _given(
+        self, masks: Tensors, num_active: Mapping[str, int], rule: Method
+    ) -> dict[str, Tensor]:
         """Return masks of the caller where the weights are, if they fit them and their counts."""
         wanted = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
         check_named(masks, self._weights)
         check_masks(masks, wanted | {n: self._weights[n] for n in masks}, "the caller")
         check_counts(masks, num_active)
+        check_whole(rule, masks, "the caller")
         return {name: mask.to(self._weights[name].device) for name, mask in masks.items()}
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..methods.base import Allocated, Method, Tensors
-from ..methods.blocks import MaskRule
+from ..methods.blocks import check_whole, in_blocks
 from ..methods.layers import warn_of_dense_weights
 from ..topology.flat import all_true
 from ..topology.shards import locals_of
@@ -84,7 +84,7 @@ class Sparsifier(HookedModel):
             maskable = method.maskable if maskable is None else maskable
             masks = None if masks is None else method.begin_from(masks)
         super().__init__(model, optimizer, num_active, maskable, process_group, track_exploration)
-        self.method, self._rule = method, MaskRule(method)
+        self.method, self._rule = method, in_blocks(method)
         self.num_updates = 0
         seed = method.seed if seed is None else seed
         self._new_connections = new_connections or NewConnections(
@@ -100,11 +100,7 @@ class Sparsifier(HookedModel):
         self._verified = False
         self._sets_up_state = False  # the step under way is not one of training
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        if masks is None:
-            masks = self._random_masks(self._rule, num_active, seed)
-        else:
-            masks = self._given(masks, num_active)
-            self._rule.blocks.check_whole(masks, "the caller")
+        masks = self._first_masks(self._rule, masks, num_active, seed)
         self._begins_dense = not masks
         if masks:  # also of layers that begin full, so that all gates lie together from the start
             masks = {**all_true(self._maskable), **masks}
@@ -184,7 +180,7 @@ class Sparsifier(HookedModel):
         checkpoints.check(state, self.method.name)
         still_dense = self._begins_dense and state["num_updates"] == 0
         masks = {} if still_dense else checkpoints.load_masks(state, self._maskable)
-        self._rule.blocks.check_whole(masks, "the checkpoint")
+        check_whole(self._rule, masks, "the checkpoint")
         if self.method.keeps_counts:
             checkpoints.check_counts(masks, self.num_active)
         self._seen.load(state, self._maskable)
@@ -261,7 +257,8 @@ class Sparsifier(HookedModel):
         gradients = self._seen.at_update(trained, self._optimizer)
         if not self._ranks.groups and (self._copies or self._invariant.is_known):
             self._invariant.read(self._optimizer)
-        survivors, new = self._rule.new_masks(old, weights, gradients, step, self._method_state)
+        survivors = self._rule.survivors(old, weights, step)
+        new = self._rule.update(old, weights, gradients, step, self._method_state)
         checkpoints.check_masks(new, weights, f"method {self.method.name}")
         old, survivors, new = map(locals_of, (old, survivors, new))
         fresh = self._reconnect(old, survivors, new)

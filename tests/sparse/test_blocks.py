@@ -144,7 +144,7 @@ def test_masks_to_begin_with_must_have_whole_blocks() -> None:
     begun = sparse.rigl(model, sgd(model), masks=masks, block=(1, 2), delta_t=4, t_end=15)
     assert all(map(torch.equal, begun.masks.values(), masks.values()))
     other = convnet()
-    with pytest.raises(ValueError, match=r"3\.weight a mask that is no mask of blocks of 2 x 2"):
+    with pytest.raises(ValueError, match=r"weight a mask that is no mask of blocks of 2 x 2"):
         sparse.rigl(other, sgd(other), masks=masks, block=(2, 2), delta_t=4, t_end=15)
 
 
