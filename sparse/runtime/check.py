@@ -85,10 +85,10 @@ def _check_geometry(node: Node, where: str) -> None:
     needs_size = node.op in _FIXED or node.size != (0, 0)
     if needs_size and not 1 <= min(node.size) <= max(node.size) <= MAX_SIDE:
         raise ValueError(f"{where}: size {node.size} out of range")
+    if node.op == "chunk" and not 0 <= node.index < node.groups:
+        raise ValueError(f"{where}: there is no part {node.index} of {node.groups}")
     if node.index < 0 or (node.op == "prepend" and node.tokens < 1):
         raise ValueError(f"{where}: index {node.index} or tokens {node.tokens} out of range")
-    if node.op == "chunk" and node.index >= node.groups:
-        raise ValueError(f"{where}: there is no part {node.index} of {node.groups}")
     extents = [d * (k - 1) + 1 for k, d in zip(node.kernel, node.dilation, strict=True)]
     if max(*extents, *node.stride, *node.padding, *node.output) > MAX_EXTENT:
         raise ValueError(
