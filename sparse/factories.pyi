@@ -62,7 +62,7 @@ def acdc(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         scope: Rank weights within layers or over all.
         total_steps: Optimizer steps of acdc's run.
         dense_warmup: Optimizer steps before acdc's first compression, at least 1.
@@ -113,7 +113,7 @@ def gap(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         partitions: Globs of gap's partitions in turn, those of one joined by commas; by default the
             stages of a ResNet.
         phase: Optimizer steps that gap trains with a partition dense, at least 1.
@@ -159,7 +159,7 @@ def gmp(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         scope: Rank weights within layers or over all.
         prune_start: Optimizer step at which gmp starts.
         prune_end: Step of gmp's final sparsity.
@@ -207,7 +207,7 @@ def granet(
         power_scale: Exponent of the ERK ratio.
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -253,7 +253,7 @@ def magnitude(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         scope: Rank weights within layers or over all.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
         process_group: The processes that train this model, where neither DistributedDataParallel
@@ -298,7 +298,7 @@ def rigl(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -352,7 +352,7 @@ def rigl_reset(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -405,7 +405,7 @@ def set(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -469,7 +469,7 @@ def snfs(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -518,7 +518,7 @@ def snip(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         scope: Rank weights within layers or over all.
         masks: Bool masks to begin with, by name; layers without one begin dense.
         hooks: Whether to hook the optimizer's steps; see `Sparsifier`.
@@ -570,7 +570,7 @@ def srigl(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         delta_t: Optimizer steps between topology updates, at least 1.
         t_start: Optimizer step of the first topology update.
         t_end: Last optimizer step of a topology update.
@@ -616,7 +616,7 @@ def static(
         dense_layers: Globs of layers kept dense; by default uniform's first layer.
         sparsity_map: Layer globs and their sparsities.
         include: Globs of further weights to make sparse.
-        block: Outputs and inputs of the blocks of weights that are active together, such as 1 4.
+        block: Outputs and inputs that are active together: 1 4.
         masks: Bool masks to begin with, by name; layers without one begin dense, and sparsity may
             be left out.
         seed: Seed of masks and all other random choices; the same on all ranks.
