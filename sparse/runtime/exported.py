@@ -5,10 +5,11 @@ are followed as views (views.py), so that nn.MultiheadAttention and the attentio
 the same node.
 """
 
+import contextlib
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +41,7 @@ def export(model: nn.Module, in_channels: int, image_size: int) -> ExportedProgr
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = torch.zeros(BATCH_SIZE, in_channels, image_size, image_size, device=device)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _default_precision():
         warnings.simplefilter("ignore")  # of the exporter's own dependencies
         try:
             program: ExportedProgram = torch.export.export(model, (images,))
@@ -49,6 +50,25 @@ def export(model: nn.Module, in_channels: int, image_size: int) -> ExportedProgr
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"{type(model).__name__} cannot be exported: {reason}") from error
     return program
+
+
+@contextlib.contextmanager
+def _default_precision() -> Iterator[None]:
+    """Set what float32 means in cuDNN as in a new process.
+
+    torch's exporter fails where a training has set it to "ieee". It computes nothing, so the
+    setting does not matter to it.
+    """
+    cudnn: Any = torch.backends.cudnn
+    parts = (cudnn.conv, cudnn.rnn)
+    before = [part.fp32_precision for part in parts]
+    for part in parts:
+        part.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
 def trace(model: nn.Module, image_size: int) -> list[Node]:

@@ -276,3 +276,14 @@ def check_large(model: nn.Module, kernels: bindings.Kernels, path: Path) -> None
     export(model, path, size=224)
     network = Network(path, threads=1, kernels=kernels, tuner=None)
     assert_equal_torch(model, network, torch.randn(2, 3, 224, 224))
+
+
+def test_transformers_are_traced_after_a_training_in_exact_float32() -> None:
+    part = torch.backends.cudnn.conv
+    before = part.fp32_precision
+    part.fp32_precision = "ieee"  # as the trainer does without --tf32
+    try:
+        assert trace(vit(), image_size=32)
+        assert part.fp32_precision == "ieee"
+    finally:
+        part.fp32_precision = before
