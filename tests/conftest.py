@@ -1,8 +1,15 @@
 """One body for the CPU and for GPUs, and the same examples of properties each time."""
 
+import os
+
+# This process and those that tests start add numbers up in the same order: on one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import hypothesis
 import pytest
 import torch
+
+torch.set_num_threads(1)  # torch may have been imported before
 
 # A busy machine breaks no deadline. --hypothesis-profile=default looks for new examples.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)

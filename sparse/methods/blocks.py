@@ -26,10 +26,10 @@ def in_blocks(method: Method) -> Method:
     return method
 
 
-def check_whole(rule: Method, masks: Tensors, whose: str) -> None:
+def check_whole(method: Method, masks: Tensors, whose: str) -> None:
     """Refuse masks with blocks that are active in part; see `Blocks.check_whole`."""
-    if isinstance(rule, InBlocks):
-        rule.blocks.check_whole(masks, whose)
+    if isinstance(method, Allocated):
+        method.allocation.blocks.check_whole(masks, whose)
 
 
 class InBlocks(Method):

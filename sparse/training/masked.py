@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from ..methods.allocation import check_named
 from ..methods.base import Method
-from ..methods.blocks import check_whole
+from ..methods.blocks import check_whole, in_blocks
 from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weights_of
 from ..topology import rng
 from ..topology.flat import all_true, count_nonzero, vector
@@ -133,11 +133,11 @@ class MaskedModel:
         mask_module(module, self._gates)
 
     def _first_masks(
-        self, rule: Method, given: Tensors | None, num_active: Mapping[str, int], seed: int
+        self, method: Method, given: Tensors | None, num_active: Mapping[str, int], seed: int
     ) -> dict[str, Tensor]:
         """Return the masks to begin with: those of the caller, or else those a method chooses."""
         if given is not None:
-            return self._given(given, num_active, rule)
+            return self._given(given, num_active, method)
         masked = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
         indices = {name: index for index, name in enumerate(self._weights)}
         draws = {
@@ -148,17 +148,17 @@ class MaskedModel:
         if not draws:
             return {}
         values = {name: weight.detach() for name, weight in masked.items()}
-        return dict(rule.first_masks(draws, num_active, all_true(masked), values))
+        return dict(in_blocks(method).first_masks(draws, num_active, all_true(masked), values))
 
     def _given(
-        self, masks: Tensors, num_active: Mapping[str, int], rule: Method
+        self, masks: Tensors, num_active: Mapping[str, int], method: Method
     ) -> dict[str, Tensor]:
         """Return masks of the caller where the weights are, if they fit them and their counts."""
         wanted = {n: w for n, w in self._weights.items() if num_active[n] < w.numel()}
         check_named(masks, self._weights)
         check_masks(masks, wanted | {n: self._weights[n] for n in masks}, "the caller")
         check_counts(masks, num_active)
-        check_whole(rule, masks, "the caller")
+        check_whole(method, masks, "the caller")
         return {name: mask.to(self._weights[name].device) for name, mask in masks.items()}
 
     @torch.no_grad()

@@ -84,7 +84,7 @@ class Sparsifier(HookedModel):
             maskable = method.maskable if maskable is None else maskable
             masks = None if masks is None else method.begin_from(masks)
         super().__init__(model, optimizer, num_active, maskable, process_group, track_exploration)
-        self.method, self._rule = method, in_blocks(method)
+        self.method = method
         self.num_updates = 0
         seed = method.seed if seed is None else seed
         self._new_connections = new_connections or NewConnections(
@@ -100,7 +100,7 @@ class Sparsifier(HookedModel):
         self._verified = False
         self._sets_up_state = False  # the step under way is not one of training
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        masks = self._first_masks(self._rule, masks, num_active, seed)
+        masks = self._first_masks(method, masks, num_active, seed)
         self._begins_dense = not masks
         if masks:  # also of layers that begin full, so that all gates lie together from the start
             masks = {**all_true(self._maskable), **masks}
@@ -180,7 +180,7 @@ class Sparsifier(HookedModel):
         checkpoints.check(state, self.method.name)
         still_dense = self._begins_dense and state["num_updates"] == 0
         masks = {} if still_dense else checkpoints.load_masks(state, self._maskable)
-        check_whole(self._rule, masks, "the checkpoint")
+        check_whole(self.method, masks, "the checkpoint")
         if self.method.keeps_counts:
             checkpoints.check_counts(masks, self.num_active)
         self._seen.load(state, self._maskable)
@@ -257,8 +257,8 @@ class Sparsifier(HookedModel):
         gradients = self._seen.at_update(trained, self._optimizer)
         if not self._ranks.groups and (self._copies or self._invariant.is_known):
             self._invariant.read(self._optimizer)
-        survivors = self._rule.survivors(old, weights, step)
-        new = self._rule.update(old, weights, gradients, step, self._method_state)
+        survivors = in_blocks(self.method).survivors(old, weights, step)
+        new = in_blocks(self.method).update(old, weights, gradients, step, self._method_state)
         checkpoints.check_masks(new, weights, f"method {self.method.name}")
         old, survivors, new = map(locals_of, (old, survivors, new))
         fresh = self._reconnect(old, survivors, new)
