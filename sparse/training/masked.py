@@ -9,11 +9,11 @@ from torch.optim import Optimizer
 
 from ..methods.allocation import check_named
 from ..methods.base import Method
-from ..methods.blocks import check_whole, in_blocks
 from ..methods.layers import check_owned, owners_of, parameters_only, prunable_modules, weights_of
 from ..topology import rng
 from ..topology.flat import all_true, count_nonzero, vector
 from ..topology.shards import Ranks, local, locals_of, part_like
+from .blocks import check_whole, in_blocks
 from .checkpoints import check_counts, check_masks
 from .connections import NewConnections, disconnect, mask_module
 from .consistency import groups_with_copies, verify_across_ranks

@@ -8,11 +8,11 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..methods.base import Allocated, Method, Tensors
-from ..methods.blocks import check_whole, in_blocks
 from ..methods.layers import warn_of_dense_weights
 from ..topology.flat import all_true
 from ..topology.shards import locals_of
 from . import checkpoints, metrics, optimizers
+from .blocks import check_whole, in_blocks
 from .clock import Clock, found_inf
 from .connections import NewConnections
 from .consistency import is_first_rank

@@ -13,15 +13,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..methods.base import Allocated, Method, Tensors
+from ..methods.snip import Snip
 from ..topology.flat import all_true
 from ..topology.rng import Draw
-from .base import Allocated, Method, Tensors
-from .snip import Snip
 
 
 def in_blocks(method: Method) -> Method:
     """Return what chooses masks for a method: the method itself, or `InBlocks` if it has blocks."""
-    if isinstance(method, Allocated) and method.allocation.blocks:
+    if isinstance(method, Allocated) and method.block is not None:
         return InBlocks(method)
     return method
 
