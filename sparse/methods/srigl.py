@@ -152,12 +152,15 @@ class Srigl(AfterSteps):
         kept = torch.minimum(kept, count_nonzero({name: weights[name] for name in seen}))
         num_kept = dict(zip(seen, kept.unbind(), strict=True))
         num_dropped = dict(zip(seen, (active - kept).unbind(), strict=True))
-        largest = {} if self.keeps_counts else largest_in_layers(weights, num_kept, seen)
-        counts = self._counts(seen, largest, grads, num_dropped)
+        stay = {} if self.keeps_counts else largest_in_layers(weights, num_kept, seen)
+        counts = self._counts(seen, stay, grads, num_dropped)
         left = within_rows(seen, counts > 0)
         # Where no row is ablated the largest ones are known.
-        changed = {n: mask for n, mask in left.items() if n not in largest or mask is not seen[n]}
-        stay = {**largest, **largest_in_layers(weights, num_kept, changed)}
+        changed = {n: mask for n, mask in left.items() if n not in stay or mask is not seen[n]}
+        stay = {n: stay[n] for n in left if n not in changed}
+        stay |= largest_in_layers(weights, num_kept, changed)
+        del left, changed  # the next line takes the most memory
+        stay = {name: stay[name] for name in seen}  # in the order of the counts
         return {**masks, **fill_rows(stay, counts, weights, grads)}
 
     def _counts(
