@@ -93,10 +93,7 @@ UNKNOWN = ("inference_flops", "inference_ratio", "training_ratio", "size_mb")
 def _method(name: str, settings: Mapping[str, Any]) -> sparse.Allocated:
     """Return a method of which only the costs are asked."""
     method = find_method(name)
-    given = {}
-    for name in names_of(method):
-        if name in settings:
-            given[name] = settings[name]
+    given = {name: settings[name] for name in names_of(method) if name in settings}
     steps = settings.get("total_steps", math.inf)
     return method(**complete(method, given, steps, steps / settings.get("epochs", 1), 1.0))
 

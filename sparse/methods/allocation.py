@@ -1,6 +1,5 @@
 """Turn a sparsity into numbers of active weights of the layers of a model."""
 
-import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,11 +31,7 @@ class Allocation:
 
     def in_blocks(self) -> "Allocation":
         """Count blocks instead of weights."""
-
-        def counted(numbers: Mapping[str, int]) -> dict[str, int]:
-            return {name: number // self.blocks.numel(name) for name, number in numbers.items()}
-
-        sizes, num_active = counted(self.sizes), counted(self.num_active)
+        sizes, num_active = map(self.blocks.counted, (self.sizes, self.num_active))
         return Allocation(sizes, num_active, self.sparsities, self.maskable)
 
     @property
@@ -155,21 +150,21 @@ def allocation_of(
     )
 
 
-def begun(found: Allocation, num_active: Mapping[str, int]) -> Allocation:
-    """Return an allocation with the numbers of active weights of masks, which are pruned further.
+def check_prunable(masked: Iterable[str], found: Allocation) -> None:
+    """Refuse masks that are to be pruned further, if they belong to no layer that is pruned.
 
     Args:
-        found: What the layers are to become; those without a mask begin dense.
-        num_active: Name -> number of active weights, of the layers that have a mask.
+        masked: Names of the layers that have a mask.
+        found: What the layers are to become.
 
     Raises:
         ValueError: A mask belongs to no layer, or to one that is to be dense.
     """
-    check_named(num_active, found.sizes)
-    for name in num_active:
+    masked = list(masked)
+    check_named(masked, found.sizes)
+    for name in masked:
         if name not in found.maskable:
             raise ValueError(f"{name} has a mask, but is to be dense: prune it, too")
-    return dataclasses.replace(found, num_active={**found.sizes, **num_active})
 
 
 def check_named(masked: Iterable[str], names: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from ..topology.distributions import check_sparsity, count_active
 from ..topology.flat import count_nonzero
 from ..topology.selection import largest_together, replace
 from .after import AfterSteps
-from .allocation import allocate_layers, begun
+from .allocation import allocate_layers, check_prunable
 from .base import Tensors
 from .settings import setting
 
@@ -66,7 +66,9 @@ class Granet(AfterSteps):
         if self.begins_with is None:
             allocation = allocate_layers(model, self.initial_sparsity, **settings)
             return dataclasses.replace(self, allocation=allocation)
-        found = begun(allocate_layers(model, 0.0, **settings), self.begins_with)
+        found = allocate_layers(model, 0.0, **settings)  # all layers dense
+        check_prunable(self.begins_with, found)
+        found = dataclasses.replace(found, num_active={**found.num_active, **self.begins_with})
         left = {name: found.num_active[name] for name in found.maskable}
         ranked = sum(found.sizes[name] for name in left)
         initial = 1.0 - sum(left.values()) / max(ranked, 1)

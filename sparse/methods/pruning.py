@@ -10,7 +10,7 @@ from torch import nn
 from ..topology.blocks import check_block
 from ..topology.distributions import Distribution
 from ..topology.selection import largest_in_layers, largest_together
-from .allocation import begun
+from .allocation import check_prunable
 from .base import Allocated, Tensors
 from .settings import setting
 
@@ -19,9 +19,15 @@ Scope = Literal["layer", "global"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning(Allocated):
-    """Methods that start dense and prune: per layer, or all layers together."""
+    """Methods that start dense and prune: per layer, or all layers together.
+
+    Attributes:
+        ranks_products: Whether they rank |w g|, which blocks of weights then add up, instead of |w|
+            and |g|.
+    """
 
     from_masks: ClassVar[Literal["counts", "prune"] | None] = "prune"
+    ranks_products: ClassVar[bool] = False
 
     distribution: Distribution | None = setting(
         None, "how sparsity is spread over layers; erk by default"
@@ -36,7 +42,7 @@ class Pruning(Allocated):
     def fitted_to(self, model: nn.Module) -> Self:
         fitted = super().fitted_to(model)
         if self.begins_with:
-            begun(fitted.allocation, self.begins_with)
+            check_prunable(self.begins_with, fitted.allocation)
             fitted._check_enough({n: fitted.num_active[n] for n in fitted.allocation.maskable})
         return fitted
 

@@ -24,6 +24,7 @@ class Snip(Pruning):
     title: ClassVar[str] = "SNIP, per layer or global"
     paper: ClassVar[str] = "[Lee et al., 2019](https://arxiv.org/abs/1810.02340)"
     timing: ClassVar[Timing] = "once"
+    ranks_products = True
 
     def due(self, step: int) -> bool:
         return step == 0

@@ -74,6 +74,10 @@ class Blocks:
         """Return the number of weights of a layer's blocks."""
         return math.prod(self[name])
 
+    def counted(self, numbers: Mapping[str, int]) -> dict[str, int]:
+        """Turn numbers of weights of layers into numbers of blocks."""
+        return {name: number // self.numel(name) for name, number in numbers.items()}
+
     def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of a layer with one entry per block."""
         rows, columns = self[name]

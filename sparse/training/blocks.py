@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from ..methods.base import Allocated, Method, Tensors
-from ..methods.snip import Snip
+from ..methods.pruning import Pruning
 from ..topology.flat import all_true
 from ..topology.rng import Draw
 
 
 def in_blocks(method: Method) -> Method:
-    """Return what chooses masks for a method: the method itself, or `InBlocks` if it has blocks."""
+    """Return what chooses masks for a method: the method itself, or `InBlocks` if it has blocks.
+
+    Ask for each update anew: `InBlocks` remembers the tensors of one.
+    """
     if isinstance(method, Allocated) and method.block is not None:
         return InBlocks(method)
     return method
@@ -40,13 +43,12 @@ class InBlocks(Method):
     """
 
     def __init__(self, method: Allocated) -> None:
-        self.blocks, self._adds_products = method.allocation.blocks, isinstance(method, Snip)
-        begun = method.begins_with and self._counted(method.begins_with)
+        self.blocks = blocks = method.allocation.blocks
+        begun = method.begins_with and blocks.counted(method.begins_with)
         counted = method.allocation.in_blocks()
         self._rule = dataclasses.replace(method, allocation=counted, begins_with=begun, block=None)
-
-    def _counted(self, numbers: Mapping[str, int]) -> dict[str, int]:
-        return {name: number // self.blocks.numel(name) for name, number in numbers.items()}
+        self._ranks_products = isinstance(method, Pruning) and method.ranks_products
+        self._seen: tuple[Tensors, Tensors] | None = None  # masks and weights, block by block
 
     def due(self, step: int) -> bool:
         return self._rule.due(step)
@@ -58,25 +60,31 @@ class InBlocks(Method):
         among: Tensors,
         weights: Tensors,
     ) -> Tensors:
-        seen, counts = self.blocks.added(weights), self._counted(num_active)
+        seen, counts = self.blocks.added(weights), self.blocks.counted(num_active)
         draws = {name: Draw(tuple(seen[name].shape), draw.key) for name, draw in draws.items()}
         chosen = self._rule.first_masks(draws, counts, all_true(seen), seen)
         return self.blocks.spread(chosen, among)
 
     def survivors(self, masks: Tensors, weights: Tensors, step: int) -> Tensors:
-        seen = self.blocks.first(masks)
-        kept = self._rule.survivors(seen, self.blocks.added(weights), step)
-        return self._spread(kept, seen, masks)
+        seen, added = self._see(masks, weights)
+        return self._spread(self._rule.survivors(seen, added, step), seen, masks)
 
     def update(
         self, masks: Tensors, weights: Tensors, grads: Tensors, step: int, state: dict[str, Tensor]
     ) -> Tensors:
-        if self._adds_products:
-            weights = {name: weights[name] * grads.get(name, 0.0) for name in weights}
-            grads = {name: torch.ones_like(gradient) for name, gradient in grads.items()}
-        seen, added = self.blocks.first(masks), self.blocks.added
-        new = self._rule.update(seen, added(weights), added(grads), step, state)
+        seen, added = self._see(masks, weights)
+        slopes = self.blocks.added(grads)
+        if self._ranks_products:
+            products = {name: weights[name] * gradient for name, gradient in grads.items()}
+            added = {**added, **self.blocks.added(products)}
+            slopes = {name: torch.ones_like(gradient) for name, gradient in slopes.items()}
+        new = self._rule.update(seen, added, slopes, step, state)
         return self._spread(new, seen, masks)
+
+    def _see(self, masks: Tensors, weights: Tensors) -> tuple[Tensors, Tensors]:
+        if self._seen is None:
+            self._seen = self.blocks.first(masks), self.blocks.added(weights)
+        return self._seen
 
     def _spread(self, chosen: Tensors, seen: Tensors, masks: Tensors) -> Tensors:
         """Spread masks of blocks over the weights, but those that are as they were seen."""

@@ -87,9 +87,8 @@ class Sparsifier(HookedModel):
         self.method = method
         self.num_updates = 0
         seed = method.seed if seed is None else seed
-        self._new_connections = new_connections or NewConnections(
-            method.grow_init, method.initial_acc_scale, seed
-        )
+        usual = NewConnections(method.grow_init, method.initial_acc_scale, seed)
+        self._new_connections = new_connections or usual
         self._new_connections.check(method, optimizer)
         self._clock = Clock()
         self._seen = SeenGradients(method)
@@ -257,8 +256,9 @@ class Sparsifier(HookedModel):
         gradients = self._seen.at_update(trained, self._optimizer)
         if not self._ranks.groups and (self._copies or self._invariant.is_known):
             self._invariant.read(self._optimizer)
-        survivors = in_blocks(self.method).survivors(old, weights, step)
-        new = in_blocks(self.method).update(old, weights, gradients, step, self._method_state)
+        rule = in_blocks(self.method)
+        survivors = rule.survivors(old, weights, step)
+        new = rule.update(old, weights, gradients, step, self._method_state)
         checkpoints.check_masks(new, weights, f"method {self.method.name}")
         old, survivors, new = map(locals_of, (old, survivors, new))
         fresh = self._reconnect(old, survivors, new)
