@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from . import bindings
 from .execution_order import fuse, order_pieces
-from .graph import INPUT
+from .graph import INPUT, VECTORS
 from .layout import Grid, Map, Value, Vector, best_grid, out_size, reach
 from .lower import Layer
 from .memory import place
@@ -14,8 +14,6 @@ from .sized import layer_size
 WINDOWS = ("conv", "max_pool")
 MAPS = ("layer_norm", "tokens", "attention")
 """Kinds of layers without a window whose value is a map, if they read one."""
-VECTORS = ("linear", "mean_pool", "token")
-"""Kinds of layers whose value is a vector."""
 MAX_GROWTH = 1.2  # factor by which a row may grow if its readers then need no repacking
 LINEAR_DENSITY = 0.3  # below this density a linear layer is computed as a sparse one
 BYTES_PER_VECTOR = 20  # bytes that the caches move while one vector is multiplied and added

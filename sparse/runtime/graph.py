@@ -86,6 +86,9 @@ _ENTRIES = {
     "embedding": ("",),
 }
 
+VECTORS = ("mean_pool", "linear", "token")
+"""Operations whose value is a vector, whatever they read."""
+
 KERNELS = ("conv", "linear", "pixel_linear")
 """Operations whose weight is (out, in, ...) and may be sparse."""
 
@@ -137,11 +140,29 @@ def vectors(nodes: Sequence[Node]) -> set[str]:
     """Return the names of the values that are one vector per image; the other values are maps."""
     found = set[str]()
     for node in nodes:
-        if node.op in ("mean_pool", "linear", "token") or (
-            node.op != "mul" and found.issuperset(node.inputs)
-        ):
+        if node.op in VECTORS or (node.op != "mul" and found.issuperset(node.inputs)):
             found.add(node.name)
     return found
+
+
+def needed(nodes: Sequence[Node], name: str) -> list[Node]:
+    """Return the nodes on which a value depends."""
+    names = {name}
+    for node in reversed(nodes):
+        if node.name in names:
+            names.update(node.inputs)
+    return [node for node in nodes if node.name in names]
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Return a number for height and width as two, however torch has it: one number, or a list."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return int(numbers[0]), int(numbers[-1])
+
+
+def gelu(approximate: str) -> str:
+    """Return the activation that nn.GELU(approximate) computes."""
+    return "gelu" if approximate == "none" else "gelu_tanh"
 
 
 def _brief(value: Any) -> str:

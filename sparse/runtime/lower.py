@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .graph import ACTIVATIONS, INPUT, Node, entries
+from .graph import ACTIVATIONS, INPUT, VECTORS, Node, entries
 
 Array = npt.NDArray[Any]
 
@@ -110,7 +110,7 @@ class _Lowering:
         self._index[layer.name] = len(self.layers)
         self._channels[layer.name] = layer.channels
         is_vector_norm = layer.kind == "layer_norm" and layer.source in self._vectors
-        if layer.kind in ("mean_pool", "linear", "token") or is_vector_norm:
+        if layer.kind in VECTORS or is_vector_norm:
             self._vectors.add(layer.name)
         self._values[node.name] = layer.name
         self.layers.append(layer)
@@ -148,18 +148,23 @@ class _Lowering:
         return np.zeros(channels, np.float32) if bias is None else bias.float().numpy().copy()
 
     def _convolution(self, node: Node, weight: Array, bias: Array) -> Layer:
+        return self._layer(node, "conv", len(weight), weight=weight, bias=bias)
+
+    def _layer(self, node: Node, kind: str, channels: int, **values: Any) -> Layer:
         return Layer(
             name=node.name,
-            kind="conv",
+            kind=kind,
             source=self._source(node),
-            channels=len(weight),
-            weight=weight,
-            bias=bias,
+            channels=channels,
             kernel=node.kernel,
             stride=node.stride,
             padding=node.padding,
             dilation=node.dilation,
             groups=node.groups,
+            ceil_mode=node.ceil_mode,
+            output=node.output,
+            index=node.index,
+            **values,
         )
 
     def _depthwise(self, node: Node, weight: Array, bias: Array | None = None) -> Layer:
@@ -184,6 +189,14 @@ class _Lowering:
         weight, bias, mean, var = (self._array(node.parameters + name) for name in names)
         scale = weight / np.sqrt(var + node.eps)
         shift = bias - mean * scale
+        self._affine(node, scale, shift)
+
+    def _scale(self, node: Node) -> None:
+        scale = self._array(node.parameters).reshape(-1)
+        self._affine(node, scale, np.zeros(len(scale)))
+
+    def _affine(self, node: Node, scale: Array, shift: Array) -> None:
+        """Multiply the channels by a scale and add a shift, in the layer before if that is open."""
         conv = self._open(node.inputs[0], "conv", "linear")
         if conv is None or conv.residual is not None:
             self._depthwise(node, scale, shift)
@@ -193,18 +206,6 @@ class _Lowering:
         scales = scale.reshape(-1, *[1] * (conv.weight.ndim - 1))
         np.multiply(conv.weight, scales, out=conv.weight, casting="same_kind")
         conv.bias = (conv.bias * scale + shift).astype(np.float32)
-        self._values[node.name] = conv.name
-
-    def _scale(self, node: Node) -> None:
-        scale = self._array(node.parameters).reshape(-1)
-        conv = self._open(node.inputs[0], "conv")
-        if conv is None or conv.residual is not None:
-            self._depthwise(node, scale)
-            return
-        assert conv.weight is not None
-        assert conv.bias is not None
-        np.multiply(conv.weight, scale[:, None, None, None], out=conv.weight, casting="same_kind")
-        conv.bias = (conv.bias * scale).astype(np.float32)
         self._values[node.name] = conv.name
 
     def _activation(self, node: Node) -> None:
@@ -235,31 +236,16 @@ class _Lowering:
     def _avg_pool(self, node: Node) -> None:
         self._depthwise(node, self._ones(node) / (node.kernel[0] * node.kernel[1]))
 
-    def _max_pool(self, node: Node) -> None:
-        self._pool(node, "max_pool")
+    def _own_layer(self, node: Node) -> None:
+        """Append a layer of the kind of the node's operation."""
+        self._other(node, node.op)
 
-    def _mean_pool(self, node: Node) -> None:
-        self._pool(node, "mean_pool")
+    _max_pool = _mean_pool = _token = _adaptive_avg_pool = _shuffle = _own_layer
 
-    def _pool(self, node: Node, kind: str) -> Layer:
-        """Append a layer of another kind with as many channels as its source."""
-        return self._weightless(node, kind, self._channels[self._source(node)])
-
-    def _weightless(self, node: Node, kind: str, channels: int) -> Layer:
-        """Append a layer of a kind that has no weights."""
-        layer = Layer(
-            name=node.name,
-            kind=kind,
-            source=self._source(node),
-            channels=channels,
-            kernel=node.kernel,
-            stride=node.stride,
-            padding=node.padding,
-            groups=node.groups,
-            ceil_mode=node.ceil_mode,
-            output=node.output,
-            index=node.index,
-        )
+    def _other(self, node: Node, kind: str, channels: int | None = None) -> Layer:
+        """Append a layer that is no convolution; by default with the channels of its source."""
+        own = self._channels[self._source(node)] if channels is None else channels
+        layer = self._layer(node, kind, own)
         self._append(node, layer)
         return layer
 
@@ -269,7 +255,7 @@ class _Lowering:
         self._append(node, self._convolution(node, weight[:, :, None, None], bias))
 
     def _layer_norm(self, node: Node) -> None:
-        layer = self._pool(node, "layer_norm")
+        layer = self._other(node, "layer_norm")
         weight = self._state.get(node.parameters + "weight")
         layer.weight = np.ones(layer.channels, np.float32)
         if weight is not None:
@@ -277,15 +263,12 @@ class _Lowering:
         layer.bias = self._bias(node, layer.channels)
         layer.eps = node.eps
 
-    def _token(self, node: Node) -> None:
-        self._pool(node, "token")
-
     def _attention(self, node: Node) -> None:
-        layer = self._weightless(node, "attention", self._channels[self._source(node)] // 3)
+        layer = self._other(node, "attention", self._channels[self._source(node)] // 3)
         layer.heads, layer.score_scale = node.heads, node.score_scale
 
     def _prepend(self, node: Node) -> None:
-        layer = self._pool(node, "tokens")
+        layer = self._other(node, "tokens")
         first = self._array(node.parameters).reshape(node.tokens, layer.channels)
         count = node.tokens + node.size[0] * node.size[1]
         layer.size = 1, count
@@ -296,25 +279,19 @@ class _Lowering:
         layer = self._open(node.inputs[0], "tokens")
         added = self._array(node.parameters).reshape(-1, self._channels[self._source(node)]).T
         if layer is None:
-            layer = self._pool(node, "tokens")
+            layer = self._other(node, "tokens")
             layer.size, layer.weight = node.size, added.astype(np.float32)
             return
         assert layer.weight is not None
         layer.weight = (layer.weight + added).astype(np.float32)
         self._values[node.name] = layer.name
 
-    def _adaptive_avg_pool(self, node: Node) -> None:
-        self._pool(node, "adaptive_avg_pool")
-
-    def _shuffle(self, node: Node) -> None:
-        self._pool(node, "shuffle")
-
     def _chunk(self, node: Node) -> None:
-        self._weightless(node, "chunk", self._channels[self._source(node)] // node.groups)
+        self._other(node, "chunk", self._channels[self._source(node)] // node.groups)
 
     def _concat(self, node: Node) -> None:
         parts = tuple(self._values[name] for name in node.inputs)
-        self._weightless(node, "concat", sum(self._channels[name] for name in parts))
+        self._other(node, "concat", sum(self._channels[name] for name in parts))
         self.layers[-1].parts = parts
 
     _linear = _conv

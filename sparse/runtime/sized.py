@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .graph import INPUT
+from .graph import INPUT, VECTORS
 from .layout import out_size
 from .lower import Layer
 
@@ -23,7 +23,7 @@ def sized(layers: Sequence[Layer], size: tuple[int, int, int]) -> list[Layer]:
         source = sizes.get(layer.source, (1, 1))
         if layer.kind == "adaptive_avg_pool":
             layer = _averaging(layer, source)
-        if layer.kind not in ("linear", "mean_pool", "token"):
+        if layer.kind not in VECTORS:
             sizes[layer.name] = layer_size(layer, source)
         found.append(layer)
     return found

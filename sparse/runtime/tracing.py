@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 
 from . import exported
 from .check import check, check_shapes, in_channels
-from .exported import UnknownOperationError
-from .graph import INPUT, Node
+from .graph import INPUT, Node, gelu, needed, pair
+from .interpreter import UnknownOperationError
 
 
 def trace(model: nn.Module, *, image_size: int = 224) -> list[Node]:
@@ -129,11 +129,7 @@ class _Tracer:
         if not isinstance(output, fx.Node) or output not in self._forms:
             raise ValueError("a model with more than one output cannot be exported")
         self._require(output, "the output of the network", _Form.MAP, _Form.VECTOR)
-        needed = {self._names[output]}
-        for node in reversed(self._nodes):
-            if node.name in needed:
-                needed.update(node.inputs)
-        return [node for node in self._nodes if node.name in needed]
+        return needed(self._nodes, self._names[output])
 
     def _require(self, source: fx.Node, reader: str, *forms: _Form) -> _Form:
         form = self._forms[source]
@@ -207,7 +203,7 @@ class _Tracer:
         self._add(node, op, [source], self._require(source, node.name, _Form.MAP), **window)
 
     def _max_pool(self, node: fx.Node, pool: Mapping[str, Any]) -> None:
-        if _pair(pool["dilation"]) != (1, 1) or pool["return_indices"]:
+        if pair(pool["dilation"]) != (1, 1) or pool["return_indices"]:
             raise ValueError(f"{_place(node)}: max-pooling with dilation or return_indices")
         self._pool(node, "max_pool", {**_window(pool), "ceil_mode": bool(pool["ceil_mode"])})
 
@@ -252,7 +248,7 @@ class _Tracer:
         elif isinstance(module, nn.Linear):
             self._linear(node)
         elif isinstance(module, nn.GELU):
-            self._activation(node, _gelu(module.approximate))
+            self._activation(node, gelu(module.approximate))
         elif type(module) in _ACTIVATION_MODULES:
             inplace = getattr(module, "inplace", False)
             self._activation(node, _ACTIVATION_MODULES[type(module)], inplace)
@@ -386,7 +382,7 @@ class _Tracer:
     def _activation_function(self, node: fx.Node, op: str) -> None:
         arguments = _arguments(node, {"inplace": False, "approximate": "none"})
         inplace = arguments["inplace"] or str(node.target).endswith("_")
-        self._activation(node, _gelu(arguments["approximate"]) if op == "gelu" else op, inplace)
+        self._activation(node, gelu(arguments["approximate"]) if op == "gelu" else op, inplace)
 
     def _mean_function(self, node: fx.Node) -> None:
         arguments = _arguments(node, {"dim": (), "keepdim": False})
@@ -495,10 +491,6 @@ def _arguments(node: fx.Node, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {**parameters, **given, **keywords}
 
 
-def _gelu(approximate: str) -> str:
-    return "gelu" if approximate == "none" else "gelu_tanh"
-
-
 def _is_identity(node: fx.Node, forms: Collection[fx.Node]) -> bool:
     """Tell whether a function does nothing in evaluation: dropout, or stochastic depth."""
     if node.target in (F.dropout, F.dropout2d):
@@ -523,16 +515,12 @@ def _integers(value: Any) -> tuple[int, ...]:
     return values if all(type(v) is int for v in values) else ()
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
 def _window(pool: Mapping[str, Any]) -> dict[str, Any]:
     stride = pool["kernel_size"] if pool["stride"] in (None, [], ()) else pool["stride"]
     return {
-        "kernel": _pair(pool["kernel_size"]),
-        "stride": _pair(stride),
-        "padding": _pair(pool["padding"]),
+        "kernel": pair(pool["kernel_size"]),
+        "stride": pair(stride),
+        "padding": pair(pool["padding"]),
     }
 
 
@@ -541,9 +529,9 @@ def _convolution(module: nn.Conv2d) -> dict[str, Any]:
     if isinstance(padding, str) or module.padding_mode != "zeros":
         raise ValueError(f"the runtime pads with numbers of zeros, not as in {module}")
     return {
-        "kernel": _pair(module.kernel_size),
-        "stride": _pair(module.stride),
-        "padding": _pair(padding),
-        "dilation": _pair(module.dilation),
+        "kernel": pair(module.kernel_size),
+        "stride": pair(module.stride),
+        "padding": pair(padding),
+        "dilation": pair(module.dilation),
         "groups": module.groups,
     }

@@ -1,0 +1,282 @@
+"""Turn a program of torch.export into a graph: which view every operation of it reads and gives."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+from torch.export import ExportedProgram
+
+from .graph import INPUT, Node, needed
+from .views import BATCH, CHANNELS, PIXELS, REPEATED, WEIGHT, Dim, Part, View, axis_of, merged
+
+BATCH_SIZE = 2
+
+_NO_MAP = "it reads no map (N, C, H, W)"
+
+
+class UnknownOperationError(ValueError):
+    """The runtime does not know an operation. The message is one line that names it.
+
+    Of torch.export it names the module, too.
+    """
+
+
+class Interpreter:
+    """Turns the operations of an exported program into nodes of graph.py.
+
+    Args:
+        program: What a model computes for a batch of `BATCH_SIZE` images.
+        operations: What each operation of torch becomes.
+    """
+
+    def __init__(self, program: ExportedProgram, operations: Mapping[Any, "Handler"]) -> None:
+        self._graph, self._operations = program.graph, operations
+        signature = program.graph_signature
+        self._entries: Mapping[str, str] = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+        }
+        self._nodes: list[Node] = []
+        self._values: dict[fx.Node, Any] = {}
+        self._channels: dict[str, int] = {}
+        self._sizes: dict[str, tuple[int, int] | None] = {}
+        """Height and width of each value; None for a vector."""
+
+    def nodes(self) -> list[Node]:
+        for node in self._graph.nodes:
+            if node.op == "placeholder":
+                self._values[node] = self._placeholder(node)
+            elif node.op == "output":
+                return self._computed(node)
+            else:
+                self._values[node] = self._call(node)
+        raise AssertionError("a graph has an output")
+
+    def _placeholder(self, node: fx.Node) -> View | None:
+        shape = tuple(node.meta["val"].shape) if "val" in node.meta else ()
+        if node.name in self._entries:
+            whole = View(self._entries[node.name], (axis_of(WEIGHT, math.prod(shape)),))
+            return whole.reshaped(shape)
+        if len(shape) != 4:
+            return None  # a constant: whoever reads it is unknown
+        return self._value(INPUT, shape[1], shape[2:])
+
+    def _value(self, name: str, channels: int, size: Sequence[int] | None) -> View:
+        """Return the plain view (N, C, H, W) or (N, C) of a new value."""
+        self._channels[name] = channels
+        self._sizes[name] = None if size is None else (size[0], size[1])
+        return View(name, self._plain(name)[: 2 if size is None else 4])
+
+    def _plain(self, name: str) -> tuple[Dim, ...]:
+        """Return the dimensions (N, C, H, W) of a value; a vector has height and width 1."""
+        height, width = self._sizes[name] or (1, 1)
+        pixels = merged([Part(PIXELS, height, width)]), axis_of(PIXELS, width)
+        return axis_of(BATCH, BATCH_SIZE), axis_of(CHANNELS, self._channels[name]), *pixels
+
+    def _computed(self, node: fx.Node) -> list[Node]:
+        outputs: Any = node.args[0]
+        if not isinstance(outputs, Sequence) or len(outputs) != 1:
+            raise ValueError("a model with more than one output cannot be exported")
+        found = self.whole(node, self._values.get(outputs[0]))
+        if found.dims != self._plain(found.name)[: 2 if self.size_of(found) is None else 4]:
+            raise ValueError("the runtime gives logits (N, K) or maps (N, C, H, W) only")
+        return needed(self._nodes, found.name)
+
+    def _call(self, node: fx.Node) -> Any:
+        known = self._operations.get(node.target)
+        try:
+            if known is None:
+                raise unknown(node)
+            return known(self, node)
+        except ValueError as error:
+            if not any(self._depends(source) for source in node.all_input_nodes):
+                return None  # a constant: whoever reads it is unknown
+            if isinstance(error, UnknownOperationError):
+                raise
+            raise unknown(node, str(error)) from error
+
+    def _depends(self, source: fx.Node) -> bool:
+        """Tell whether a value depends on the images."""
+        value = self._values[source]
+        views = value if isinstance(value, list) else [value]
+        return any(isinstance(view, View) and not view.is_weight for view in views)
+
+    def argument(self, node: fx.Node, index: int, name: str = "", default: Any = None) -> Any:
+        """Return an argument of an operation, by position or keyword."""
+        if index < len(node.args):
+            return node.args[index]
+        return node.kwargs.get(name, default)
+
+    def view(self, node: fx.Node, index: int = 0) -> View:
+        """Return the view that an operation reads as an argument."""
+        return self.view_of(node, self.argument(node, index))
+
+    def view_of(self, node: fx.Node, source: Any) -> View:
+        found = self._values.get(source)
+        if isinstance(found, View):
+            return found
+        raise unknown(node)
+
+    def views_of(self, node: fx.Node, source: Any) -> list[View]:
+        """Return the views of an operation that returns several."""
+        found = self._values.get(source)
+        if isinstance(found, list):
+            return found
+        raise unknown(node)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(node.meta["val"].shape)
+
+    def read(self, node: fx.Node, index: int = 0) -> View:
+        """Return a view that an operation reads, of a whole value."""
+        return self.whole(node, self.view(node, index))
+
+    def read_plain(self, node: fx.Node) -> View:
+        """Return the view that an operation reads, which is (N, C, H, W).
+
+        Raises:
+            ValueError: It is viewed otherwise.
+        """
+        found = self.read(node)
+        if not self.is_plain(found):
+            raise ValueError(_NO_MAP)
+        return found
+
+    def read_map(self, node: fx.Node) -> tuple[View, tuple[int, int]]:
+        """Return the map (N, C, H, W) that an operation reads, with height and width.
+
+        Raises:
+            ValueError: It is a vector, or viewed otherwise.
+        """
+        found = self.read_plain(node)
+        size = self.size_of(found)
+        if size is None:
+            raise ValueError(_NO_MAP)
+        return found, size
+
+    def whole(self, node: fx.Node, view: Any) -> View:
+        """Return a view, which shows all channels and pixels of a value."""
+        if not isinstance(view, View) or view.is_weight:
+            raise unknown(node)
+        found: View = view
+        size = self._sizes[found.name]
+        if size is not None and not found.parts(PIXELS) and size != (1, 1):
+            found = self._pixel(found)
+            size = None
+        wanted = {BATCH: BATCH_SIZE, CHANNELS: self._channels[found.name]}
+        wanted[PIXELS] = 1 if size is None else size[0] * size[1]
+        is_whole = all(found.parts(axis) == axis_of(axis, n) for axis, n in wanted.items())
+        if not is_whole or found.channel or found.pixel or found.parts(REPEATED):
+            raise unknown(node, "it reads a part of the channels or pixels of a layer")
+        return found
+
+    def _pixel(self, view: View) -> View:
+        """Return the vector of the one pixel that a view shows."""
+        whole = replace(view, name=f"{view.name}_token{view.pixel}", pixel=0)
+        if whole.name not in self._channels:
+            channels = self._channels[view.name]
+            made = Node(name=whole.name, op="token", inputs=(view.name,), index=view.pixel)
+            self._nodes.append(made)
+            self._value(made.name, channels, None)
+        return whole
+
+    def size_of(self, view: View) -> tuple[int, int] | None:
+        return self._sizes[view.name]
+
+    def channels_of(self, view: View) -> int:
+        return self._channels[view.name]
+
+    def is_plain(self, view: View) -> bool:
+        """Tell whether a view is (N, C, H, W); a vector is one with height and width 1."""
+        return view.dims == self._plain(view.name)
+
+    def flat(self, view: View) -> tuple[Dim, ...]:
+        """Return the dimensions (N, C * H * W) of a map."""
+        size = self._sizes[view.name] or (1, 1)
+        channels = axis_of(CHANNELS, self._channels[view.name])
+        return axis_of(BATCH, BATCH_SIZE), (*channels, *axis_of(PIXELS, size[0] * size[1]))
+
+    def ends_with_channels(self, view: View) -> bool:
+        return bool(view.dims) and view.dims[-1] == axis_of(CHANNELS, self._channels[view.name])
+
+    def add(
+        self,
+        node: fx.Node,
+        op: str,
+        *sources: View,
+        channels: int | None = None,
+        pixels: Sequence[int] | None = None,
+        suffix: str = "",
+        **values: Any,
+    ) -> View:
+        """Add a node to the graph; return its value as (N, C, H, W), or (N, C) without pixels."""
+        inputs = tuple(view.name for view in sources)
+        made = Node(name=node.name + suffix, op=op, inputs=inputs, **values)
+        self._nodes.append(made)
+        count = self._channels[inputs[0]] if channels is None else channels
+        return self._value(made.name, count, pixels)
+
+    def add_alike(
+        self,
+        node: fx.Node,
+        op: str,
+        *sources: View,
+        channels: int | None = None,
+        dims: tuple[Dim, ...] | None = None,
+        **values: Any,
+    ) -> View:
+        """Add a node whose value has the pixels of its first source; return it as that is viewed.
+
+        Args:
+            dims: Of the view, where the number of channels changes.
+        """
+        pixels = self._sizes[sources[0].name]
+        made = self.add(node, op, *sources, channels=channels, pixels=pixels, **values)
+        return replace(made, dims=sources[0].dims if dims is None else dims)
+
+    def entry(self, node: fx.Node, index: int) -> str | None:
+        """Return the name of the entry that an operation reads whole; None if it reads none."""
+        if self.argument(node, index) is None:
+            return None
+        found = self.view(node, index)
+        sizes = found.sizes()
+        if (
+            not found.is_weight
+            or found.dims
+            != replace(found, dims=(axis_of(WEIGHT, math.prod(sizes)),)).reshaped(sizes).dims
+        ):
+            raise unknown(node)
+        return found.name
+
+    def prefix(self, node: fx.Node, entries: Mapping[int, str]) -> str:
+        """Return what the names of the entries have before the given ends.
+
+        Args:
+            entries: Positions of arguments -> ends of the names; the first one is needed.
+        """
+        found = {end: name for i, end in entries.items() if (name := self.entry(node, i))}
+        prefixes = {name.removesuffix(end) for end, name in found.items()}
+        first = next(iter(entries.values()))
+        if first not in found or len(prefixes) != 1:
+            raise unknown(node, f"its weights are not named {', '.join(entries.values())}")
+        prefix = prefixes.pop()
+        if any(name != prefix + end for end, name in found.items()):
+            raise unknown(node, f"its weights are not named {', '.join(entries.values())}")
+        return prefix
+
+
+def unknown(node: fx.Node, reason: str = "") -> ValueError:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path, kind = stack[-1] if stack else ("", "")
+    name = str(node.target).rpartition(".")[0] or str(node.target)
+    what = f"({name}{': ' + reason if reason else ''})"
+    if not path:
+        return ValueError(f"the runtime does not know {what}")
+    kind = getattr(kind, "__name__", str(kind).rpartition(".")[2])
+    return UnknownOperationError(f"the runtime does not know {path}: {kind} {what}")
+
+
+Handler = Callable[[Interpreter, fx.Node], Any]
+"""Adds what an operation of torch computes to the graph, and returns its value: a view or more."""
