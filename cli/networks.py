@@ -20,6 +20,7 @@ from image_classification.models import count_classes, create_model, default_ima
 from sparse import runtime
 from sparse.geometry import trace_layers
 from sparse.native.library import cpu_level
+from sparse.runtime.exported import default_precision
 from sparse.training import checkpoints
 
 MODEL_OPTIONS = ("stem", "width")
@@ -257,11 +258,12 @@ def write_checkpoint(
 def write_program(trained: Trained, output: Path) -> None:
     """Write a network for `torch.export.load`, for batches of any size."""
     size = trained.image_size
-    program = torch.export.export(
-        trained.model(),
-        (torch.zeros(2, 3, size, size),),
-        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-    )
+    with default_precision():
+        program = torch.export.export(
+            trained.model(),
+            (torch.zeros(2, 3, size, size),),
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        )
     file = io.BytesIO()
     torch.export.save(program, file)
     output.write_bytes(file.getvalue())
@@ -275,7 +277,7 @@ def write_onnx(trained: Trained, output: Path) -> None:
     """
     size = trained.image_size
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), default_precision():
             warnings.simplefilter("ignore")  # of the exporter's own dependencies
             program = torch.onnx.export(
                 trained.model(),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,12 @@ ROOT = Path(export.__file__).parent
 
 
 @pytest.fixture(autouse=True)
-def fresh_switches() -> None:
-    """Set torch's switches as in a new process: its exporter fails where a training set them."""
-    for part in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
-        part.fp32_precision = "tf32"
+def exact_float32() -> Iterator[None]:
+    """Set torch's switches as a training without --tf32 does: its exporter alone fails then."""
+    part = torch.backends.cudnn.conv
+    before, part.fp32_precision = part.fp32_precision, "ieee"
+    yield
+    part.fp32_precision = before
 
 
 def train(directory: Path, *, method: bool = True, **options: object) -> tuple[Path, nn.Module]:
