@@ -61,10 +61,15 @@ def num_registers(level: str) -> int:
     return 32 if level in ("avx512", "aarch64") or "aarch64" in family() else 16
 
 
-def check_level(level: str) -> None:
-    """Raise a ValueError of one line for a level that is not one of this machine's `LEVELS`."""
+def check_known(level: str) -> None:
+    """Raise a ValueError of one line for a level that is not one of `LEVELS`."""
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+
+
+def check_level(level: str) -> None:
+    """Raise a ValueError of one line for a level that is not one of this machine's `LEVELS`."""
+    check_known(level)
     if level not in family():
         raise ValueError(
             f"level {level} is not for this machine ({platform.machine()}): "

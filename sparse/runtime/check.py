@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from . import memory
-from .graph import ACTIVATIONS, INPUT, KERNELS, OPS, Node, entries, folds, vectors
+from .graph import ACTIVATIONS, INPUT, KERNELS, OPS, VECTORS, Node, entries, folds, vectors
 from .layout import out_size
 
 MAX_NODES = 10_000
@@ -25,6 +25,7 @@ MAX_WINDOWS = 2**24
 activations."""
 
 Shape = tuple[int, ...]
+Size = tuple[int, int]
 
 _WINDOWS = ("conv", "max_pool", "avg_pool")
 _FIXED = ("prepend", "embedding")
@@ -258,55 +259,18 @@ def check_images(
     if min(height, width) < 1:
         raise ValueError(f"{images} have no pixels")
     for node in nodes:
-        first, *others = (sizes[name] for name in node.inputs)
-        if node.op == "mul":
-            first = max(first, *others)
-        for other in others:
-            if node.op in _ALIKE and other != first:
-                raise ValueError(
-                    f"{images} do not fit this network: {_ALIKE[node.op]} "
-                    f"{first[0]}x{first[1]} and {other[0]}x{other[1]} ({node.name!r})"
-                )
-        if node.size not in ((0, 0), first):
-            fixed = node.parameters if node.op in _FIXED else node.name
-            raise ValueError(
-                f"{images} do not fit this network, which takes one size: {fixed!r} is made for "
-                f"{_pixels(node.size)}, and these images give {_pixels(first)}"
-            )
-        if node.op == "token" and node.index >= first[0] * first[1]:
-            raise ValueError(
-                f"{images} do not fit this network: {node.name!r} takes token {node.index}"
-            )
-        size = (1, 1)
-        if node.op == "prepend":
-            size = (1, node.tokens + first[0] * first[1])
-        elif node.op == "linear":
-            read, wanted = channels[node.inputs[0]], columns[node.parameters + "weight"]
-            if first[0] * first[1] * read != wanted:
-                raise ValueError(
-                    f"{images} do not fit this network: the linear layer {node.name!r} reads "
-                    f"{wanted // read} pixels per channel, and {first[0]}x{first[1]} are left"
-                )
-        elif node.op == "adaptive_avg_pool":
-            size = node.output
-            if any(s % out for s, out in zip(first, size, strict=True)):
-                raise ValueError(
-                    f"{images} do not fit this network: {node.name!r} averages {first[0]}x"
-                    f"{first[1]} to {size[0]}x{size[1]}, which must be divisors"
-                )
+        read = [sizes[name] for name in node.inputs]
+        first = max(read) if node.op == "mul" else read[0]  # the map, and not the vector
+        if misfit := _misfit(node, first, read, channels, columns):
+            raise ValueError(f"{images} do not fit this network{misfit}")
+        size = _made_size(node, first)
+        if node.op == "adaptive_avg_pool":
             windows += channels[node.name] * first[0] * first[1] // (size[0] * size[1])
-            if windows > MAX_WINDOWS:
-                raise ValueError(
-                    f"{images} are too large for this network: the windows of adaptive pools would "
-                    f"take {windows} weights, more than {MAX_WINDOWS}"
-                )
-        elif node.op not in ("mean_pool", "token"):
-            window = zip(node.kernel, node.stride, node.padding, node.dilation, strict=True)
-            down, right = (
-                out_size(s, *w, ceil_mode=node.ceil_mode)
-                for s, w in zip(first, window, strict=True)
+        if windows > MAX_WINDOWS:
+            raise ValueError(
+                f"{images} are too large for this network: the windows of adaptive pools would "
+                f"take {windows} weights, more than {MAX_WINDOWS}"
             )
-            size = (down, right)
         if min(size) < 1:
             raise ValueError(
                 f"{images} are too small for this network: nothing is left after {node.name!r}"
@@ -314,6 +278,58 @@ def check_images(
         if 4 * channels[node.name] * size[0] * size[1] > memory.limit():
             raise too_large(height, width, 4 * channels[node.name] * size[0] * size[1])
         sizes[node.name] = size
+
+
+def _misfit(
+    node: Node,
+    first: Size,
+    read: Sequence[Size],
+    channels: Mapping[str, int],
+    columns: Mapping[str, int],
+) -> str:
+    """Say why a node cannot read maps of some sizes; "" if it can."""
+    shown = f"{first[0]}x{first[1]}"
+    if node.op in _ALIKE:
+        for other in read:
+            if other != first:
+                return f": {_ALIKE[node.op]} {shown} and {other[0]}x{other[1]} ({node.name!r})"
+    if node.size not in ((0, 0), first):
+        fixed = node.parameters if node.op in _FIXED else node.name
+        return (
+            f", which takes one size: {fixed!r} is made for {_pixels(node.size)}, and these images "
+            f"give {_pixels(first)}"
+        )
+    if node.op == "token" and node.index >= first[0] * first[1]:
+        return f": {node.name!r} takes token {node.index}"
+    if node.op == "linear":
+        own, wanted = channels[node.inputs[0]], columns[node.parameters + "weight"]
+        if first[0] * first[1] * own != wanted:
+            return (
+                f": the linear layer {node.name!r} reads {wanted // own} pixels per channel, and "
+                f"{shown} are left"
+            )
+    if node.op == "adaptive_avg_pool":
+        size = node.output
+        if any(s % out for s, out in zip(first, size, strict=True)):
+            return (
+                f": {node.name!r} averages {shown} to {size[0]}x{size[1]}, which must be divisors"
+            )
+    return ""
+
+
+def _made_size(node: Node, first: Size) -> Size:
+    """Return height and width of a node's value; a vector has 1x1."""
+    if node.op in VECTORS:
+        return 1, 1
+    if node.op == "prepend":
+        return 1, node.tokens + first[0] * first[1]
+    if node.op == "adaptive_avg_pool":
+        return node.output
+    window = zip(node.kernel, node.stride, node.padding, node.dilation, strict=True)
+    down, right = (
+        out_size(s, *w, ceil_mode=node.ceil_mode) for s, w in zip(first, window, strict=True)
+    )
+    return down, right
 
 
 _ALIKE = {"add": "the sum adds", "concat": "there are joined"}

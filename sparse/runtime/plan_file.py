@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..native.library import LEVELS, cpu_level, default_cache, family, num_registers
+from ..native.library import LEVELS, check_known, cpu_level, default_cache, family, num_registers
 from . import bindings
 from .check import check_images, check_shapes, linear_columns
 from .execution_plan import ExecutionPlan
@@ -61,8 +61,7 @@ def save_plan(
         BuildError: The plan is to be tuned and the machine cannot compile the kernels.
     """
     level = cpu_level() if level is None else level
-    if level not in LEVELS:
-        raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {level!r}")
+    check_known(level)
     if not 1 <= threads <= MAX_THREADS:
         raise ValueError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
     if image_size is not None and not 1 <= image_size <= MAX_IMAGE_SIZE:

@@ -19,6 +19,15 @@
 #include "pool.h"
 
 namespace sparse_runtime {
+
+int64_t thread_floats(const std::vector<Op>& ops) {
+  int64_t floats = 0;
+  for (const Op& op : ops) {
+    floats = std::max({floats, scratch_floats(op), attention_scratch_floats(op)});
+  }
+  return floats;
+}
+
 namespace {
 
 constexpr size_t kAlignment = 64;
@@ -108,10 +117,7 @@ class Network {
         pieces_(pieces, pieces + num_pieces),
         arena_floats_(arena_floats),
         pool_(threads) {
-    int64_t scratch = 0;
-    for (const Op& op : ops_) {
-      scratch = std::max({scratch, scratch_floats(op), attention_scratch_floats(op)});
-    }
+    const int64_t scratch = thread_floats(ops_);
     for (int i = 0; i < pool_.size(); ++i) scratch_.push_back(std::make_unique<Floats>(scratch));
     arenas_.push_back(std::make_unique<Floats>(arena_floats));
   }

@@ -1,6 +1,8 @@
 // What network.cpp offers to Python, through ctypes, and to plan.cpp.
 #pragma once
 
+#include <vector>
+
 #include "op.h"
 
 namespace sparse_runtime {
@@ -9,6 +11,9 @@ namespace sparse_runtime {
 struct Piece {
   int64_t op, begin, end;
 };
+
+// Floats that a thread needs besides the activations.
+int64_t thread_floats(const std::vector<Op>& ops);
 
 }  // namespace sparse_runtime
 

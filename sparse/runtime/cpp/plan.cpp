@@ -18,7 +18,6 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
 #include "check.h"
 #include "conv.h"
 #include "include/sparse_runtime.h"
@@ -153,11 +152,7 @@ class Plan {
 
   // Activations and what each thread needs besides must fit.
   void check_memory(int threads) const {
-    int64_t scratch = 0;
-    for (const Op& op : ops) {
-      scratch = std::max({scratch, scratch_floats(op), attention_scratch_floats(op)});
-    }
-    fit_memory(double(header.arena) + double(scratch) * threads);
+    fit_memory(double(header.arena) + double(thread_floats(ops)) * threads);
   }
 
   int64_t image_size() const { return limits_.image; }
