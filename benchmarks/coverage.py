@@ -23,6 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sparse
+from benchmarks.inference import prunable
 from sparse import runtime
 
 SPARSITY = 0.9
@@ -58,8 +59,7 @@ def prune_(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     Without this the logits of a deep network would hardly depend on the image, and errors would not
     show.
     """
-    attention = [name for name, _ in model.named_parameters() if name.endswith("in_proj_weight")]
-    weights = sparse.prunable(model, include=attention)
+    weights = prunable(model)
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     counts = sparse.allocate(shapes, sparsity=SPARSITY, distribution="erk")
     masks = {}

@@ -56,19 +56,22 @@ CONFIGURATIONS = (
     "resnet50/uniform/0.9",
     "mobilenet_v1/uniform/0.9",
 )
-# Weight of nn.MultiheadAttention, which is no layer of its own: masked as the other weights are.
-IN_PROJECTION = ".in_proj_weight"
 # At 0.99 the published ERK networks keep their first layer dense.
 DENSE_FIRST = 0.99
 WARM_UP = 0.03
+
+
+def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """List the weights to mask: the input projections of nn.MultiheadAttention, too."""
+    projections = [n for n, _ in model.named_parameters() if n.endswith("in_proj_weight")]
+    return sparse.prunable(model, include=projections)
 
 
 def build(arch: str, distribution: str, sparsity: float) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a network with random masks and BatchNorm statistics of random images."""
     torch.manual_seed(0)
     model = create_model(arch)
-    attention = [name for name, _ in model.named_parameters() if name.endswith(IN_PROJECTION)]
-    weights = sparse.prunable(model, include=attention)
+    weights = prunable(model)
     dense = None
     if distribution == "erk" and sparsity >= DENSE_FIRST:
         dense = [next(iter(weights))]
