@@ -90,8 +90,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Of methods: an update at every second step, or with the third."""
 
 
-def count(method: str, arch: str, *, channels_last: bool = False) -> dict[str, float]:
+def count(
+    method: str, arch: str, *, channels_last: bool = False, **settings: Any
+) -> dict[str, float]:
     """Count the operations of making a model sparse, of an update and of an ordinary step.
+
+    Args:
+        method: One of `SETTINGS`.
+        arch: Of torchvision.
+        channels_last: Memory format of the weights.
+        **settings: Of the method, beside `SETTINGS`.
 
     Returns:
         "install", "update" and "step"; and "bytes", which an update allocates per maskable weight.
@@ -105,7 +113,7 @@ def count(method: str, arch: str, *, channels_last: bool = False) -> dict[str, f
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         with Watch() as made:
             sparsifier = getattr(sparse, method)(
-                model, optimizer, sparsity=0.8, hooks=False, **SETTINGS[method]
+                model, optimizer, sparsity=0.8, hooks=False, **SETTINGS[method], **settings
             )
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -5,10 +5,12 @@ Blocks lie in the first two dimensions of a weight, outputs and inputs.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .flat import batched, joined
 from .shards import cuts, local, spread_as
 
 Tensors = Mapping[str, Tensor]
@@ -39,6 +41,11 @@ def check_block(block: Sequence[int] | None, why_not: str | None = None) -> Bloc
     return numbers
 
 
+def divides(block: Block, shape: Sequence[int]) -> bool:
+    """Say whether a weight of some shape consists of whole blocks."""
+    return len(shape) >= 2 and all(s % n == 0 for s, n in zip(shape, block, strict=False))
+
+
 def blocks_of(shapes: Mapping[str, Sequence[int]], block: Block) -> "Blocks":
     """Return the blocks of layers. A layer that the block does not divide has none.
 
@@ -46,12 +53,39 @@ def blocks_of(shapes: Mapping[str, Sequence[int]], block: Block) -> "Blocks":
         shapes: Layer name -> shape of the weight.
         block: The block that is asked for.
     """
-
-    def divides(shape: Sequence[int]) -> bool:
-        return len(shape) >= 2 and all(s % n == 0 for s, n in zip(shape, block, strict=False))
-
-    fits = [name for name, shape in shapes.items() if block != ONE and divides(shape)]
+    fits = [name for name, shape in shapes.items() if block != ONE and divides(block, shape)]
     return Blocks(dict.fromkeys(fits, block))
+
+
+def shape_in_blocks(shape: Sequence[int], block: Block) -> tuple[int, ...]:
+    """Return the shape of a weight with one entry per block."""
+    if block == ONE:
+        return tuple(shape)
+    return shape[0] // block[0], shape[1] // block[1], *shape[2:]
+
+
+def first_entries(mask: Tensor, block: Block) -> Tensor:
+    """Look at a mask of weights as a mask of blocks, by the first weight of every block."""
+    return mask if block == ONE else mask[:: block[0], :: block[1]].contiguous()
+
+
+def spread_blocks(mask: Tensor, block: Block) -> Tensor:
+    """Turn a mask of blocks into a mask of weights."""
+    if block == ONE:
+        return mask
+    outputs, inputs, *others = mask.shape
+    expanded = mask[:, None, :, None].expand(outputs, block[0], inputs, block[1], *others)
+    return expanded.reshape(outputs * block[0], inputs * block[1], *others)
+
+
+def are_whole(mask: Tensor, block: Block) -> bool:
+    """Say whether a mask consists of blocks that are active or inactive as a whole.
+
+    Waits for the device.
+    """
+    if not divides(block, mask.shape):
+        return False
+    return torch.equal(spread_blocks(first_entries(mask, block), block), mask)
 
 
 class Blocks:
@@ -80,10 +114,7 @@ class Blocks:
 
     def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of a layer with one entry per block."""
-        rows, columns = self[name]
-        if rows * columns == 1:
-            return tuple(shape)
-        return shape[0] // rows, shape[1] // columns, *shape[2:]
+        return shape_in_blocks(shape, self[name])
 
     def added(self, tensors: Tensors) -> dict[str, Tensor]:
         """Add up the magnitudes of every block; layers without blocks stay as they are.
@@ -91,40 +122,24 @@ class Blocks:
         The order of the sum is the same on every device, so that equal blocks stay equal.
         """
         found = {**tensors}
-        for name in tensors.keys() & self._blocks.keys():
-            first, *others = self._entries(name, tensors[name])
+        for stack in self._stacks(tensors):
+            rows, columns = stack.block
+            weights = stack.join(tensors)
+            first, *others = [
+                weights[i::rows, j::columns] for i in range(rows) for j in range(columns)
+            ]
             total = first.abs().float() if first.element_size() < 4 else first.abs()
             for entry in others:
                 total += entry.abs()
-            found[name] = self._of_blocks(name, total, tensors[name])
+            found |= self._of_blocks(stack, total, tensors)
         return found
 
     def first(self, masks: Tensors) -> dict[str, Tensor]:
         """Look at masks as masks of blocks, which are active or inactive as a whole."""
         found = {**masks}
-        for name in masks.keys() & self._blocks.keys():
-            entry = self._entries(name, masks[name])[0]
-            found[name] = self._of_blocks(name, entry.contiguous(), masks[name])
+        for stack in self._stacks(masks):
+            found |= self._of_blocks(stack, first_entries(stack.join(masks), stack.block), masks)
         return found
-
-    def _entries(self, name: str, tensor: Tensor) -> list[Tensor]:
-        """List the tensors, of one entry per block, that hold each block's 1st, 2nd, ... entry.
-
-        Raises:
-            ValueError: Processes share blocks.
-        """
-        rows, columns = self[name]
-        if cuts(tensor, self[name]):
-            raise ValueError(
-                f"{name} is sharded so that processes share blocks of {rows} x {columns}: leave "
-                "block out, or shard the weight at multiples of a block"
-            )
-        part = local(tensor)
-        return [part[i::rows, j::columns] for i in range(rows) for j in range(columns)]
-
-    def _of_blocks(self, name: str, part: Tensor, like: Tensor) -> Tensor:
-        """Spread what lies here of a tensor with an entry per block as the weight is spread."""
-        return spread_as(part, like, self.shape(name, like.shape))
 
     def spread(self, masks: Tensors, like: Tensors) -> dict[str, Tensor]:
         """Turn masks of blocks into masks of weights.
@@ -134,12 +149,10 @@ class Blocks:
             like: Layer name -> tensor of the shape of the weight.
         """
         found = {**masks}
-        for name in masks.keys() & self._blocks.keys():
-            rows, columns = self[name]
-            mask, whole = local(masks[name]), local(like[name])
-            shape = (mask.shape[0], rows, mask.shape[1], columns, *mask.shape[2:])
-            spread = mask[:, None, :, None].expand(shape).reshape(whole.shape)
-            found[name] = spread_as(spread, like[name])
+        for stack in self._stacks({name: like[name] for name in masks}):
+            whole = spread_blocks(stack.join(masks, in_blocks=True), stack.block)
+            parts = stack.apart(whole, [local(like[name]).shape for name in stack.names])
+            found |= {name: spread_as(part, like[name]) for name, part in parts.items()}
         return found
 
     def check_whole(self, masks: Tensors, whose: str) -> None:
@@ -152,11 +165,81 @@ class Blocks:
         Raises:
             ValueError: Names the first layer.
         """
-        whole = self.spread(self.first(masks), masks)
         for name in masks.keys() & self._blocks.keys():
-            if not torch.equal(local(whole[name]), local(masks[name])):
+            self._check_cuts(name, masks[name])
+            if not are_whole(local(masks[name]), self[name]):
                 rows, columns = self[name]
                 raise ValueError(
                     f"{whose} gave {name} a mask that is no mask of blocks of {rows} x {columns}: "
                     "leave block out, or begin with masks of such blocks"
                 )
+
+    def _of_blocks(self, stack: "_Stack", whole: Tensor, like: Tensors) -> dict[str, Tensor]:
+        """Take layers with one entry per block apart, and spread them as the weights are spread."""
+        shapes = [shape_in_blocks(local(like[name]).shape, stack.block) for name in stack.names]
+        return {
+            name: spread_as(part, like[name], self.shape(name, like[name].shape))
+            for name, part in stack.apart(whole, shapes).items()
+        }
+
+    def _stacks(self, like: Tensors) -> "list[_Stack]":
+        """List what is worked on at a time: on a CPU a layer, on a device all layers of a kind.
+
+        Raises:
+            ValueError: Processes share blocks.
+        """
+        stacks: dict[object, _Stack] = {}
+        for name in [name for name in like if name in self._blocks]:
+            self._check_cuts(name, like[name])
+            block, part = self[name], local(like[name])
+            if not batched(part):
+                stacks[name] = _Stack([name], block, part.shape, as_it_is=True)
+                continue
+            outputs, inputs, others = *part.shape[:2], part.shape[2:].numel()
+            if block[0] == 1:  # blocks of any number of inputs follow one another in the same way
+                outputs, inputs = outputs * inputs // block[1], block[1]
+            kind = part.device, part.dtype, block, inputs, others
+            stack = stacks.setdefault(kind, _Stack([], block, (0, inputs, others)))
+            stack.names.append(name)
+            stack.shape = (stack.shape[0] + outputs, inputs, others)
+        return list(stacks.values())
+
+    def _check_cuts(self, name: str, tensor: Tensor) -> None:
+        if cuts(tensor, self[name]):
+            rows, columns = self[name]
+            raise ValueError(
+                f"{name} is sharded so that processes share blocks of {rows} x {columns}: leave "
+                "block out, or shard the weight at multiples of a block"
+            )
+
+
+@dataclass
+class _Stack:
+    """Layers that are worked on as if they were one, with their weights one behind the other.
+
+    Attributes:
+        names: The layers.
+        block: Their block.
+        shape: Outputs, inputs and so on of all of them together.
+        as_it_is: It is a single layer, whose tensors are not copied.
+    """
+
+    names: list[str]
+    block: Block
+    shape: tuple[int, ...]
+    as_it_is: bool = False
+
+    def join(self, tensors: Tensors, *, in_blocks: bool = False) -> Tensor:
+        """Join tensors of the shapes of the weights, or `in_blocks`: of one entry per block."""
+        parts = [local(tensors[name]) for name in self.names]
+        if self.as_it_is:
+            return parts[0]
+        (flat,) = joined(parts)
+        return flat.view(shape_in_blocks(self.shape, self.block) if in_blocks else self.shape)
+
+    def apart(self, whole: Tensor, shapes: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Take a joined tensor apart, into layers of some shapes."""
+        if self.as_it_is:
+            return {self.names[0]: whole}
+        parts = torch.split(whole.reshape(-1), [math.prod(shape) for shape in shapes])
+        return {n: p.view(*s) for n, p, s in zip(self.names, parts, shapes, strict=True)}

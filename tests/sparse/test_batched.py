@@ -20,6 +20,7 @@ import sparse
 from benchmarks.operations import count
 from sparse.methods import snfs
 from sparse.topology import flat
+from sparse.topology.blocks import blocks_of
 from sparse.topology.rng import Draw
 from sparse.topology.selection import largest_in_layers, replace
 from sparse.training.consistency import digests
@@ -45,6 +46,7 @@ def together() -> Iterator[None]:
 # Selection ---------------------------------------------------------------------------------------
 
 SHAPES = [(1,), (3,), (8,), (2, 5), (4, 3, 3, 3), (2, 1, 1, 1), (300, 40)]
+TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NUMBERS = [0.0, -0.0, 1.0, -1.0, 2.5, float("inf"), float("nan"), 1e-40, -3e-5]
 
 
@@ -52,7 +54,7 @@ NUMBERS = [0.0, -0.0, 1.0, -1.0, 2.5, float("inf"), float("nan"), 1e-40, -3e-5]
 def networks(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, int]]:
     """Draw scores with many ties, masks, and counts from 0 to all."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    dtype = draw(st.sampled_from(TYPES))
     mixed = draw(st.booleans())
     scores, masks, counts = {}, {}, {}
     for index, shape in enumerate(draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=5))):
@@ -320,7 +322,54 @@ def test_few_operations_whatever_the_number_of_layers(method: str, arch: str) ->
         assert found["bytes"] < BYTES_PER_WEIGHT + more
 
 
-def test_channels_last_adds_copies_of_large_kernels_only() -> None:
-    found = count("rigl", "resnet50", channels_last=True)
+@pytest.mark.parametrize("block", [None, (1, 4)])
+def test_channels_last_adds_copies_of_large_kernels_only(block: tuple[int, int] | None) -> None:
+    found = count("rigl", "resnet50", channels_last=True, block=block)
     assert found["update"] <= 300
     assert found["step"] <= 3
+
+
+@pytest.mark.parametrize(
+    ("method", "block", "deeper", "limit"),
+    [
+        ("rigl", (1, 4), "resnet152", 220),
+        ("set", (1, 4), "resnet34", 220),
+        ("gmp", (1, 4), "resnet34", 150),
+        ("rigl", (2, 2), "resnet34", 330),
+    ],
+)
+def test_blocks_take_few_operations_whatever_the_number_of_layers(
+    method: str, block: tuple[int, int], deeper: str, limit: int
+) -> None:
+    found = [count(method, arch, block=block) for arch in ("resnet18", deeper)]
+    assert found[0]["install"] == found[1]["install"] <= 170
+    assert found[0]["update"] == found[1]["update"] <= limit
+    assert found[0]["step"] == found[1]["step"] <= 3
+    assert found[1]["bytes"] < BYTES_PER_WEIGHT
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_blocks_of_all_layers_are_those_of_a_cpu(data: st.DataObject) -> None:
+    block = data.draw(st.sampled_from([(1, 4), (2, 2), (4, 1), (2, 4)]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    weights, masks = {}, {}
+    shapes = [(4, 8), (8, 4, 3, 3), (2, 3), (6, 8, 1, 1), (12, 8, 3, 3), (8,), (0, 4, 3, 3)]
+    for name, shape in enumerate(data.draw(st.lists(st.sampled_from(shapes), max_size=8))):
+        weight = torch.randn(shape, generator=generator).to(data.draw(st.sampled_from(TYPES)))
+        weight = weight.to(**LAST) if len(shape) == 4 and data.draw(st.booleans()) else weight
+        weights[str(name)] = weight
+        masks[str(name)] = torch.rand(shape, generator=generator) < 0.5
+    blocks = blocks_of({name: mask.shape for name, mask in masks.items()}, block)
+
+    def all_of_them() -> list[Tensor]:
+        first, added = blocks.first(masks), blocks.added(weights)
+        assert list(first) == list(added) == list(weights)
+        return [*first.values(), *added.values(), *blocks.spread(first, weights).values()]
+
+    expected = all_of_them()
+    with together():
+        found = all_of_them()
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
