@@ -36,6 +36,9 @@ class Flags:
     include: list[str] | None = flag(
         None, "further weights to make sparse", nargs="*", metavar="GLOB"
     )
+    block: list[int] | None = flag(
+        None, "outputs and inputs that are active together: 1 4", nargs="*"
+    )
     method: str | None = flag(None, "of training, as main.py --sparse-method (rigl, or dense)")
     delta_t: int = flag(100, "rigl, granet and srigl: steps between updates")
     multiplier: float = flag(1.0, "training length")
@@ -98,6 +101,8 @@ def report_flags(args: Flags) -> dict[str, Any]:
     method = args.method or ("rigl" if args.sparsity else "dense")
     if (method == "dense") != (args.sparsity == 0):
         raise ValueError(f"--method {method} does not go with --sparsity {args.sparsity}")
+    if method == "dense" and args.block:
+        raise ValueError("--block has no effect with --method dense: leave it out")
     if args.multiplier <= 0:
         raise ValueError(f"--multiplier must be above 0, got {args.multiplier}")
     stretched = "prune_start", "prune_end", "total_steps", "epochs"  # with the run
@@ -112,6 +117,7 @@ def report_flags(args: Flags) -> dict[str, Any]:
         include=args.include,
         rounding=args.rounding,
         method=method,
+        block=args.block,
         settings={"delta_t": args.delta_t, "prune_every": args.prune_every, **steps},
         convention=args.convention,
         multiplier=args.multiplier,

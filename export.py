@@ -1,8 +1,8 @@
 """Convert networks: `python export.py SOURCE OUTPUT`.
 
-Writes a trained network as a compact sparse file (a bit per weight and the active values), which
-`sparse.runtime.load` runs; or a compact file back as a checkpoint, or either as a dense ONNX graph
-or as a plan, which programs run without Python.
+Writes a trained network as a compact sparse file (a bit per weight or block and the active values),
+which `sparse.runtime.load` runs; or a compact file back as a checkpoint, or either as a dense ONNX
+graph or as a plan, which programs run without Python.
 `--compact-channels` first removes the channels that the network does not need.
 """
 

@@ -128,10 +128,12 @@ def prepare(argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], No
         attach, flags=flags, epochs=c.epochs, layers=layers, beginning=began
     )
     if c.evaluate:
+        saved = saved_masks(c, start)
         join = functools.partial(
             report_costs,
             image_size=build.image_size(c),
-            num_active=saved_masks(c, start).num_active(),
+            num_active=saved.num_active(),
+            block=saved.flags.get("block"),
         )
     if began is not None and began.masks is not None:
         logger.message(began.about)

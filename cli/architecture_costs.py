@@ -16,6 +16,7 @@ from sparse import costs
 from sparse.methods.allocation import unless_included
 from sparse.methods.layers import included
 from sparse.methods.settings import complete, names_of
+from sparse.topology.blocks import blocks_of, check_block
 from sparse.topology.distributions import count_active, layer_sparsities
 
 
@@ -30,6 +31,7 @@ def report_network(
     include: Sequence[str] | None = None,
     rounding: str = "floor",
     reshaped: Mapping[str, tuple[int, ...]] | None = None,
+    block: Sequence[int] | None = None,
     method: str = "dense",
     settings: Mapping[str, Any] | None = None,
     exact: bool = False,
@@ -47,6 +49,7 @@ def report_network(
         sparsity, distribution, dense_layers, rounding: As for `sparse.allocate`.
         include: As for `sparse.prunable`.
         reshaped: Shapes to give to the distribution in place of a layer's own.
+        block: Outputs and inputs that are active together.
         method: Of training, as main.py --sparse-method.
         settings: Of the method, or in epochs under the name of the flag; those that it does not
             have are passed over.
@@ -58,7 +61,8 @@ def report_network(
     shapes = {name: tuple(p.shape) for name, p in sparse.prunable(model, include).items()}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if method != "dense":
-        options["method"] = _method(method, {"sparsity": sparsity, **(settings or {})})
+        given = {"sparsity": sparsity, "block": block, **(settings or {})}
+        options["method"] = _method(method, given)
     if sparsity == 0:
         return costs.report(layers, **options)
     counts: Mapping[str, int] | None = None
@@ -77,7 +81,10 @@ def report_network(
         dense_layers=unless_included(dense_layers, shapes, included(model, include)),
         rounding=rounding,
     )
-    nominal = {name: count_active(sizes[name], zeros) for name, zeros in solved.items()}
+    blocks = blocks_of(shapes, check_block(block))
+    nominal = {
+        name: count_active(sizes[name], zeros, blocks.numel(name)) for name, zeros in solved.items()
+    }
     return costs.report(
         layers,
         {name: 1 - zeros for name, zeros in solved.items()},

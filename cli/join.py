@@ -182,20 +182,29 @@ class CheckpointCosts:
         model: The network of the checkpoint.
         image_size: Side of its input.
         num_active: Layer name -> number of active weights, of the layers that have a mask.
+        block: Outputs and inputs of the blocks of the masks, if they have such.
     """
 
     SHOWN = ("inference_flops", "inference_ratio", "size_mb")
 
-    def __init__(self, model: nn.Module, *, image_size: int, num_active: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_size: int,
+        num_active: Mapping[str, int],
+        block: Sequence[int] | None,
+    ) -> None:
         masked = [glob.escape(name) for name in num_active]  # also those of --include
         self._layers = costs.trace_layers(model, image_size, include=masked)
         self._sizes = {name: p.numel() for name, p in sparse.prunable(model, masked).items()}
         self._active = {**self._sizes, **num_active}
+        self._block = block
 
     def metrics(self) -> dict[str, float]:
         """Return overall sparsity, FLOPs and size, in the published convention."""
         densities = {name: count / self._sizes[name] for name, count in self._active.items()}
-        report = costs.report(self._layers, densities, num_active=self._active)
+        report = costs.report(self._layers, densities, num_active=self._active, block=self._block)
         overall = 1 - sum(self._active.values()) / sum(self._sizes.values())
         return {
             "sparse.sparsity": overall,
@@ -218,8 +227,9 @@ def report_costs(
     *,
     image_size: int,
     num_active: Mapping[str, int],
+    block: Sequence[int] | None,
 ) -> Extension:
     """Let an evaluation report the sparsity and the costs of its checkpoint."""
-    found = CheckpointCosts(model, image_size=image_size, num_active=num_active)
+    found = CheckpointCosts(model, image_size=image_size, num_active=num_active, block=block)
     bar = [f"sparse.{name}" for name in ("sparsity", *CheckpointCosts.SHOWN)]
     return Extension(metrics=found.metrics, epoch_metrics=found.layers, bar=bar)

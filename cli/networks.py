@@ -5,7 +5,7 @@ import dataclasses
 import io
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Trained:
     state: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
     """True = active; layers without one are dense."""
+    block: Sequence[int] | None = None
+    """Outputs and inputs of the blocks with which the masks were trained."""
 
     def model(self) -> nn.Module:
         """Return the network in evaluation mode.
@@ -122,6 +124,7 @@ def read(path: Path, *, ema: bool = False) -> Trained:
         interpolation=header.interpolation,
         state=compact.state_dict(),
         masks=compact.masks(),
+        block=next(iter(header.blocks.values()), None),
     )
 
 
@@ -172,6 +175,7 @@ def read_checkpoint(path: Path, *, arch: str | None = None, ema: bool = False) -
         interpolation=config["interpolation"],
         state=state,
         masks=masks or {name: state[name] != 0 for name in sparse.prunable(model)},
+        block=config.get("block"),
     )
 
 
@@ -201,6 +205,7 @@ def write_compact(trained: Trained, output: Path, *, dtype: str, fold: bool) -> 
         interpolation=trained.interpolation,
         dtype=dtype,
         fold=fold,
+        block=trained.block,
     )
 
 

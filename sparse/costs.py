@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .geometry import CONVENTIONS, Convention, LayerCost, trace_layers
-from .methods.base import Method
+from .methods.base import Allocated, Method
 
 __all__ = [
     "CONVENTIONS",
@@ -44,16 +44,19 @@ def size_bytes(
     layers: Sequence[LayerCost],
     densities: Densities | None = None,
     convention: Convention = "published",
+    block: Sequence[int] | None = None,
 ) -> float:
     """Return the bytes of the weights: 32-bit values, a 1-bit mask per sparse layer, biases.
 
-    Normalization layers are not included. Real densities give fractions of a byte, as published.
+    With a block, outputs and inputs that are active together, the mask of a layer that the block
+    divides has a bit per block. Normalization layers are not included. Real densities give
+    fractions of a byte, as published.
 
     Raises:
-        ValueError: As for `inference_flops`.
+        ValueError: As for `inference_flops`, or no block of at least 1 x 1.
     """
     densities = _checked(layers, densities, convention)
-    bits = (layer.size_bits(densities.get(layer.name, 1.0), convention) for layer in layers)
+    bits = (layer.size_bits(densities.get(layer.name, 1.0), convention, block) for layer in layers)
     return sum(bits) / 8
 
 
@@ -107,6 +110,7 @@ def report(
     multiplier: float = 1.0,
     total_steps: int | None = None,
     num_active: Mapping[str, int] | None = None,
+    block: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Return all costs of a network and its training, ready for `json.dumps`.
 
@@ -117,6 +121,7 @@ def report(
         convention: How operations and bytes are counted.
         num_active: Exact numbers of active weights; rounded from the densities by default. Only
             `num_active` and `overall_sparsity` depend on them.
+        block: As for `size_bytes`; by default as the method says.
 
     Returns:
         inference_flops: Operations of one forward pass of one image.
@@ -128,7 +133,10 @@ def report(
         convention, dense_flops, macs, dense_macs, dense_size_mb: For comparison.
     """
     densities = _checked(layers, densities, convention)
-    rows = [_layer_report(layer, densities, convention, num_active or {}) for layer in layers]
+    if block is None and isinstance(method, Allocated):
+        block = method.block
+    active = num_active or {}
+    rows = [_layer_report(layer, densities, convention, active, block) for layer in layers]
     flops = inference_flops(layers, densities, convention)
     dense = inference_flops(layers, None, convention)
     total = sum(layer.num_weights for layer in layers)
@@ -142,7 +150,7 @@ def report(
         ),
         "macs": inference_flops(layers, densities, "macs"),
         "dense_macs": inference_flops(layers, None, "macs"),
-        "size_mb": size_bytes(layers, densities, convention) / 1e6,
+        "size_mb": size_bytes(layers, densities, convention, block) / 1e6,
         "dense_size_mb": size_bytes(layers, None, convention) / 1e6,
         "overall_sparsity": 1 - sum(row["num_active"] for row in rows) / total,
         "layers": rows,
@@ -154,6 +162,7 @@ def _layer_report(
     densities: Densities,
     convention: Convention,
     num_active: Mapping[str, int],
+    block: Sequence[int] | None,
 ) -> dict[str, Any]:
     density = densities.get(layer.name, 1.0)
     return {
@@ -165,5 +174,5 @@ def _layer_report(
         "dense_flops": layer.flops(1.0, convention),
         "flops": layer.flops(density, convention),
         "macs": layer.flops(density, "macs"),
-        "size_bytes": layer.size_bits(density, convention) / 8,
+        "size_bytes": layer.size_bits(density, convention, block) / 8,
     }

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from .methods.layers import included
+from .topology.blocks import blocks_of, check_block
 
 Convention = Literal["published", "true", "macs"]
 CONVENTIONS: tuple[Convention, ...] = ("published", "true", "macs")
@@ -80,14 +81,21 @@ class LayerCost:
             return 2 * self.macs * density + self.out_elements
         return 2 * self.published_macs * density + self.published_out_elements
 
-    def size_bits(self, density: float = 1.0, convention: Convention = "published") -> float:
+    def size_bits(
+        self,
+        density: float = 1.0,
+        convention: Convention = "published",
+        block: Sequence[int] | None = None,
+    ) -> float:
         """Return the stored bits: 32 per active weight and bias, and 1 per mask entry if sparse.
 
+        The mask has an entry per block of outputs and inputs, if the layer consists of such.
         "published" stores a bias per output channel of every layer (one in all for a depthwise
         convolution), as its counter did; the others store those that exist.
         """
         biases = self.published_num_biases if convention == "published" else self.num_biases
-        mask = self.num_weights if density < 1 else 0
+        blocks = blocks_of({self.name: self.shape}, check_block(block))
+        mask = self.num_weights // blocks.numel(self.name) if density < 1 else 0
         return _BITS_PER_VALUE * (self.num_weights * density + biases) + mask
 
 

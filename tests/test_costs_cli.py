@@ -1,6 +1,7 @@
 """The costs command: its JSON against the original counter, its tables against the published."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,26 @@ def test_included_weights_are_counted_sparse(capsys: pytest.CaptureFixture[str])
     assert embedding["inference_flops"] == attention["inference_flops"]
     assert costs.main([*flags, "nothing"]) == 2
     assert "include: 'nothing' matches no parameter" in capsys.readouterr().err
+
+
+def test_blocks_take_a_bit_each_and_are_counted_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--arch resnet18 --sparsity 0.9".split()
+    single, blocked = report(capsys, *flags), report(capsys, *flags, "--block", "1", "4")
+    pairs = zip(single["layers"], blocked["layers"], strict=True)
+    for one, other in pairs:
+        weights = one["num_weights"]
+        saved = 3 / 4 * weights / 8 if one["density"] < 1 else 0
+        assert other["size_bytes"] == pytest.approx(one["size_bytes"] - saved, rel=1e-12)
+        if saved:
+            blocks = weights // 4
+            assert other["num_active"] == 4 * (blocks - math.floor((1 - one["density"]) * blocks))
+    for wrong, message in (
+        (["--block", "4", "--sparsity", "0.9"], "block must be two numbers of at least 1"),
+        (["--block", "1", "4"], "--block has no effect with --method dense"),
+        (["--block", "1", "4", "--sparsity", "0.9", "--method", "gap"], "gap grows and prunes"),
+    ):
+        assert costs.main(wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 TOTALS = ("inference_flops", "inference_ratio", "size_mb", "overall_sparsity")

@@ -1,5 +1,6 @@
 """export.py on real checkpoints: to a compact file, back, and to ONNX."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 import classify
 import export
 import sparse
+from cli import networks
+from cli.weights import read_sparse
 from image_classification import checkpoint
 from image_classification.config import Config
 from image_classification.models import create_model
@@ -31,7 +34,13 @@ def exact_float32() -> Iterator[None]:
     part.fp32_precision = before
 
 
-def train(directory: Path, *, method: bool = True, **options: object) -> tuple[Path, nn.Module]:
+def train(
+    directory: Path,
+    *,
+    method: bool = True,
+    block: tuple[int, int] | None = None,
+    **options: object,
+) -> tuple[Path, nn.Module]:
     """Write the checkpoint of a small sparse network after a step, and return it with the network.
 
     One connection is active with the value 0, as after a topology update.
@@ -41,7 +50,8 @@ def train(directory: Path, *, method: bool = True, **options: object) -> tuple[P
     torch.manual_seed(0)
     model = create_model(config.arch, num_classes=4, stem=config.stem, width=config.width)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparsifier = sparse.static(model, optimizer, sparsity=0.8, distribution="erk", seed=1)
+    rule = {"sparsity": 0.8, "distribution": "erk", "seed": 1, "block": block}
+    sparsifier = sparse.static(model, optimizer, **rule)
     model(torch.randn(4, 3, 40, 40)).sum().backward()
     optimizer.step()
     if method:
@@ -54,7 +64,7 @@ def train(directory: Path, *, method: bool = True, **options: object) -> tuple[P
         "state_dict": model.state_dict(),
         "ema": {"n_averaged": torch.tensor(1)}
         | {f"module.{n}": v * 2 if v.is_floating_point() else v for n, v in state_of(model)},
-        "config": dict(vars(config)),
+        "config": {**vars(config), **({"block": list(block)} if block else {})},
     }
     if method:
         state["sparse"] = sparsifier.state_dict()
@@ -144,11 +154,97 @@ def test_the_average_of_the_weights_on_request(tmp_path: Path) -> None:
     assert_same_state(runtime.read(tmp_path / "net").state_dict(), model, factor=2.0)
 
 
+BLOCKED = {f"features.{layer}.weight": (1, 4) for layer in (3, 6, 9)}  # fc is full
+
+
+@pytest.mark.parametrize("options", [[], ["--ema"], ["--keep-batch-norm"], ["--dtype", "int8"]])
+def test_a_network_of_blocks_has_a_bit_per_block_in_every_file(
+    tmp_path: Path, options: list[str]
+) -> None:
+    source, _ = train(tmp_path / "run", block=(1, 4))
+    single, net, again = (tmp_path / name for name in ("single", "net", "again"))
+    convert(source, net, *options)
+    found = runtime.read(net)
+    assert found.header.blocks == BLOCKED
+    masks = networks.read(source).masks
+    for name, mask in read_sparse(net).masks.items():
+        assert torch.equal(mask, masks[name])
+    if "--ema" not in options:
+        convert(net, again, *options)
+        assert runtime.read(again).header.blocks == BLOCKED
+        if "--dtype" not in options:  # which rounds anew
+            assert_same_content(again, found)
+    # the same network with a bit per weight
+    trained = networks.read(source, ema="--ema" in options)
+    plain = dataclasses.replace(trained, block=None)
+    dtype, fold = "int8" if "int8" in options else "float32", "--keep-batch-norm" not in options
+    networks.write_compact(plain, single, dtype=dtype, fold=fold)
+    assert not runtime.read(single).header.blocks
+    assert_same_content(single, found)
+    bits = sum(masks[name].numel() for name in BLOCKED) / 8
+    sizes = {path: path.stat().st_size - header_size(path) for path in (single, net)}
+    assert sizes[single] - sizes[net] == pytest.approx(bits * 3 / 4, abs=8)
+
+
+def header_size(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def assert_same_content(path: Path, wanted: runtime.Compact) -> None:
+    found = runtime.read(path)
+    for one, other in ((found.state_dict(), wanted.state_dict()), (found.masks(), wanted.masks())):
+        assert list(one) == list(other)
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_whatever_is_made_of_a_file_with_blocks_is_that_of_the_checkpoint(tmp_path: Path) -> None:
+    source, model = train(tmp_path / "run", block=(2, 2))
+    net, images = tmp_path / "net", torch.randn(2, 3, 40, 40)
+    convert(source, net)
+    assert set(runtime.read(net).header.blocks.values()) == {(2, 2)}
+    with torch.no_grad():
+        wanted = model(images)
+        found = runtime.load(net, backend="torch")(images)
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    flags = "--to", "plan", "--level", "portable", "--image-size", 48, "--no-tune"
+    for start in (source, net):
+        convert(start, tmp_path / f"{start.name}.plan", *flags)
+        convert(start, tmp_path / f"{start.name}.pth.tar", "--to", "torch")
+    plans = [tmp_path / f"{start.name}.plan" for start in (source, net)]
+    assert plans[0].read_bytes() == plans[1].read_bytes()
+    state = checkpoint.load(tmp_path / "net.pth.tar")["state_dict"]
+    assert all(torch.equal(runtime.read(net).state_dict()[n], value) for n, value in state.items())
+    lines = []
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)).save(picture)
+    for flags in (["--model", str(net)], ["--resume", str(source), "--cpu"]):
+        told = classify.report(classify.PROGRAM.parse([str(picture), *flags])).splitlines()
+        lines.append([line for line in told if " ms for " not in line])
+    assert lines[0] == lines[1]
+
+
+def test_channels_that_go_may_break_blocks(tmp_path: Path) -> None:
+    source, _ = train(tmp_path / "run", block=(1, 4))
+    state = checkpoint.load(source)
+    state["state_dict"]["features.0.weight"][:3] = 0
+    state["state_dict"]["features.1.bias"][:3] = 0
+    checkpoint.write(source, state)
+    convert(source, tmp_path / "net", "--compact-channels")
+    found = runtime.read(tmp_path / "net")
+    assert "features.3.weight" not in found.header.blocks  # has 29 inputs
+    assert found.header.blocks["features.6.weight"] == (1, 4)
+    convert(source, tmp_path / "whole")
+    network, whole = (runtime.load(tmp_path / n, backend="torch") for n in ("net", "whole"))
+    images = torch.randn(2, 3, 40, 40)
+    assert torch.allclose(network(images), whole(images), rtol=1e-4, atol=1e-5)
+
+
 def test_onnx_computes_what_the_model_computes(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="needs onnx and onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs the graph")
-    source, model = train(tmp_path / "run")
+    source, model = train(tmp_path / "run", block=(1, 4))
     convert(source, tmp_path / "net")
+    assert runtime.read(tmp_path / "net").header.blocks
     images = torch.randn(3, 3, 40, 40)
     with torch.no_grad():
         wanted = model(images)

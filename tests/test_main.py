@@ -368,6 +368,29 @@ def test_rigl_trains_resumes_and_evaluates(pictures: Path, tmp_path: Path, backe
     assert not list((tmp_path / "eval").glob("*.tar"))
 
 
+def test_blocks_are_planned_trained_evaluated_and_exported(tmp_path: Path) -> None:
+    data = "--data-backend synthetic --synthetic-batches 2 --cpu --num-classes 4 -b 4 --seed 0"
+    argv = [*data.split(), "--arch", "small_cnn", "--image-size", "32"]
+    trained = [*argv, "--workspace", str(tmp_path), "--epochs", "1", *RIGL]
+    single, resolved = (plan(*trained, *more) for more in ((), ("--block", "1", "4")))
+    pairs = [r["cost"]["layers"] for r in (single, resolved)]
+    divided = [n["num_weights"] for n in pairs[0] if n["density"] < 1 and n["shape"][1] % 4 == 0]
+    assert len(divided) > 1
+    saved = 3 / 4 * sum(divided) / 8 / 1e6
+    difference = single["cost"]["size_mb"] - resolved["cost"]["size_mb"]
+    assert difference == pytest.approx(saved, rel=1e-6)
+
+    assert run(*trained, "--block", "1", "4").returncode == 0
+    checkpoint = tmp_path / "checkpoint.pth.tar"
+    evaluation = ["--evaluate", "--resume", str(checkpoint), "--workspace", str(tmp_path / "e")]
+    assert run(*argv, *evaluation).returncode == 0
+    size = last(records(tmp_path / "e"), "sparse.size_mb")
+    assert size == pytest.approx(resolved["cost"]["size_mb"], rel=1e-3)
+    assert size < single["cost"]["size_mb"] - saved / 2
+    networks.write_compact(networks.read(checkpoint), tmp_path / "n", dtype="float32", fold=True)
+    assert len(runtime.read(tmp_path / "n").header.blocks) == len(divided)
+
+
 def test_a_finished_run_resumes_to_nothing(pictures: Path, tmp_path: Path) -> None:
     """In a process of its own: it has to end by itself, workers and all."""
     flags = ["--data-backend", "pytorch", "--training-only", "--epochs", "1"]

@@ -1,8 +1,10 @@
-"""Compact sparse files: one bit per weight for the mask, and the active values.
+"""Compact sparse files: one bit per weight or block for the mask, and the active values.
 
 A file is a safetensors container. It loads without pickle, and any reader of safetensors lists it:
 
-- `<name>.mask`: uint8, bit i % 8 of byte i // 8 is 1 if weight i (C order) is active;
+- `<name>.mask`: uint8, bit i % 8 of byte i // 8 is 1 if weight i (C order) is active; if the header
+  has `blocks` of (rows, columns) for the name, bit i is that of block i, in the C order of the
+  shape (outputs / rows, inputs / columns, ...);
 - `<name>.values`: the active weights in the same order;
 - `<name>.scale`: float32 (out,), only with int8 values: weight = value * scale of its channel;
 - `<name>`: an entry that is stored whole: dense weights, biases, BatchNorm;
@@ -28,6 +30,14 @@ import torch
 from torch import Tensor
 
 from ..topology.bits import pack, unpack
+from ..topology.blocks import (
+    ONE,
+    Block,
+    are_whole,
+    check_block,
+    first_entries,
+    spread_blocks,
+)
 from . import graph
 from .graph import Node
 from .header import DTYPES, Header, check_tensors, parse
@@ -46,10 +56,11 @@ class Compact:
 
     def masks(self) -> dict[str, Tensor]:
         """Return the masks (True = active) of the entries that have one."""
-        return {
-            name: unpack(self._tensors[name + ".mask"], shape)
-            for name, shape in self.header.shapes.items()
-        }
+        return {name: self._mask(name) for name in self.header.shapes}
+
+    def _mask(self, name: str) -> Tensor:
+        stored = unpack(self._tensors[name + ".mask"], self.header.bits(name))
+        return spread_blocks(stored, self.header.blocks.get(name, ONE))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the dense state dict: bit for bit as it was stored, if it was stored as float32.
@@ -67,7 +78,7 @@ class Compact:
             if value.dtype == torch.int8 and name + ".scale" in self._tensors:
                 return _rescale(value, self._tensors[name + ".scale"])
             return value.float() if value.is_floating_point() else value
-        mask = unpack(self._tensors[name + ".mask"], shape)
+        mask = self._mask(name)
         values = self._tensors[name + ".values"]
         dense = torch.zeros(shape, dtype=torch.float32, device="cpu")
         dense[mask] = values.float()
@@ -91,6 +102,7 @@ def save(
     in_channels: int = 3,
     dtype: str = "float32",
     fold: bool = False,
+    block: Sequence[int] | None = None,
 ) -> None:
     """Write a compact file, whole or not at all.
 
@@ -112,6 +124,8 @@ def save(
         fold: Fold BatchNorm into the convolution before it, and store one bias per channel instead
             of four vectors. The file becomes smaller, but the trained state dict cannot be
             recovered. A BatchNorm that follows no convolution of its own stays.
+        block: Outputs and inputs of the blocks with which the network was trained. A mask that
+            consists of whole blocks takes a bit per block; any other takes a bit per weight.
 
     Raises:
         ValueError: A weight is not 0 where its mask is False, a mask or a weight does not fit, the
@@ -124,9 +138,12 @@ def save(
     if fold:
         state = _fold(nodes, state)
     masks = {name: mask.cpu() for name, mask in masks.items() if not bool(mask.all())}
+    whole = check_block(block)
+    blocks = {n: whole for n, mask in masks.items() if whole != ONE and are_whole(mask, whole)}
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
-        tensors |= _store(name, value, masks.get(name), dtype if name in kernels else "float32")
+        kind = dtype if name in kernels else "float32"
+        tensors |= _store(name, value, masks.get(name), kind, blocks.get(name, ONE))
     unknown = masks.keys() - state.keys()
     if unknown:
         raise ValueError(f"there is no weight for the mask of {min(unknown)!r}")
@@ -143,6 +160,7 @@ def save(
         "names": list(state),
         "shapes": {name: list(state[name].shape) for name in masks},
         "nodes": graph.to_json(nodes),
+        **({"blocks": blocks} if blocks else {}),  # without blocks, as earlier versions read it
     }
     text = json.dumps(header, separators=(",", ":"))
     check_tensors(parse(text), tensors)
@@ -186,7 +204,9 @@ def _line(error: Exception) -> str:
     return str(error).partition("\n")[0][:MAX_REASON]
 
 
-def _store(name: str, value: Tensor, mask: Tensor | None, dtype: str) -> dict[str, Tensor]:
+def _store(
+    name: str, value: Tensor, mask: Tensor | None, dtype: str, block: Block
+) -> dict[str, Tensor]:
     if not value.is_floating_point():
         return {name: value.clone()}  # safetensors refuses tensors that share memory
     if mask is not None:
@@ -205,7 +225,8 @@ def _store(name: str, value: Tensor, mask: Tensor | None, dtype: str) -> dict[st
     value = value.to(DTYPES[dtype])
     if mask is None:
         return stored | {name: value.clone(memory_format=torch.contiguous_format)}
-    return stored | {name + ".mask": pack(mask), name + ".values": value[mask]}
+    bits = pack(first_entries(mask, block))
+    return stored | {name + ".mask": bits, name + ".values": value[mask]}
 
 
 def _rescale(value: Tensor, scale: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ are checked here and in check.py before any tensor is used.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..topology.bits import unpack
+from ..topology.blocks import ONE, Block, divides, shape_in_blocks
 from . import graph, memory
 from .check import MAX_CHANNELS, check, check_shapes
 from .graph import Node
@@ -56,6 +57,12 @@ class Header:
     shapes: Mapping[str, tuple[int, ...]]
     """Shapes of the entries that are stored as mask and values."""
     nodes: list[Node]
+    blocks: Mapping[str, Block] = field(default_factory=dict)
+    """Outputs and inputs of the blocks of the masks that are stored at a bit per block."""
+
+    def bits(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the mask of an entry as it is stored."""
+        return shape_in_blocks(self.shapes[name], self.blocks.get(name, ONE))
 
 
 def parse(text: str) -> Header:
@@ -68,7 +75,9 @@ def parse(text: str) -> Header:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is no JSON: {error}") from None
-    names = {field.name for field in fields(Header)}
+    names = {known.name for known in fields(Header)}
+    if isinstance(found, dict):
+        found.setdefault("blocks", {})  # which a file without blocks does not have
     if not isinstance(found, dict) or found.keys() != names:
         differing = sorted(names ^ found.keys()) if isinstance(found, dict) else [found]
         raise ValueError(f"its header lacks or adds {', '.join(map(repr, differing[:3]))}")
@@ -80,7 +89,11 @@ def parse(text: str) -> Header:
             raise ValueError(f"its header has a {name} that is not of in_channels numbers")
         found[name] = tuple(float(value) for value in found[name])
     found["names"] = tuple(found["names"])
-    found["shapes"] = {name: tuple(shape) for name, shape in found["shapes"].items()}
+    for name in "shapes", "blocks":
+        found[name] = {key: tuple(numbers) for key, numbers in found[name].items()}
+    for name, block in found["blocks"].items():
+        if not divides(block, found["shapes"].get(name, ())):
+            raise ValueError(f"its blocks of {block} do not divide the shape of {name!r}")
     found["nodes"] = graph.from_json(found["nodes"])
     check(found["nodes"])
     return Header(**found)
@@ -97,9 +110,9 @@ def _are_plain(value: Any) -> bool:
     )
 
 
-def _are_shapes(value: Any) -> bool:
+def _are_shapes(value: Any, least: int = 1, most: int = MAX_DIMENSIONS) -> bool:
     return isinstance(value, dict) and all(
-        _is_list(shape, lambda n: type(n) is int and n >= 1) and 1 <= len(shape) <= MAX_DIMENSIONS
+        _is_list(shape, lambda n: type(n) is int and n >= 1) and least <= len(shape) <= most
         for shape in value.values()
     )
 
@@ -123,6 +136,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "folded": ("true or false", lambda value: type(value) is bool),
     "names": ("a list of strings", lambda value: _is_list(value, graph.is_text)),
     "shapes": ("a mapping of shapes", _are_shapes),
+    "blocks": ("a mapping of two numbers each", lambda value: _are_shapes(value, 2, 2)),
 }
 
 
@@ -141,7 +155,7 @@ def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
         if name in masked:
             shapes[name], stored = header.shapes[name], name + ".values"
             known += [name + ".mask", stored]
-            _check_masked(name, shapes[name], tensors)
+            _check_masked(name, header, tensors)
         else:
             stored = name
             known.append(stored)
@@ -167,10 +181,12 @@ def _surplus(known: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
     return min(tensors.keys() - seen)
 
 
-def _check_masked(name: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> None:
-    _expect(tensors, name + ".mask", torch.uint8, ((math.prod(shape) + 7) // 8,))
+def _check_masked(name: str, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    bits = header.bits(name)
+    _expect(tensors, name + ".mask", torch.uint8, ((math.prod(bits) + 7) // 8,))
     values = _find(tensors, name + ".values")
-    num_active = int(unpack(tensors[name + ".mask"], shape).sum())
+    num_set = int(unpack(tensors[name + ".mask"], bits).sum())
+    num_active = num_set * math.prod(header.blocks.get(name, ONE))
     if values.dtype not in DTYPES.values() or values.shape != (num_active,):
         raise ValueError(
             f"{name + '.values'!r} is {values.dtype} of {tuple(values.shape)}, "

@@ -119,6 +119,25 @@ def test_a_convolution_by_hand() -> None:
     assert layer.size_bits(0.5, "true") == 32 * (27 + 3) + 54
 
 
+def test_masks_of_blocks_have_a_bit_per_block() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 6, 3, groups=6))
+    layers = costs.trace_layers(model, 9)
+    densities = {layer.name: 0.5 for layer in layers}
+    single = [costs.size_bytes([layer], {layer.name: 0.5}) for layer in layers]
+    for block, divided in (((1, 4), [1]), ((2, 1), [0, 1, 2]), ((3, 2), [1]), ((1, 1), [])):
+        numel = block[0] * block[1]
+        saved = [n * (1 - 1 / numel) / 8 for n in (216, 432, 54)]
+        wanted = sum(single) - sum(saved[index] for index in divided)
+        assert costs.size_bytes(layers, densities, block=block) == wanted
+        method = Rigl(sparsity=0.5, t_end=9, block=block)
+        for said in ({"block": block}, {"method": method}):
+            report = costs.report(layers, densities, **said)
+            assert report["size_mb"] == wanted / 1e6
+            assert sum(row["size_bytes"] for row in report["layers"]) == wanted
+    with pytest.raises(ValueError, match="block must be two numbers"):
+        costs.size_bytes(layers, densities, block=(4,))
+
+
 def test_biases_that_do_not_exist_are_stored_in_the_published_convention_only() -> None:
     (layer,) = costs.trace_layers(nn.Conv2d(2, 3, 1, bias=False), 5, in_channels=2)
     assert layer.size_bits() == 32 * (6 + 3)

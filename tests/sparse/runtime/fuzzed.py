@@ -105,7 +105,37 @@ def seeds(directory: Path) -> list[Path]:
             dtype=dtype,
             fold=fold,
         )
-    return [*paths, *transformer_seeds(directory)]
+    return [*paths, *transformer_seeds(directory), *block_seeds(directory)]
+
+
+def block_seeds(directory: Path) -> list[Path]:
+    """Write files whose masks consist of blocks, except that of the first layer."""
+    paths = []
+    for fold, dtype, block in ((True, "float32", (1, 4)), (False, "int8", (2, 2))):
+        model, masks = Seed().eval(), {}
+        for name in ("stem.weight", "wide.weight", "fc.weight"):
+            weight = model.get_parameter(name).data
+            masks[name] = torch.rand(weight.shape) < 0.4
+            if name != "stem.weight":
+                some = masks[name][:: block[0], :: block[1]]
+                masks[name] = some.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            weight *= masks[name]
+        paths.append(directory / f"blocks-{dtype}")
+        runtime.save(
+            paths[-1],
+            model.state_dict(),
+            masks,
+            nodes=runtime.trace(model),
+            arch="seed",
+            model={"num_classes": 7},
+            image_size=9,
+            mean=(0.5,) * 3,
+            std=(0.2,) * 3,
+            dtype=dtype,
+            fold=fold,
+            block=block,
+        )
+    return paths
 
 
 def transformer_seeds(directory: Path) -> list[Path]:

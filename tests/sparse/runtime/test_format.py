@@ -10,8 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+import sparse
 from image_classification.models import create_model
-from sparse import runtime
+from sparse import costs, runtime
 from sparse.methods.layers import prunable
 from sparse.topology.distributions import allocate
 from tests.sparse.runtime.conftest import prune_
@@ -33,6 +34,88 @@ def test_the_state_dict_comes_back_bit_for_bit(save: Save) -> None:
     model = create_model("small_cnn", num_classes=7)
     compact = runtime.read(save(model, density=0.13))
     assert_same(compact.state_dict(), model.state_dict())
+
+
+BLOCKS = [(1, 4), (2, 2), (4, 1), (4, 8)]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("dtype", runtime.DTYPES)
+@pytest.mark.parametrize("fold", [False, True])
+def test_masks_of_blocks_take_a_bit_per_block(
+    tmp_path: Path, block: tuple[int, int], dtype: str, fold: bool
+) -> None:
+    model, masks = network_of_blocks(block)
+    single, blocked = tmp_path / "single", tmp_path / "blocked"
+    write(single, model, masks, dtype=dtype, fold=fold)
+    write(blocked, model, masks, dtype=dtype, fold=fold, block=block)
+    before, found = map(runtime.read, (single, blocked))
+    assert found.header.blocks == {"3.weight": block, "7.weight": block}  # not the first layer
+    assert not before.header.blocks
+    assert_same(found.masks(), masks)
+    assert_same(found.state_dict(), before.state_dict())
+
+    stored, old = map(safetensors.torch.load_file, (blocked, single))
+    assert stored.keys() == old.keys()
+    for name, value in old.items():
+        if name in ("3.weight.mask", "7.weight.mask"):
+            assert stored[name].numel() * block[0] * block[1] == value.numel()
+        else:
+            assert torch.equal(stored[name], value), name
+
+
+def network_of_blocks(block: tuple[int, int]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Make a network whose masks have whole blocks, except that of the first layer."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, bias=False)
+    model = nn.Sequential(
+        first, nn.BatchNorm2d(16), nn.ReLU(), second, nn.BatchNorm2d(32),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 16),
+    )  # fmt: skip
+    masks = {"0.weight": torch.rand(16, 3, 3, 3) < 0.3}
+    for name in ("3.weight", "7.weight"):
+        outputs, inputs, *others = model.get_parameter(name).shape
+        whole = torch.rand(outputs // block[0], inputs // block[1], *others) < 0.4
+        masks[name] = whole.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    for name, mask in masks.items():
+        model.get_parameter(name).data.mul_(mask)
+    return model, masks
+
+
+def test_a_mask_of_other_blocks_takes_a_bit_per_weight_as_in_earlier_versions(
+    tmp_path: Path,
+) -> None:
+    model, masks = network_of_blocks((1, 4))
+    masks["3.weight"][0, 0, 0, 0] ^= True
+    model[3].weight.data.mul_(masks["3.weight"])
+    write(tmp_path / "one", model, masks, block=(1, 4))
+    assert runtime.read(tmp_path / "one").header.blocks == {"7.weight": (1, 4)}
+    assert_same(runtime.read(tmp_path / "one").masks(), masks)
+    for other in (None, (1, 1), (3, 5), (1, 8)):
+        write(tmp_path / "other", model, masks, block=other)
+        with safetensors.safe_open(tmp_path / "other", "pt") as file:
+            assert '"blocks"' not in file.metadata()["header"]
+    with pytest.raises(ValueError, match=r"block must be two numbers .* got \(0, 4\)"):
+        write(tmp_path / "other", model, masks, block=(0, 4))
+
+
+def test_the_bits_of_1x4_blocks_are_a_quarter(tmp_path: Path) -> None:
+    model = torchvision.models.resnet18(weights=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = sparse.static(model, optimizer, sparsity=0.9, block=(1, 4))
+    path, masks = tmp_path / "network.safetensors", sparsifier.masks
+    sizes = {}
+    for block in (None, (1, 4)):
+        write(path, model, masks, fold=True, block=block)
+        tensors = safetensors.torch.load_file(path)
+        sizes[block] = sum(t.numel() for n, t in tensors.items() if n.endswith(".mask"))
+    assert sizes[1, 4] == sizes[None] / 4  # the first layer, which has 3 inputs, is full
+    # what the costs say of it
+    layers = costs.trace_layers(model)
+    densities = {name: float(mask.double().mean()) for name, mask in masks.items()}
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    wanted = costs.size_bytes(layers, densities, block=(1, 4))
+    assert path.stat().st_size - header == pytest.approx(wanted, rel=1e-5)
 
 
 def test_an_active_weight_may_be_zero(tmp_path: Path) -> None:

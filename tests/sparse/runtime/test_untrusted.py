@@ -14,7 +14,14 @@ import export
 from image_classification.models import create_model
 from sparse import runtime
 from sparse.runtime import bindings, memory
-from tests.sparse.runtime.fuzzed import content, fuzz, rewrite, seeds, transformer_seeds
+from tests.sparse.runtime.fuzzed import (
+    block_seeds,
+    content,
+    fuzz,
+    rewrite,
+    seeds,
+    transformer_seeds,
+)
 
 Change = Callable[[Any, dict[str, Tensor]], None]
 
@@ -150,6 +157,54 @@ def test_what_does_not_fit_a_transformer_is_named(
     with pytest.raises(ValueError, match=message) as error:
         runtime.load(path, backend="torch")
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (field("blocks", None), "blocks that is not a mapping of two numbers each"),
+        (field("blocks", [[1, 4]]), "blocks that is not a mapping"),
+        (field("blocks", {"fc.weight": [1, 4, 1]}), "blocks that is not a mapping"),
+        (field("blocks", {"fc.weight": [1, 0]}), "blocks that is not a mapping"),
+        (field("blocks", {"fc.weight": [True, 4]}), "blocks that is not a mapping"),
+        (field("blocks", {"fc.weight": [1, 4.0]}), "blocks that is not a mapping"),
+        (
+            field("blocks", {"fc.weight": [1, 5]}),
+            r"blocks of \(1, 5\) do not divide .* 'fc.weight'",
+        ),
+        (field("blocks", {"stem.weight": [1, 4]}), "blocks of .* do not divide .* 'stem.weight'"),
+        (field("blocks", {"fc.bias": [1, 1]}), "blocks of .* do not divide the shape of 'fc.bias'"),
+        (field("blocks", {"a\nb": [1, 4]}), "blocks of .* do not divide the shape of 'a.{1,2}nb'"),
+        (field("blocks", {}), r"'wide.weight.mask' is torch.uint8 of \(14,\), not .* of \(54,\)"),
+        (field("blocks", {"wide.weight": [1, 4]}), r"'fc.weight.mask' is .*\(8,\), not .*\(30,\)"),
+        (tensor("fc.weight.values", torch.ones(3)), "the mask has [0-9]+ active weights"),
+        (tensor("fc.weight.mask", torch.full((8,), 255, dtype=torch.uint8)), "has 240 active"),
+        (tensor("fc.weight.mask", torch.ones(7, dtype=torch.uint8)), "fc.weight.mask' is torch"),
+        (field("shapes", {n: [2**40] * 2 for n in MASKED}), "weight.mask' is torch.uint8"),
+    ],
+)
+def test_what_does_not_fit_of_blocks_is_named(tmp_path: Path, change: Change, message: str) -> None:
+    path = block_seeds(tmp_path)[0]  # of 1 x 4
+    assert set(runtime.read(path).header.blocks) == {"wide.weight", "fc.weight"}
+    header, tensors = content(path)
+    change(header, tensors)
+    rewrite(path, header, tensors)
+    with pytest.raises(ValueError, match=message) as error:
+        runtime.load(path, backend="torch")
+    assert str(error.value).startswith(f"{path} is no valid compact sparse network: ")
+    assert str(error.value).isprintable()
+
+
+def test_a_mask_of_a_few_large_blocks_takes_no_memory(tmp_path: Path) -> None:
+    path = block_seeds(tmp_path)[0]
+    header, tensors = content(path)
+    size = 2**40
+    header["shapes"]["fc.weight"] = header["blocks"]["fc.weight"] = [size, size]
+    tensors["fc.weight.mask"] = torch.zeros(1, dtype=torch.uint8)
+    tensors["fc.weight.values"] = torch.zeros(0)
+    rewrite(path, header, tensors)
+    with pytest.raises(ValueError, match=r"its weights would take .* GiB"):
+        runtime.read(path)
 
 
 @pytest.mark.parametrize(
