@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 
 from ..topology.bits import pack, unpack
-from . import graph
+from . import graph, integers
 from .graph import Node
 from .header import DTYPES, Header, check_tensors, parse
+from .integers import IntegerNetwork
+from .units import Quantization, units
 
 FORMAT = "compact-sparse-1"
 MAX_REASON = 300  # characters
@@ -59,6 +61,17 @@ class Compact:
         """
         state = {name: self._dense(name) for name in self.header.names}
         return _with_identity(self.header.nodes, state) if self.header.folded else state
+
+    def integers(self) -> IntegerNetwork:
+        """Return the integers of a quantized network.
+
+        Raises:
+            ValueError: The network is not quantized.
+        """
+        header = self.header
+        if not header.activations:
+            raise ValueError("the network is not quantized: its activations have no scales")
+        return integers.read_network(header.nodes, header.activations, header.shapes, self._tensors)
 
     def _dense(self, name: str) -> Tensor:
         shape = self.header.shapes.get(name)
@@ -91,6 +104,7 @@ def save(
     in_channels: int = 3,
     dtype: str = "float32",
     fold: bool = False,
+    activations: Mapping[str, Quantization] | None = None,
 ) -> None:
     """Write a compact file, whole or not at all.
 
@@ -112,6 +126,8 @@ def save(
         fold: Fold BatchNorm into the convolution before it, and store one bias per channel instead
             of four vectors. The file becomes smaller, but the trained state dict cannot be
             recovered. A BatchNorm that follows no convolution of its own stays.
+        activations: Scales and zero points of all values (`calibrate`), with which the network is
+            computed in int8. Needs `fold` and the dtype int8.
 
     Raises:
         ValueError: A weight is not 0 where its mask is False, a mask or a weight does not fit, the
@@ -124,9 +140,11 @@ def save(
     if fold:
         state = _fold(nodes, state)
     masks = {name: mask.cpu() for name, mask in masks.items() if not bool(mask.all())}
+    scales = integers.weight_scales(units(nodes), state, activations) if activations else {}
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
-        tensors |= _store(name, value, masks.get(name), dtype if name in kernels else "float32")
+        own = dtype if name in kernels else "float32"
+        tensors |= _store(name, value, masks.get(name), own, scales.get(name))
     unknown = masks.keys() - state.keys()
     if unknown:
         raise ValueError(f"there is no weight for the mask of {min(unknown)!r}")
@@ -144,6 +162,8 @@ def save(
         "shapes": {name: list(state[name].shape) for name in masks},
         "nodes": graph.to_json(nodes),
     }
+    if activations:
+        header["activations"] = {name: list(pair) for name, pair in activations.items()}
     text = json.dumps(header, separators=(",", ":"))
     check_tensors(parse(text), tensors)
     metadata = {"format": FORMAT, "header": text, "sha256": digest(text, tensors)}
@@ -186,7 +206,10 @@ def _line(error: Exception) -> str:
     return str(error).partition("\n")[0][:MAX_REASON]
 
 
-def _store(name: str, value: Tensor, mask: Tensor | None, dtype: str) -> dict[str, Tensor]:
+def _store(
+    name: str, value: Tensor, mask: Tensor | None, dtype: str, scale: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of an entry; a scale is for int8, whose own follows from the weights."""
     if not value.is_floating_point():
         return {name: value.clone()}  # safetensors refuses tensors that share memory
     if mask is not None:
@@ -198,8 +221,9 @@ def _store(name: str, value: Tensor, mask: Tensor | None, dtype: str) -> dict[st
             raise ValueError(f"{name!r} has weights that are not 0 where its mask is inactive")
     stored: dict[str, Tensor] = {}
     if dtype == "int8":
-        largest = value.flatten(1).abs().amax(1)
-        scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest)).float()
+        if scale is None:
+            largest = value.flatten(1).abs().amax(1)
+            scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest)).float()
         value = (value.float() / scale.view(-1, *[1] * (value.dim() - 1))).round()
         stored[name + ".scale"] = scale
     value = value.to(DTYPES[dtype])

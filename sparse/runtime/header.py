@@ -7,16 +7,17 @@ are checked here and in check.py before any tensor is used.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..topology.bits import unpack
-from . import graph, memory
+from . import graph, integers, memory
 from .check import MAX_CHANNELS, check, check_shapes
 from .graph import Node
+from .units import Quantization, check_activations, units
 
 DTYPES = {
     "float32": torch.float32,
@@ -56,6 +57,12 @@ class Header:
     shapes: Mapping[str, tuple[int, ...]]
     """Shapes of the entries that are stored as mask and values."""
     nodes: list[Node]
+    activations: Mapping[str, Quantization] = field(default_factory=dict)
+    """Scale and zero point of each value of a quantized network; empty for all others."""
+
+
+_OPTIONAL = {"activations"}
+"""Fields that the files of earlier versions do not have."""
 
 
 def parse(text: str) -> Header:
@@ -69,9 +76,11 @@ def parse(text: str) -> Header:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is no JSON: {error}") from None
     names = {field.name for field in fields(Header)}
-    if not isinstance(found, dict) or found.keys() != names:
-        differing = sorted(names ^ found.keys()) if isinstance(found, dict) else [found]
+    if not isinstance(found, dict) or not names - _OPTIONAL <= found.keys() <= names:
+        known = isinstance(found, dict)
+        differing = sorted((names ^ found.keys()) - _OPTIONAL) if known else [found]
         raise ValueError(f"its header lacks or adds {', '.join(map(repr, differing[:3]))}")
+    found.setdefault("activations", {})
     for name, (wanted, is_valid) in _FIELDS.items():
         if not is_valid(found[name]):
             raise ValueError(f"its header has a {name} that is not {wanted}")
@@ -83,7 +92,13 @@ def parse(text: str) -> Header:
     found["shapes"] = {name: tuple(shape) for name, shape in found["shapes"].items()}
     found["nodes"] = graph.from_json(found["nodes"])
     check(found["nodes"])
-    return Header(**found)
+    found["activations"] = {k: (float(s), z) for k, (s, z) in found["activations"].items()}
+    header = Header(**found)
+    if header.activations:
+        if header.dtype != "int8" or not header.folded:
+            raise ValueError("its header has activations, and no weights in int8 or no folding")
+        check_activations(units(header.nodes), header.activations)
+    return header
 
 
 def _is_number(value: Any) -> bool:
@@ -101,6 +116,13 @@ def _are_shapes(value: Any) -> bool:
     return isinstance(value, dict) and all(
         _is_list(shape, lambda n: type(n) is int and n >= 1) and 1 <= len(shape) <= MAX_DIMENSIONS
         for shape in value.values()
+    )
+
+
+def _are_quantizations(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(pair, list) and len(pair) == 2 and _is_number(pair[0]) and type(pair[1]) is int
+        for pair in value.values()
     )
 
 
@@ -123,6 +145,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "folded": ("true or false", lambda value: type(value) is bool),
     "names": ("a list of strings", lambda value: _is_list(value, graph.is_text)),
     "shapes": ("a mapping of shapes", _are_shapes),
+    "activations": ("a mapping of pairs: scale and zero point", _are_quantizations),
 }
 
 
@@ -156,6 +179,8 @@ def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"its weights would take {num_bytes / 2**30:.1f} GiB")
     check_shapes(header.nodes, shapes, in_channels=header.in_channels, folded=header.folded)
     _check_types(header, tensors)
+    if header.activations:
+        integers.read_network(header.nodes, header.activations, header.shapes, tensors)
 
 
 def _surplus(known: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
