@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,8 +95,9 @@ def draw(seed: int) -> tuple[Integers, Tensor, dict[str, Any]]:
     torch.manual_seed(seed)
     size = rng.choice([5, 8, 13, 24, 32])
     model = Integers(rng, size)
-    method, density = rng.choice(runtime.METHODS), rng.choice([0.1, 0.4, 1.0])
-    return model, torch.randn(3, 3, size, size) * 1.5, {"method": method, "density": density}
+    how = {"method": rng.choice(runtime.METHODS), "density": rng.choice([0.1, 0.4, 1.0])}
+    how["stretch"] = rng.choice([1.0, 1.0, 0.4, 1.7])
+    return model, torch.randn(3, 3, size, size) * 1.5, how
 
 
 def write(
@@ -105,14 +107,22 @@ def write(
     size: int,
     density: float = 0.4,
     method: str = "mse",
+    stretch: float = 1.0,
     masks: dict[str, Tensor] | None = None,
 ) -> runtime.Compact:
-    """Prune, quantize and save a network, with random images; return the content of the file."""
+    """Prune, quantize and save a network, with random images; return the content of the file.
+
+    Scales are multiplied by `stretch`: values saturate, or a ReLU6 ends below 255.
+    """
     masks = prune_(model.eval(), density) if masks is None else masks
     images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
     nodes, activations = runtime.calibrate(
         runtime.trace(model, image_size=size), model.state_dict(), images.split(4), method=method
     )
+    activations = {
+        name: (float(np.float32(scale * stretch)), zero_point)
+        for name, (scale, zero_point) in activations.items()
+    }
     runtime.save(
         path,
         model.state_dict(),
