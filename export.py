@@ -3,6 +3,7 @@
 Writes a trained network as a compact sparse file (a bit per weight or block and the active values),
 which `sparse.runtime.load` runs; or a compact file back as a checkpoint, or either as a dense ONNX
 graph or as a plan, which programs run without Python.
+`--quantize int8` writes a compact file that is computed in int8.
 `--compact-channels` first removes the channels that the network does not need.
 """
 
@@ -12,11 +13,13 @@ if __name__ == "__main__":
     versions.require()
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import networks
+from cli import calibration, networks
+from cli.calibration import Calibration
 from cli.program import Program
 from image_classification import models
 from image_classification.flags import argument, flag, spelling
@@ -32,8 +35,8 @@ class Flags:
     output: Path = argument("file to write; replaced if it exists")
     to: Literal["compact", "torch", "onnx", "plan"] = flag(
         "compact",
-        "compact sparse file, checkpoint of main.py, dense ONNX graph, or plan for programs "
-        "without Python (docs/embedding.md)",
+        "compact sparse file, checkpoint of main.py, dense ONNX graph (in int8 if the file is), or "
+        "plan for programs without Python (docs/embedding.md)",
     )
     dtype: str = flag(
         "float32",
@@ -44,6 +47,18 @@ class Flags:
         False,
         "store BatchNorm as trained instead of folded into the weights: 12 bytes more per channel, "
         "and --to torch gives back the trained weights bit for bit (compact only)",
+    )
+    quantize: Literal["int8"] | None = flag(
+        None, "compute weights and activations in int8, with scales that --calibration gives"
+    )
+    calibration: Path | None = flag(
+        None, "folder of images like those of the training, for --quantize", metavar="DIR"
+    )
+    num_images: int = flag(256, "images of --calibration that are used")
+    calibration_method: str = flag(
+        "mse",
+        "range of each value: that of least squared error, of 99.99% of the values, or of all",
+        choices=runtime.METHODS,
     )
     ema: bool = flag(False, "take the moving average of the weights")
     compact_channels: bool = flag(
@@ -68,6 +83,9 @@ class Flags:
 PLAN_FLAGS = ("level", "image_size", "threads", "no_tune")
 """Have an effect with --to plan alone."""
 
+QUANTIZE_FLAGS = ("calibration", "num_images", "calibration_method")
+"""Have an effect with --quantize alone."""
+
 
 def run(given: Flags) -> str:
     """Convert what the command line names; return a line that says what was written.
@@ -79,17 +97,20 @@ def run(given: Flags) -> str:
         raise ValueError(
             f"--dtype and --keep-batch-norm have no effect with --to {given.to}: leave them out"
         )
-    changed = [name for name in PLAN_FLAGS if getattr(given, name) != getattr(Flags, name)]
+    changed = _changed(given, PLAN_FLAGS)
     if given.to != "plan" and changed:
         raise ValueError(
             f"{', '.join(map(spelling, changed))} only with --to plan: leave out what does not fit"
         )
+    chosen = _calibration(given)
     trained = networks.read(given.source, ema=given.ema)
+    if trained.integers is not None and (given.to == "compact" or given.compact_channels):
+        raise ValueError(f"{given.source} is quantized: export the checkpoint that it is made of")
     removed = ""
     if given.compact_channels:
         trained, removed = networks.compact_channels(trained)
     with networks.writing(given.output):
-        told = write(given, trained)
+        told = write(given, trained, chosen)
     active = sum(int(mask.sum()) for mask in trained.masks.values())
     total = sum(mask.numel() for mask in trained.masks.values())
     share = f", {active} of {total} masked weights active" if total else ""
@@ -98,7 +119,34 @@ def run(given: Flags) -> str:
     return f"{line}\n{removed}" if removed else line
 
 
-def write(given: Flags, trained: networks.Trained) -> str:
+def _changed(given: Flags, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(given, name) != getattr(Flags, name)]
+
+
+def _calibration(given: Flags) -> Calibration | None:
+    """Return how the network is to be quantized, if it is.
+
+    Raises:
+        ValueError: Flags do not go together, or there are too few images.
+    """
+    if given.quantize is None:
+        changed = _changed(given, QUANTIZE_FLAGS)
+        if changed:
+            raise ValueError(f"{', '.join(map(spelling, changed))} only with --quantize int8")
+        return None
+    if given.to != "compact" or given.keep_batch_norm or given.dtype != "float32":
+        raise ValueError(
+            "--quantize int8 writes a compact file with folded BatchNorm and its own dtype: leave "
+            "out --to, --keep-batch-norm and --dtype (the file is then a source of --to onnx)"
+        )
+    if given.calibration is None:
+        raise ValueError("--quantize int8 needs images: name a folder with --calibration")
+    return calibration.choose(
+        given.calibration, num_images=given.num_images, method=given.calibration_method
+    )
+
+
+def write(given: Flags, trained: networks.Trained, chosen: Calibration | None) -> str:
     """Write a network as the command line says; return what there is to add about the file."""
     output, fold = given.output, not given.keep_batch_norm
     if given.to == "plan":
@@ -111,7 +159,11 @@ def write(given: Flags, trained: networks.Trained) -> str:
             threads=given.threads,
             tune=not given.no_tune,
         )
-    if given.to == "compact":
+    if chosen is not None:
+        size, kind = trained.image_size, trained.interpolation
+        batches = chosen.batches(image_size=size, interpolation=kind)
+        networks.write_quantized(trained, output, batches, method=chosen.method)
+    elif given.to == "compact":
         networks.write_compact(trained, output, dtype=given.dtype, fold=fold)
     elif given.to == "onnx":
         networks.write_onnx(trained, output)

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse
+from cli import qdq
 from image_classification import checkpoint
 from image_classification.config import Config
 from image_classification.data.stage import MEAN, STD
@@ -21,6 +22,7 @@ from sparse import runtime
 from sparse.geometry import trace_layers
 from sparse.native.library import cpu_level
 from sparse.runtime.exported import default_precision
+from sparse.runtime.integers import IntegerNetwork
 from sparse.training import checkpoints
 
 MODEL_OPTIONS = ("stem", "width")
@@ -41,6 +43,8 @@ class Trained:
     """True = active; layers without one are dense."""
     block: Sequence[int] | None = None
     """Outputs and inputs of the blocks with which the masks were trained."""
+    integers: IntegerNetwork | None = None
+    """What a quantized file computes; its weights as floats are the state."""
 
     def model(self) -> nn.Module:
         """Return the network in evaluation mode.
@@ -125,6 +129,7 @@ def read(path: Path, *, ema: bool = False) -> Trained:
         state=compact.state_dict(),
         masks=compact.masks(),
         block=next(iter(header.blocks.values()), None),
+        integers=compact.integers() if header.activations else None,
     )
 
 
@@ -197,16 +202,51 @@ def write_compact(trained: Trained, output: Path, *, dtype: str, fold: bool) -> 
         trained.state,
         trained.masks,
         nodes=runtime.trace(trained.model(), image_size=trained.image_size),
-        arch=trained.arch,
-        model=trained.options,
-        image_size=trained.image_size,
-        mean=MEAN,
-        std=STD,
-        interpolation=trained.interpolation,
+        **_described(trained),
         dtype=dtype,
         fold=fold,
-        block=trained.block,
     )
+
+
+def write_quantized(
+    trained: Trained, output: Path, batches: Iterable[Tensor], *, method: str
+) -> None:
+    """Write a compact file that is computed in int8.
+
+    Args:
+        trained: The network.
+        output: Replaced if it exists.
+        batches: Images (N, 3, S, S), as validation sees them.
+        method: One of `runtime.METHODS`.
+
+    Raises:
+        ValueError: int8 cannot compute the network, or an image cannot be read.
+    """
+    traced = runtime.trace(trained.model(), image_size=trained.image_size)
+    nodes, activations = runtime.calibrate(traced, trained.state, batches, method=method)
+    runtime.save(
+        output,
+        trained.state,
+        trained.masks,
+        nodes=nodes,
+        activations=activations,
+        **_described(trained),
+        dtype="int8",
+        fold=True,
+    )
+
+
+def _described(trained: Trained) -> dict[str, Any]:
+    """Return what a compact file says about a network besides its weights and its graph."""
+    return {
+        "arch": trained.arch,
+        "model": trained.options,
+        "image_size": trained.image_size,
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": trained.interpolation,
+        "block": trained.block,
+    }
 
 
 def write_plan(
@@ -277,11 +317,17 @@ def write_program(trained: Trained, output: Path) -> None:
 def write_onnx(trained: Trained, output: Path) -> None:
     """Write the dense graph, zeros included, for batches of any size; input `images`.
 
+    A quantized network is written with the integers of its file, as QDQ.
+
     Raises:
-        ValueError: The packages that torch needs for it are not installed.
+        ValueError: The packages that it needs are not installed.
     """
     size = trained.image_size
     try:
+        if trained.integers is not None:
+            model = qdq.to_onnx(trained.integers, in_channels=len(MEAN))
+            output.write_bytes(model.SerializeToString())
+            return
         with warnings.catch_warnings(), default_precision():
             warnings.simplefilter("ignore")  # of the exporter's own dependencies
             program = torch.onnx.export(

@@ -14,15 +14,18 @@ from .graph import Node
 from .header import DTYPES, Header
 from .network import Network, load
 from .plan_file import save_plan
+from .quantize import METHODS, calibrate
 from .tracing import trace
 
 __all__ = [
     "DTYPES",
+    "METHODS",
     "BuildError",
     "Compact",
     "Header",
     "Network",
     "Node",
+    "calibrate",
     "compact_channels",
     "load",
     "read",

@@ -29,18 +29,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..topology.bits import pack, unpack
+from ..topology.bits import pack
 from ..topology.blocks import (
     ONE,
     Block,
     are_whole,
     check_block,
     first_entries,
-    spread_blocks,
 )
-from . import graph
+from . import graph, integers
 from .graph import Node
 from .header import DTYPES, Header, check_tensors, parse
+from .integers import IntegerNetwork
+from .units import Quantization, units
 
 FORMAT = "compact-sparse-1"
 MAX_REASON = 300  # characters
@@ -56,11 +57,7 @@ class Compact:
 
     def masks(self) -> dict[str, Tensor]:
         """Return the masks (True = active) of the entries that have one."""
-        return {name: self._mask(name) for name in self.header.shapes}
-
-    def _mask(self, name: str) -> Tensor:
-        stored = unpack(self._tensors[name + ".mask"], self.header.bits(name))
-        return spread_blocks(stored, self.header.blocks.get(name, ONE))
+        return self.header.masks(self._tensors)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the dense state dict: bit for bit as it was stored, if it was stored as float32.
@@ -71,6 +68,17 @@ class Compact:
         state = {name: self._dense(name) for name in self.header.names}
         return _with_identity(self.header.nodes, state) if self.header.folded else state
 
+    def integers(self) -> IntegerNetwork:
+        """Return the integers of a quantized network.
+
+        Raises:
+            ValueError: The network is not quantized.
+        """
+        header = self.header
+        if not header.activations:
+            raise ValueError("the network is not quantized: its activations have no scales")
+        return integers.read_network(header.nodes, header.activations, self.masks(), self._tensors)
+
     def _dense(self, name: str) -> Tensor:
         shape = self.header.shapes.get(name)
         if shape is None:
@@ -78,7 +86,7 @@ class Compact:
             if value.dtype == torch.int8 and name + ".scale" in self._tensors:
                 return _rescale(value, self._tensors[name + ".scale"])
             return value.float() if value.is_floating_point() else value
-        mask = self._mask(name)
+        mask = self.header.mask(name, self._tensors)
         values = self._tensors[name + ".values"]
         dense = torch.zeros(shape, dtype=torch.float32, device="cpu")
         dense[mask] = values.float()
@@ -103,6 +111,7 @@ def save(
     dtype: str = "float32",
     fold: bool = False,
     block: Sequence[int] | None = None,
+    activations: Mapping[str, Quantization] | None = None,
 ) -> None:
     """Write a compact file, whole or not at all.
 
@@ -126,6 +135,8 @@ def save(
             recovered. A BatchNorm that follows no convolution of its own stays.
         block: Outputs and inputs of the blocks with which the network was trained. A mask that
             consists of whole blocks takes a bit per block; any other takes a bit per weight.
+        activations: Scales and zero points of all values (`calibrate`), with which the network is
+            computed in int8. Needs `fold` and the dtype int8.
 
     Raises:
         ValueError: A weight is not 0 where its mask is False, a mask or a weight does not fit, the
@@ -140,10 +151,12 @@ def save(
     masks = {name: mask.cpu() for name, mask in masks.items() if not bool(mask.all())}
     whole = check_block(block)
     blocks = {n: whole for n, mask in masks.items() if whole != ONE and are_whole(mask, whole)}
+    scales = integers.weight_scales(units(nodes), state, activations) if activations else {}
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         kind = dtype if name in kernels else "float32"
-        tensors |= _store(name, value, masks.get(name), kind, blocks.get(name, ONE))
+        found = _store(name, value, masks.get(name), kind, blocks.get(name, ONE), scales.get(name))
+        tensors |= found
     unknown = masks.keys() - state.keys()
     if unknown:
         raise ValueError(f"there is no weight for the mask of {min(unknown)!r}")
@@ -162,6 +175,8 @@ def save(
         "nodes": graph.to_json(nodes),
         **({"blocks": blocks} if blocks else {}),  # without blocks, as earlier versions read it
     }
+    if activations:
+        header["activations"] = {name: list(pair) for name, pair in activations.items()}
     text = json.dumps(header, separators=(",", ":"))
     check_tensors(parse(text), tensors)
     metadata = {"format": FORMAT, "header": text, "sha256": digest(text, tensors)}
@@ -205,8 +220,14 @@ def _line(error: Exception) -> str:
 
 
 def _store(
-    name: str, value: Tensor, mask: Tensor | None, dtype: str, block: Block
+    name: str,
+    value: Tensor,
+    mask: Tensor | None,
+    dtype: str,
+    block: Block,
+    scale: Tensor | None,
 ) -> dict[str, Tensor]:
+    """Return the tensors of an entry; a scale is for int8, whose own follows from the weights."""
     if not value.is_floating_point():
         return {name: value.clone()}  # safetensors refuses tensors that share memory
     if mask is not None:
@@ -218,8 +239,9 @@ def _store(
             raise ValueError(f"{name!r} has weights that are not 0 where its mask is inactive")
     stored: dict[str, Tensor] = {}
     if dtype == "int8":
-        largest = value.flatten(1).abs().amax(1)
-        scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest)).float()
+        if scale is None:
+            largest = value.flatten(1).abs().amax(1)
+            scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest)).float()
         value = (value.float() / scale.view(-1, *[1] * (value.dim() - 1))).round()
         stored[name + ".scale"] = scale
     value = value.to(DTYPES[dtype])

@@ -4,8 +4,8 @@ A graph is a list of nodes in the order of execution. It names the entries of a 
 of holding tensors, and it does not depend on the resolution. The header of a file can thus hold it.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -218,18 +218,26 @@ def folds(nodes: Sequence[Node]) -> list[tuple[Node, Node]]:
 
 
 def run(nodes: Sequence[Node], state: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """Return the logits (N, K) of images (N, C, H, W), computed by torch.
+    """Return the logits (N, K) of images (N, C, H, W), computed by torch."""
+    ((_, logits),) = deque(values(nodes, state, images), maxlen=1)
+    return logits
+
+
+def values(
+    nodes: Sequence[Node], state: Mapping[str, Tensor], images: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the value of every node for images (N, C, H, W), computed by torch.
 
     Values of nodes are kept only as long as later nodes read them.
     """
     last_use = {name: i for i, node in enumerate(nodes) for name in node.inputs}
-    values = {INPUT: images}
+    known = {INPUT: images}
     for i, node in enumerate(nodes):
-        values[node.name] = _TORCH[node.op](node, state, *(values[name] for name in node.inputs))
+        known[node.name] = _TORCH[node.op](node, state, *(known[name] for name in node.inputs))
+        yield node.name, known[node.name]
         for name in set(node.inputs):
             if last_use[name] == i:
-                del values[name]
-    return values[nodes[-1].name]
+                del known[name]
 
 
 def _run_conv(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..topology.bits import unpack
-from ..topology.blocks import ONE, Block, divides, shape_in_blocks
-from . import graph, memory
+from ..topology.blocks import ONE, Block, divides, shape_in_blocks, spread_blocks
+from . import graph, integers, memory
 from .check import MAX_CHANNELS, check, check_shapes
 from .graph import Node
+from .units import Quantization, check_activations, units
 
 DTYPES = {
     "float32": torch.float32,
@@ -59,10 +60,25 @@ class Header:
     nodes: list[Node]
     blocks: Mapping[str, Block] = field(default_factory=dict)
     """Outputs and inputs of the blocks of the masks that are stored at a bit per block."""
+    activations: Mapping[str, Quantization] = field(default_factory=dict)
+    """Scale and zero point of each value of a quantized network; empty for all others."""
 
     def bits(self, name: str) -> tuple[int, ...]:
         """Return the shape of the mask of an entry as it is stored."""
         return shape_in_blocks(self.shapes[name], self.blocks.get(name, ONE))
+
+    def mask(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the mask (True = active) of an entry that is stored as mask and values."""
+        stored = unpack(tensors[name + ".mask"], self.bits(name))
+        return spread_blocks(stored, self.blocks.get(name, ONE))
+
+    def masks(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the masks (True = active) of the entries that have one."""
+        return {name: self.mask(name, tensors) for name in self.shapes}
+
+
+_OPTIONAL = {"activations", "blocks"}
+"""Fields that the files of earlier versions do not have."""
 
 
 def parse(text: str) -> Header:
@@ -75,12 +91,13 @@ def parse(text: str) -> Header:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is no JSON: {error}") from None
-    names = {known.name for known in fields(Header)}
-    if isinstance(found, dict):
-        found.setdefault("blocks", {})  # which a file without blocks does not have
-    if not isinstance(found, dict) or found.keys() != names:
-        differing = sorted(names ^ found.keys()) if isinstance(found, dict) else [found]
+    names = {field.name for field in fields(Header)}
+    if not isinstance(found, dict) or not names - _OPTIONAL <= found.keys() <= names:
+        known = isinstance(found, dict)
+        differing = sorted((names ^ found.keys()) - _OPTIONAL) if known else [found]
         raise ValueError(f"its header lacks or adds {', '.join(map(repr, differing[:3]))}")
+    for name in _OPTIONAL:
+        found.setdefault(name, {})
     for name, (wanted, is_valid) in _FIELDS.items():
         if not is_valid(found[name]):
             raise ValueError(f"its header has a {name} that is not {wanted}")
@@ -96,7 +113,13 @@ def parse(text: str) -> Header:
             raise ValueError(f"its blocks of {block} do not divide the shape of {name!r}")
     found["nodes"] = graph.from_json(found["nodes"])
     check(found["nodes"])
-    return Header(**found)
+    found["activations"] = {k: (float(s), z) for k, (s, z) in found["activations"].items()}
+    header = Header(**found)
+    if header.activations:
+        if header.dtype != "int8" or not header.folded:
+            raise ValueError("its header has activations, and no weights in int8 or no folding")
+        check_activations(units(header.nodes), header.activations)
+    return header
 
 
 def _is_number(value: Any) -> bool:
@@ -114,6 +137,13 @@ def _are_shapes(value: Any, least: int = 1, most: int = MAX_DIMENSIONS) -> bool:
     return isinstance(value, dict) and all(
         _is_list(shape, lambda n: type(n) is int and n >= 1) and least <= len(shape) <= most
         for shape in value.values()
+    )
+
+
+def _are_quantizations(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(pair, list) and len(pair) == 2 and _is_number(pair[0]) and type(pair[1]) is int
+        for pair in value.values()
     )
 
 
@@ -137,6 +167,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "names": ("a list of strings", lambda value: _is_list(value, graph.is_text)),
     "shapes": ("a mapping of shapes", _are_shapes),
     "blocks": ("a mapping of two numbers each", lambda value: _are_shapes(value, 2, 2)),
+    "activations": ("a mapping of pairs: scale and zero point", _are_quantizations),
 }
 
 
@@ -170,6 +201,8 @@ def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"its weights would take {num_bytes / 2**30:.1f} GiB")
     check_shapes(header.nodes, shapes, in_channels=header.in_channels, folded=header.folded)
     _check_types(header, tensors)
+    if header.activations:
+        integers.read_network(header.nodes, header.activations, header.masks(tensors), tensors)
 
 
 def _surplus(known: Iterable[str], tensors: Mapping[str, Tensor]) -> str:

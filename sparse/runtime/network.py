@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..native.library import BuildError, check_level, cpu_level, default_cache
-from . import bindings, graph
+from . import bindings, graph, integers
 from .check import check_images, check_shapes, linear_columns
 from .execution_plan import ExecutionPlan
 from .format import read
@@ -51,6 +51,11 @@ class Network:
         self._threads, self._kernels, self._tuner = threads, kernels, tuner
         self._nodes = compact.header.nodes
         self._state: dict[str, Tensor] | None = None
+        self._integers = compact.integers() if self.header.activations else None
+        if self._integers is not None and kernels is not None:
+            raise ValueError(
+                f"{path} is quantized: the kernels do not run it, backend='torch' does"
+            )
         self._layers: Sequence[Layer] = ()
         self._programs: dict[tuple[int, int], Program] = {}
         self._planning = threading.Lock()
@@ -131,6 +136,8 @@ class Network:
             assert self._state is not None
             check_images(self._nodes, self._channels, self._columns, *images.shape[2:])
             with torch.inference_mode():
+                if self._integers is not None:
+                    return integers.run(self._integers, images)
                 return graph.run(self._nodes, self._state, images).clone()
         return self.program(*images.shape[2:]).run(images.contiguous())
 

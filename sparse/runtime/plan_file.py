@@ -68,6 +68,8 @@ def save_plan(
         raise ValueError(f"image_size must be 1 to {MAX_IMAGE_SIZE}, got {image_size}")
     compact = read(source)
     header = compact.header
+    if header.activations:
+        raise ValueError(f"{source} is quantized: a plan computes in float32")
     side = header.image_size if image_size is None else image_size
     size = (header.in_channels, side, side)
     plan = _plan(header, compact.state_dict(), size, lanes=LEVELS[level][0], threads=threads)

@@ -1,0 +1,140 @@
+"""Random networks of the operations that int8 computes, and quantized files."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse import runtime
+from tests.sparse.runtime.conftest import prune_
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU, nn.ReLU6, nn.Identity)
+
+
+class Residual(nn.Module):
+    """A block of ResNet, with or without a convolution in the shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(outputs) for _ in range(3))
+        self.short = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.projects = stride > 1 or inputs != outputs
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[1](self.second(F.relu(self.norms[0](self.first(x)))))
+        return self.activation(y + (self.norms[2](self.short(x)) if self.projects else x))
+
+
+class Integers(nn.Sequential):
+    """A network that a generator of random numbers has drawn, for images (3, size, size)."""
+
+    def __init__(self, rng: random.Random, size: int) -> None:
+        super().__init__()
+        self._rng, self._value = rng, torch.zeros(2, 3, size, size)
+        for _ in range(rng.randint(1, 6)):
+            rng.choice([self._conv, self._conv, self._residual, self._pool, self._activation])()
+        if rng.random() < 0.3:
+            self._add(nn.Flatten())
+        else:
+            self._add(nn.AdaptiveAvgPool2d(1), *[nn.ReLU()] * rng.choice([0, 0, 0, 1]))
+            if rng.random() < 0.3:
+                self._add(nn.Conv2d(self._value.shape[1], 11, 1), rng.choice(ACTIVATIONS)())
+            self._add(nn.Flatten())
+        if rng.random() < 0.4:
+            self._add(nn.Linear(self._value.shape[1], 9), rng.choice(ACTIVATIONS)())
+        self._add(nn.Linear(self._value.shape[1], 7, bias=rng.random() < 0.5))
+        self.eval()
+
+    def _add(self, *layers: nn.Module) -> None:
+        """Append layers if the value is large enough for them."""
+        try:
+            with torch.no_grad():
+                self._value = nn.Sequential(*layers)(self._value)
+        except RuntimeError:
+            return
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.weight.data *= self._rng.choice([1, 1, 2, 4])
+            self.append(layer)
+
+    def _conv(self) -> None:
+        channels, rng = self._value.shape[1], self._rng
+        groups = rng.choice([1, 1, channels])
+        outputs = rng.choice([4, 8, 12, 17, 32]) if groups == 1 else groups * rng.choice([1, 2])
+        window = {"stride": rng.choice([1, 1, 2]), "padding": rng.choice([0, 1, 2])}
+        window |= {"dilation": rng.choice([1, 1, 2]), "groups": groups}
+        conv = nn.Conv2d(channels, outputs, rng.choice([1, 3, 3, 5]), **window)
+        if rng.random() < 0.5:
+            conv.bias = None
+        norm = [nn.BatchNorm2d(outputs)] if rng.random() < 0.7 else []
+        self._add(conv, *norm, rng.choice(ACTIVATIONS)())
+
+    def _residual(self) -> None:
+        outputs = self._rng.choice([4, 8, 17, self._value.shape[1]])
+        activation = self._rng.choice(ACTIVATIONS)()
+        self._add(Residual(self._value.shape[1], outputs, self._rng.choice([1, 2]), activation))
+
+    def _pool(self) -> None:
+        ceil_mode, kernel = self._rng.random() < 0.3, self._rng.choice([2, 3])
+        self._add(nn.MaxPool2d(kernel, self._rng.choice([1, 2]), 1, ceil_mode=ceil_mode))
+
+    def _activation(self) -> None:
+        self._add(self._rng.choice(ACTIVATIONS)())
+
+
+def draw(seed: int) -> tuple[Integers, Tensor, dict[str, Any]]:
+    """Return a random network, images for it, and how it is to be pruned and quantized."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    size = rng.choice([5, 8, 13, 24, 32])
+    model = Integers(rng, size)
+    how = {"method": rng.choice(runtime.METHODS), "density": rng.choice([0.1, 0.4, 1.0])}
+    how["stretch"] = rng.choice([1.0, 1.0, 0.4, 1.7])
+    return model, torch.randn(3, 3, size, size) * 1.5, how
+
+
+def write(
+    path: Path,
+    model: nn.Module,
+    *,
+    size: int,
+    density: float = 0.4,
+    method: str = "mse",
+    stretch: float = 1.0,
+    masks: dict[str, Tensor] | None = None,
+) -> runtime.Compact:
+    """Prune, quantize and save a network, with random images; return the content of the file.
+
+    Scales are multiplied by `stretch`: values saturate, or a ReLU6 ends below 255.
+    """
+    masks = prune_(model.eval(), density) if masks is None else masks
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
+    nodes, activations = runtime.calibrate(
+        runtime.trace(model, image_size=size), model.state_dict(), images.split(4), method=method
+    )
+    activations = {
+        name: (float(np.float32(scale * stretch)), zero_point)
+        for name, (scale, zero_point) in activations.items()
+    }
+    runtime.save(
+        path,
+        model.state_dict(),
+        masks,
+        nodes=nodes,
+        arch="some",
+        model={},
+        image_size=size,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        dtype="int8",
+        fold=True,
+        activations=activations,
+    )
+    return runtime.read(path)
