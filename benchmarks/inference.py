@@ -3,18 +3,23 @@
 Every rival runs the dense network of the same architecture, interleaved with the sparse network,
 so that a change of the machine's load hits both; a ratio is the median over pairs, above 1 where
 the sparse network is faster. With one thread, processor time is compared; with more, wall time.
-The sparse network computes in float32, and so do the rivals unless their name says bf16 or int8.
+The sparse network computes in float32, or with `--precision int8` in int8. The rivals compute in
+float32 unless their name says bf16 or int8.
 Masks are random with exact counts per layer, or those of a trained network. All figures of
 docs/performance.md, with its picture:
 
     python benchmarks/inference.py --rivals onnxruntime openvino --batch 1 16 --threads 1 2 --json \
         --memory --plot docs/pictures/inference.png
     python benchmarks/inference.py --rivals onnxruntime onnxruntime-int8 openvino-bf16 openvino-int8
+    python benchmarks/inference.py --precision int8 --rivals onnxruntime-int8 openvino-int8 \
+        --threads 1 2 --networks resnet50/erk/0.8/1x4 resnet50/erk/0.9/1x4 resnet50/erk/0.95/1x4 \
+        resnet50/uniform/0.9/1x4 resnet50/erk/0.9
 """
 
 import argparse
 import json
 import logging
+import math
 import re
 import statistics
 import subprocess
@@ -37,6 +42,7 @@ from cli.networks import read as read_trained
 from image_classification.models import create_model, default_image_size
 from sparse import runtime
 from sparse.native.library import LEVELS
+from sparse.topology.blocks import blocks_of, check_block
 
 Run = Callable[[Tensor], Any]
 RIVALS = (
@@ -67,7 +73,9 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     return sparse.prunable(model, include=projections)
 
 
-def build(arch: str, distribution: str, sparsity: float) -> tuple[nn.Module, dict[str, Tensor]]:
+def build(
+    arch: str, distribution: str, sparsity: float, block: Sequence[int] = (1, 1)
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a network with random masks and BatchNorm statistics of random images."""
     torch.manual_seed(0)
     model = create_model(arch)
@@ -80,12 +88,18 @@ def build(arch: str, distribution: str, sparsity: float) -> tuple[nn.Module, dic
         sparsity=sparsity,
         distribution=distribution,
         dense_layers=dense,
+        block=block,
     )
-    masks = {}
+    blocks = blocks_of({name: tuple(w.shape) for name, w in weights.items()}, check_block(block))
+    drawn = {}
     for name, weight in weights.items():
-        mask = torch.zeros(weight.numel(), dtype=torch.bool)
-        mask[torch.randperm(weight.numel())[: counts[name]]] = True
-        masks[name] = mask.view_as(weight)
+        shape = blocks.shape(name, weight.shape)
+        order = torch.randperm(math.prod(shape))
+        mask = torch.zeros(len(order), dtype=torch.bool)
+        mask[order[: counts[name] // blocks.numel(name)]] = True
+        drawn[name] = mask.view(shape)
+    masks = blocks.spread(drawn, weights)
+    for name, weight in weights.items():
         weight.data.masked_fill_(~masks[name], 0.0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -96,18 +110,28 @@ def build(arch: str, distribution: str, sparsity: float) -> tuple[nn.Module, dic
     return model.eval(), masks
 
 
-def save(model: nn.Module, masks: Mapping[str, Tensor], arch: str, path: Path) -> None:
-    """Write the compact file of a network."""
+def save(
+    model: nn.Module, masks: Mapping[str, Tensor], arch: str, path: Path, *, precision: str
+) -> None:
+    """Write the compact file of a network; one of int8 is calibrated with random images."""
+    size = default_image_size(arch)
+    nodes, state = runtime.trace(model, image_size=size), model.state_dict()
+    options: dict[str, Any] = {}
+    if precision == "int8":
+        images = torch.randn(4, 3, size, size)
+        nodes, activations = runtime.calibrate(nodes, state, [images], method="minmax")
+        options = {"dtype": "int8", "fold": True, "activations": activations}
     runtime.save(
         path,
-        model.state_dict(),
+        state,
         masks,
-        nodes=runtime.trace(model, image_size=default_image_size(arch)),
+        nodes=nodes,
         arch=arch,
         model={},
-        image_size=default_image_size(arch),
+        image_size=size,
         mean=(0.0,) * 3,
         std=(1.0,) * 3,
+        **options,
     )
 
 
@@ -375,7 +399,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description="Measure sparse inference on the CPU.")
     add = parser.add_argument
-    add("--networks", nargs="*", default=CONFIGURATIONS, help="arch/distribution/sparsity")
+    names = "arch/distribution/sparsity, or with blocks as resnet50/erk/0.9/1x4"
+    add("--networks", nargs="*", default=CONFIGURATIONS, help=names)
+    add("--precision", choices=["float32", "int8"], default="float32", help="of the sparse network")
     add("--checkpoint", type=Path, help="a trained network instead: checkpoint or compact file")
     add("--plot", type=Path, help="write the picture of latency against sparsity")
     add("--memory", action="store_true", help="compare the peak of memory with onnxruntime's")
@@ -396,8 +422,9 @@ def networks(args: argparse.Namespace) -> list[tuple[str, str, nn.Module, dict[s
     if args.checkpoint is None:
         found = []
         for name in args.networks:
-            arch, distribution, sparsity = name.split("/")
-            found.append((name, arch, *build(arch, distribution, float(sparsity))))
+            arch, distribution, sparsity, *block = name.split("/")
+            shape = [int(number) for number in (block or ["1x1"])[0].split("x")]
+            found.append((name, arch, *build(arch, distribution, float(sparsity), shape)))
         return found
     trained = read_trained(args.checkpoint)
     name = f"{trained.arch}/{args.checkpoint.name}"
@@ -415,7 +442,7 @@ def main(argv: Sequence[str]) -> None:
     for name, arch, model, masks in networks(args):
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "network.safetensors"
-            save(model, masks, arch, path)
+            save(model, masks, arch, path, precision=args.precision)
             dense = create_model(arch).eval() if args.checkpoint is None else model
             own = {
                 threads: runtime.load(

@@ -22,7 +22,7 @@ PREBUILT = _HERE / "prebuilt"
 
 # Level -> (floats per vector, flags of GCC and Clang)
 LEVELS = {
-    "avx512": (16, ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma")),
+    "avx512": (16, ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma")),
     "avx2": (8, ("-mavx2", "-mfma")),
     "aarch64": (4, ()),
     "portable": (4, ()),

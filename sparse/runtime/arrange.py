@@ -11,9 +11,6 @@ from .memory import place
 from .operation import Operation
 from .sized import layer_size
 
-WINDOWS = ("conv", "max_pool")
-MAPS = ("layer_norm", "tokens", "attention")
-"""Kinds of layers without a window whose value is a map, if they read one."""
 MAX_GROWTH = 1.2  # factor by which a row may grow if its readers then need no repacking
 LINEAR_DENSITY = 0.3  # below this density a linear layer is computed as a sparse one
 BYTES_PER_VECTOR = 20  # bytes that the caches move while one vector is multiplied and added
@@ -62,7 +59,9 @@ class Arrangement:
         self._channels = {layer.name: layer.channels for layer in layers}
         self._wholes: dict[str, Map] = {}
         self._wishes = self._wished_vectors(layers)
-        self._read_image(layers[0], grid)
+        quantize = layers[0] if layers[0].kind == "quantize" else None
+        layers = layers[1:] if quantize else layers
+        self._read_image(quantize, layers[0], grid)
         for layer in layers:
             self._add(layer)
         self._finish(layers[-1].name)
@@ -87,14 +86,18 @@ class Arrangement:
             total += max(work, moved)
         return total
 
-    def _read_image(self, first: Layer, grid: Grid | None) -> None:
+    def _read_image(self, quantize: Layer | None, first: Layer, grid: Grid | None) -> None:
         channels, height, width = self._size
         if grid is None:
             vectors = first.stride[1] * self._out_vectors(first, width)
             grid = Grid(vectors=vectors, rows=height, lanes=self._lanes)
         image = Map(channels=channels, height=height, width=width, grid=grid)
+        kind = bindings.INPUT
+        if quantize is not None:
+            image = _map(quantize, height, width, grid)
+            kind = bindings.QUANT_INPUT
         self._values[INPUT] = image
-        self.operations.append(Operation(kind=bindings.INPUT, source=None, target=image))
+        self.operations.append(Operation(kind=kind, source=None, target=image, layer=quantize))
 
     def _out_vectors(self, layer: Layer, width: int) -> int:
         """Return the number of vectors of an output row.
@@ -121,7 +124,7 @@ class Arrangement:
                 continue
             width = widths[layer.source]
             widths[layer.name] = _width(layer, width)
-            if layer.kind not in WINDOWS:
+            if layer.kind not in _WINDOWS:
                 continue
             if layer.stride[1] > 1 and layer.kernel != (1, 1):
                 name = self._setter(layer.source, makers, widths)
@@ -146,21 +149,23 @@ class Arrangement:
         return name
 
     def _add(self, layer: Layer) -> None:
-        if layer.kind in WINDOWS:
+        if layer.kind in _WINDOWS:
             self._add_window(layer)
             return
         if layer.kind in _REGROUPING:
             _REGROUPING[layer.kind](self, layer)
             return
         source = self._values[layer.source]
-        if layer.kind in MAPS and isinstance(source, Map):
+        if layer.kind in _MAP_KINDS and isinstance(source, Map):
             self._add_map(layer, source)
             return
         if layer.kind == "linear" and isinstance(source, Map):
             source = self._flatten(source)
         target = Vector(channels=layer.channels, lanes=self._lanes)
         kind = bindings.MEAN_POOL
-        if layer.kind == "linear":
+        if layer.integers is not None:
+            kind = _INT8_VECTORS[layer.kind]
+        elif layer.kind == "linear":
             assert layer.weight is not None
             sparse = layer.groups > 1 or layer.num_active < LINEAR_DENSITY * layer.weight.size
             kind = bindings.SPARSE_LINEAR if sparse else bindings.DENSE_LINEAR
@@ -172,7 +177,7 @@ class Arrangement:
         self.operations.append(Operation(kind=kind, source=source, target=target, layer=layer))
 
     def _add_map(self, layer: Layer, source: Map) -> None:
-        """Add a LayerNorm, tokens or an attention of a map."""
+        """Add a layer of a map that has no window."""
         height, width = layer_size(layer, (source.height, source.width))
         grid = source.grid
         if (height, width) != (source.height, source.width):
@@ -180,7 +185,7 @@ class Arrangement:
             grid = Grid(vectors=vectors, rows=height, lanes=self._lanes)
         target = self._target(layer, height, width, grid)
         if layer.kind == "attention":  # nobody fills its borders, so it has its own memory
-            target = Map(channels=layer.channels, height=height, width=width, grid=grid)
+            target = _map(layer, height, width, grid)
             self._borderless.add(id(target))
         kind = _MAP_KINDS[layer.kind]
         self._compute(Operation(kind=kind, source=source, target=target, layer=layer))
@@ -228,7 +233,7 @@ class Arrangement:
 
     def _target(self, layer: Layer, height: int, width: int, grid: Grid) -> Map:
         """Return the map of a layer: where a concat wants it, if the grids agree."""
-        target = Map(channels=layer.channels, height=height, width=width, grid=grid)
+        target = _map(layer, height, width, grid)
         if layer.name not in self._places:
             return target
         place = self._place(*self._places[layer.name], target)
@@ -288,7 +293,7 @@ class Arrangement:
             residual = self._map_of(layer.residual)
             if not residual.grid.fits(grid):
                 residual = self._repack(residual, grid, (1, 1))
-        kind = bindings.SPARSE_CONV if layer.kind == "conv" else bindings.MAX_POOL
+        kind = _WINDOWS[layer.kind][layer.integers is not None]
         operation = Operation(
             kind=kind,
             source=source,
@@ -337,7 +342,9 @@ class Arrangement:
             grid = Grid(vectors=grid.vectors, rows=height, lanes=grid.lanes)
         key = (id(source), grid, stride)
         if key not in self._repacked:
-            target = Map(channels=source.channels, height=height, width=width, grid=grid)
+            target = Map(
+                channels=source.channels, height=height, width=width, grid=grid, fill=source.fill
+            )
             self._repacked[key] = target
             self.operations.append(
                 Operation(kind=bindings.REPACK, source=source, target=target, stride=stride)
@@ -351,11 +358,23 @@ class Arrangement:
             self.out_shape: tuple[int, ...] = (last.channels, last.height, last.width)
             self.operations.append(Operation(kind=bindings.OUTPUT, source=last, target=None))
         else:
-            self.out_shape = (last.channels,)
+            integers = self.operations[-1].layer and self.operations[-1].layer.integers
+            self.out_shape = (integers.channels if integers else last.channels,)
             self.operations[-1].target = None
 
 
+_WINDOWS = {
+    "conv": (bindings.SPARSE_CONV, bindings.QUANT_CONV),
+    "max_pool": (bindings.MAX_POOL, bindings.QUANT_MAX_POOL),
+}
+_INT8_VECTORS = {
+    "linear": bindings.QUANT_LINEAR,
+    "mean_pool": bindings.QUANT_MEAN_POOL,
+    "lookup": bindings.QUANT_LOOKUP,
+}
+# Layers without a window whose value is a map, if they read one.
 _MAP_KINDS = {
+    "lookup": bindings.QUANT_LOOKUP,
     "layer_norm": bindings.LAYER_NORM,
     "tokens": bindings.TOKENS,
     "attention": bindings.ATTENTION,
@@ -433,6 +452,12 @@ def banded_grids(height: int, width: int, *, lanes: int) -> list[Grid]:
 def _width(layer: Layer, width: int) -> int:
     """Return the width of the output of a layer whose value is a map."""
     return layer_size(layer, (1, width))[1]
+
+
+def _map(layer: Layer, height: int, width: int, grid: Grid) -> Map:
+    """Return the map of a layer's value."""
+    fill = 0 if layer.integers is None else layer.integers.zero_point
+    return Map(channels=layer.channels, height=height, width=width, grid=grid, fill=fill)
 
 
 def _size(value: Map) -> tuple[int, int]:

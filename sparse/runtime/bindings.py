@@ -25,16 +25,14 @@ class Op(ctypes.Structure):
         ),
         *((name, _INT) for name in "num_parts num_blocks depth width height".split()),
         *((name, _INT) for name in "in_channels window_y window_x".split()),
-        *(
-            (name, _INT)
-            for name in "pad_y pad_x pad_top pad_bottom mask_row heads num_tokens".split()
-        ),
+        *((name, _INT) for name in "pad_y pad_x pad_top pad_bottom mask_row".split()),
+        *((name, _INT) for name in "fill fill_top fill_bottom heads num_tokens".split()),
         *((name, ctypes.c_double) for name in "eps score_scale".split()),
         *(
             (name, _POINTER)
             for name in "mask moves row_begin row_channel counts part_begin part_stream".split()
         ),
-        *((name, _POINTER) for name in "connections weights offsets bias".split()),
+        *((name, _POINTER) for name in "connections weights offsets bias scales rescale".split()),
     ]
 
 
@@ -43,6 +41,8 @@ NUMBERS = sum(field[1] is not _POINTER for field in Op._fields_)
 
 INPUT, SPARSE_CONV, DENSE_CONV, MAX_POOL, MEAN_POOL, SPARSE_LINEAR, DENSE_LINEAR, REPACK = range(8)
 OUTPUT, SCALE, LAYER_NORM, VECTOR_NORM, TOKENS, TOKEN, ATTENTION = range(8, 15)
+QUANT_INPUT, QUANT_CONV, QUANT_MAX_POOL, QUANT_MEAN_POOL, QUANT_LINEAR = range(15, 20)
+QUANT_LOOKUP = 20
 
 
 @functools.cache
@@ -72,6 +72,8 @@ class Kernels:
         max_tile = function("max_tile", _INT, _INT)
         self.max_tiles = {group: int(max_tile(group)) for group in (1, 2, 4)}
         """Output channels computed together -> most vectors of a tile."""
+        self.fast_int8 = function("fast_int8", _INT, _INT)
+        """Tells whether int8 has an instruction of its own here. A test forbids its use with 0."""
         size = int(function("op_size", _INT)())
         assert size == ctypes.sizeof(Op), f"Op has {size} bytes in {path}"
         self.create = function("create", _POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _INT)

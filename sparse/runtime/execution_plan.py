@@ -10,7 +10,7 @@ from . import bindings, memory
 from .arrange import arrange
 from .check import too_large
 from .graph import ACTIVATIONS
-from .layout import Map
+from .layout import Map, Vector
 from .lower import Array, Layer
 from .operation import Operation
 from .sized import sized
@@ -72,7 +72,9 @@ class ExecutionPlan:
     def convolutions(self) -> list[Operation]:
         """Return the operations that can be tuned."""
         return [
-            operation for operation in self.operations if operation.kind == bindings.SPARSE_CONV
+            operation
+            for operation in self.operations
+            if operation.kind in (bindings.SPARSE_CONV, bindings.QUANT_CONV)
         ]
 
     def create(self, kernels: bindings.Kernels, *, threads: int) -> int | None:
@@ -115,7 +117,10 @@ class ExecutionPlan:
             mask = target.mask()
             if mask is not None:
                 op.mask = self._keep(operation, mask)
-            if target.grid.bands > 1:
+            op.fill = target.fill
+            if target.grid.bands == 1:
+                op.fill_top, op.fill_bottom = target.pad_top, target.pad_bottom
+            else:
                 op.mask_row = target.vectors * target.lanes
                 op.pad_top, op.pad_bottom = target.pad_top, target.pad_bottom
                 op.moves = self._keep(operation, target.grid.moves())
@@ -125,6 +130,11 @@ class ExecutionPlan:
                 op.activation = 1 + ACTIVATIONS.index(layer.activation)
             if layer.bias is not None:
                 op.bias = self._keep(operation, layer.bias)
+            if layer.integers is not None:
+                for name in ("scales", "rescale"):
+                    table = getattr(layer.integers, name)
+                    if table is not None:
+                        setattr(op, name, self._keep(operation, table))
         _FILL[operation.kind](self, operation)
 
     def _keep(self, operation: Operation, table: Array) -> int:
@@ -136,6 +146,20 @@ class ExecutionPlan:
         assert isinstance(operation.target, Map)
         _, operation.op.height, operation.op.width = self._size
         operation.op.offsets = self._keep(operation, _image_places(operation.target)[0])
+
+    def _fill_quant_input(self, operation: Operation) -> None:
+        self._fill_input(operation)
+        operation.op.in_channels = self._size[0]
+
+    def _fill_lookup(self, operation: Operation) -> None:
+        assert operation.layer is not None
+        assert operation.layer.weight is not None
+        operation.op.weights = self._keep(operation, operation.layer.weight)
+        if isinstance(operation.source, Vector):  # as a map of one row
+            op, size = operation.op, operation.source.size
+            op.rows = op.channels = 1
+            op.vectors = size // self._lanes
+            op.in_row = op.in_plane = op.out_row = op.out_plane = size
 
     def _fill_output(self, operation: Operation) -> None:
         source = operation.source
@@ -239,13 +263,26 @@ class ExecutionPlan:
             operation.op.row_begin = self._keep(operation, begin)
             operation.op.connections = self._keep(operation, connections)
         else:
-            depth = -(-weight.shape[1] // self._lanes) * self._lanes
-            padded = np.zeros((len(weight), depth), np.float32)
-            padded[:, : weight.shape[1]] = weight
-            operation.op.depth = depth
-            operation.op.weights = self._keep(operation, padded)
+            self._fill_dense_linear(operation, weight)
+
+    def _fill_dense_linear(self, operation: Operation, weight: Array) -> None:
+        depth = -(-weight.shape[1] // self._lanes) * self._lanes
+        padded = np.zeros((len(weight), depth), np.float32)
+        padded[:, : weight.shape[1]] = weight
+        operation.op.depth = depth
+        operation.op.weights = self._keep(operation, padded)
+
+    def _fill_quant_linear(self, operation: Operation) -> None:
+        layer = operation.layer
+        assert layer is not None
+        assert layer.weight is not None
+        operation.op.channels = len(layer.weight)
+        self._fill_dense_linear(operation, layer.weight)
 
     def _fill_conv(self, operation: Operation) -> None:
+        assert operation.layer is not None
+        assert operation.layer.weight is not None
+        operation.op.channels = len(operation.layer.weight)
         if operation.residual is not None:
             operation.op.res = operation.residual.position
             operation.op.res_row, operation.op.res_plane = (
@@ -258,13 +295,15 @@ class ExecutionPlan:
         """Set how a convolution is computed."""
         assert isinstance(operation.source, Map)
         assert operation.layer is not None
+        assert operation.layer.weight is not None
         op, layer = operation.op, operation.layer
+        channels = len(operation.layer.weight)
         del operation.tables[_num_fixed(op) :]
         op.row_channel = op.counts = op.part_begin = op.part_stream = None
         op.connections = op.weights = op.offsets = None
-        parts = min(self._num_parts, -(-layer.channels // 16))
+        parts = min(self._num_parts, -(-channels // 16))
         if choice.panel:
-            parts = max(parts, -(-layer.channels // choice.panel))
+            parts = max(parts, -(-channels // choice.panel))
         op.num_parts = parts
         if choice.dense:
             table_of = paired_table if choice.tile_rows == 2 else dense_table
@@ -285,7 +324,7 @@ class ExecutionPlan:
             num_blocks=choice.num_blocks,
             num_parts=parts,
         )
-        op.kind = bindings.SPARSE_CONV
+        op.kind = operation.kind
         op.group, op.num_blocks = choice.group, choice.num_blocks
         op.tile_vectors, op.tile_rows = choice.tile_vectors, choice.tile_rows
         op.row_channel = self._keep(operation, table.row_channel)
@@ -310,6 +349,12 @@ _FILL: dict[int, Callable[[ExecutionPlan, Operation], None]] = {
     bindings.TOKENS: ExecutionPlan._fill_tokens,
     bindings.TOKEN: ExecutionPlan._fill_token,
     bindings.ATTENTION: ExecutionPlan._fill_attention,
+    bindings.QUANT_INPUT: ExecutionPlan._fill_quant_input,
+    bindings.QUANT_CONV: ExecutionPlan._fill_conv,
+    bindings.QUANT_MAX_POOL: ExecutionPlan._fill_max_pool,
+    bindings.QUANT_MEAN_POOL: ExecutionPlan._fill_mean_pool,
+    bindings.QUANT_LINEAR: ExecutionPlan._fill_quant_linear,
+    bindings.QUANT_LOOKUP: ExecutionPlan._fill_lookup,
 }
 
 
@@ -333,7 +378,8 @@ def _attention_floats(operation: Operation) -> int:
 
 def _num_fixed(op: bindings.Op) -> int:
     """Return the number of tables of a convolution that do not depend on the choice."""
-    return (1 if op.mask else 0) + (1 if op.moves else 0) + (1 if op.bias else 0)
+    tables = (op.mask, op.moves, op.bias, op.scales, op.rescale)
+    return sum(1 for table in tables if table)
 
 
 def aligned(array: Array) -> Array:
@@ -359,19 +405,20 @@ def can_share(operation: Operation) -> bool:
 def default_choice(operation: Operation) -> Choice:
     """Return the choice that is used without tuning."""
     assert operation.layer is not None
-    if operation.layer.groups == 1 and density(operation.layer) >= DENSE_DENSITY:
-        return dense_choices(operation)[-1]
+    dense = dense_choices(operation)
+    if dense and density(operation.layer) >= DENSE_DENSITY:
+        return dense[-1]
     return tiles(operation, MAX_TILE)[-1]
 
 
 def dense_choices(operation: Operation) -> list[Choice]:
     """Return the choices that use all weights of a convolution: by rows, or by pairs of rows.
 
-    The list is empty for a grouped convolution, which the dense kernels cannot compute.
+    The list is empty for grouped convolutions and for int8, which the dense kernels do not compute.
     """
     assert isinstance(operation.target, Map)
     assert operation.layer is not None
-    if operation.layer.groups > 1:
+    if operation.layer.groups > 1 or operation.layer.integers is not None:
         return []
     rows = (1, 2) if can_pair(operation.layer, operation.target.rows) else (1,)
     return [Choice(dense=True, tile_rows=count) for count in rows]

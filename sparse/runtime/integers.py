@@ -221,10 +221,14 @@ def _value(network: IntegerNetwork, unit: Unit, inputs: Sequence[Tensor]) -> Ten
         found = _add(inputs[0], inputs[1], read[0], read[1], own)
         return found.clamp(0, top(unit, own)).to(torch.uint8)
     if not unit.is_weighted:
-        x = (inputs[0].float() - read[0][1]) * _float32(read[0][0])
-        x = x.clamp(0, 6 if unit.activation == "relu6" else torch.inf)
-        return quantized(x, own)
+        return looked_up(unit, read[0], own)[inputs[0].long()]
     return _saturated(_scaled(network, unit, inputs[0]), own[1], top(unit, own))
+
+
+def looked_up(unit: Unit, read: Quantization, own: Quantization) -> Tensor:
+    """Return the uint8 (256,) that a lone activation makes of every uint8."""
+    x = (torch.arange(256, device="cpu").float() - read[1]) * _float32(read[0])
+    return quantized(x.clamp(0, 6 if unit.activation == "relu6" else torch.inf), own)
 
 
 def top(unit: Unit, own: Quantization) -> int:
@@ -267,10 +271,17 @@ def _add(
     a: Tensor, b: Tensor, read_a: Quantization, read_b: Quantization, own: Quantization
 ) -> Tensor:
     """Return the rounded sum, before it is saturated: two fused multiply-adds from a constant."""
+    ratio_a, ratio_b, constant = add_scales(read_a, read_b, own)
+    return fused_multiply_add(a, ratio_a, fused_multiply_add(b, ratio_b, constant)).round()
+
+
+def add_scales(
+    read_a: Quantization, read_b: Quantization, own: Quantization
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factors of the operands of a sum and what is added to both, float32."""
     ratio_a, ratio_b = (_float32(scale) / _float32(own[0]) for scale, _ in (read_a, read_b))
     zero_a = torch.tensor(read_a[1], dtype=torch.uint8, device="cpu")
-    constant = own[1] - fused_multiply_add(zero_a, ratio_a, ratio_b * read_b[1])
-    return fused_multiply_add(a, ratio_a, fused_multiply_add(b, ratio_b, constant)).round()
+    return ratio_a, ratio_b, own[1] - fused_multiply_add(zero_a, ratio_a, ratio_b * read_b[1])
 
 
 def fused_multiply_add(x: Tensor, factor: Tensor, added: Tensor) -> Tensor:

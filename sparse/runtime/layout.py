@@ -90,6 +90,8 @@ class Map:
     whole: "Map | None" = None
     first: int = 0
     """The first channel in the whole."""
+    fill: int = 0
+    """What lies outside the image: the zero point of a map in int8."""
     borders: "Borders" = field(default_factory=lambda: Borders(), init=False)
     _position: int = field(default=-1, init=False)
 
@@ -116,6 +118,7 @@ class Map:
             grid=self.grid,
             whole=self.root,
             first=self.first + first,
+            fill=self.fill,
         )
 
     def overlaps(self, other: "Value | None") -> bool:
@@ -184,6 +187,7 @@ class Map:
         return (
             self.channels,
             self.grid,
+            self.fill,
             self.halo,
             self.pad_top,
             self.pad_bottom,

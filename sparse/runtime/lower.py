@@ -20,6 +20,20 @@ from .graph import ACTIVATIONS, INPUT, VECTORS, Node, entries
 Array = npt.NDArray[Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Integers:
+    """How a layer computes in int8; op.h explains the numbers."""
+
+    channels: int
+    """Output channels. Those of the layer are planes of 4 of them."""
+    zero_point: int = 0
+    """Of the layer's value."""
+    scales: Array | None = None
+    """float32."""
+    rescale: Array | None = None
+    """float32, the members of Rescale; None if the value is float32."""
+
+
 @dataclass(kw_only=True)
 class Layer:
     """A node of the graph and what was folded into it. The layer's value has the layer's name."""
@@ -27,7 +41,7 @@ class Layer:
     name: str
     kind: str
     """conv, linear, max_pool, mean_pool, scale, adaptive_avg_pool, concat, chunk or shuffle;
-    layer_norm, tokens, token or attention.
+    layer_norm, tokens, token or attention. In int8 also quantize and lookup.
 
     A linear layer whose source is a map reads its pixels, channel by channel. `tokens` takes the
     pixels of a map row by row, puts others before them and adds to all.
@@ -67,6 +81,8 @@ class Layer:
     score_scale: float = 0.0
     size: tuple[int, int] = (0, 0)
     """Height and width that `tokens` give; the last of them are the pixels of the source."""
+    integers: "Integers | None" = None
+    """How the layer computes in int8; its fields are then those that int8.py says."""
 
     @cached_property
     def num_active(self) -> int:

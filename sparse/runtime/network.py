@@ -17,8 +17,10 @@ from ..native.library import BuildError, check_level, cpu_level, default_cache
 from . import bindings, graph, integers
 from .check import check_images, check_shapes, linear_columns
 from .execution_plan import ExecutionPlan
-from .format import read
+from .format import Compact, read
 from .header import Header
+from .int8 import integer_layers
+from .integers import IntegerNetwork
 from .lower import Layer, lower
 from .tune import Tuner
 
@@ -51,11 +53,7 @@ class Network:
         self._threads, self._kernels, self._tuner = threads, kernels, tuner
         self._nodes = compact.header.nodes
         self._state: dict[str, Tensor] | None = None
-        self._integers = compact.integers() if self.header.activations else None
-        if self._integers is not None and kernels is not None:
-            raise ValueError(
-                f"{path} is quantized: the kernels do not run it, backend='torch' does"
-            )
+        self._integers: IntegerNetwork | None = None
         self._layers: Sequence[Layer] = ()
         self._programs: dict[tuple[int, int], Program] = {}
         self._planning = threading.Lock()
@@ -68,10 +66,12 @@ class Network:
             in_channels=self.header.in_channels,
             folded=False,
         )
-        if kernels is None:
-            self._state = state
+        if kernels is not None:
+            self._layers = layers_of(compact, state)
+        elif self.header.activations:
+            self._integers = compact.integers()
         else:
-            self._layers = lower(self._nodes, state, in_channels=self.header.in_channels)
+            self._state = state
 
     def __call__(self, images: Images) -> Any:
         """Return the logits (N, K) of images (N, C, H, W) or of one image (C, H, W).
@@ -133,13 +133,26 @@ class Network:
 
     def _run(self, images: Tensor) -> Tensor:
         if self._kernels is None:
-            assert self._state is not None
             check_images(self._nodes, self._channels, self._columns, *images.shape[2:])
             with torch.inference_mode():
                 if self._integers is not None:
                     return integers.run(self._integers, images)
+                assert self._state is not None
                 return graph.run(self._nodes, self._state, images).clone()
         return self.program(*images.shape[2:]).run(images.contiguous())
+
+
+def layers_of(compact: Compact, state: dict[str, Tensor]) -> list[Layer]:
+    """Return the layers of a network, in int8 if the network is quantized.
+
+    Args:
+        compact: The content of a file that is checked.
+        state: Its dense state dict. Weights are removed from it (`lower`).
+    """
+    header = compact.header
+    if header.activations:
+        return integer_layers(compact.integers(), in_channels=header.in_channels)
+    return lower(header.nodes, state, in_channels=header.in_channels)
 
 
 class Program:

@@ -51,7 +51,7 @@ class Operation:
     def num_rows(self) -> int:
         """Return the rows of the output, or its channels if the output has no rows.
 
-        An attention has its heads instead, and a norm of a vector is one whole.
+        An attention has its heads instead. A norm or a lookup of a vector is one whole.
         """
         if self.kind == bindings.VECTOR_NORM:
             return 1
@@ -60,6 +60,12 @@ class Operation:
             return self.layer.heads
         if isinstance(self.target, Map):
             return self.target.rows
+        if self.kind == bindings.QUANT_LOOKUP:
+            return 1
+        if self.kind == bindings.QUANT_LINEAR:
+            assert self.layer is not None
+            assert self.layer.weight is not None
+            return len(self.layer.weight)
         if self.layer is not None:
             return self.layer.channels
         assert isinstance(self.source, Map)

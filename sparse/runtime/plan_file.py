@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from ..native.library import LEVELS, check_known, cpu_level, default_cache, family, num_registers
 from . import bindings
 from .check import check_images, check_shapes, linear_columns
 from .execution_plan import ExecutionPlan
-from .format import read, write_whole
-from .header import MAX_IMAGE_SIZE, Header
-from .lower import Array, lower
+from .format import Compact, read, write_whole
+from .header import MAX_IMAGE_SIZE
+from .lower import Array
+from .network import layers_of
 from .tune import Tuner
 
 VERSION = 1
@@ -68,11 +68,9 @@ def save_plan(
         raise ValueError(f"image_size must be 1 to {MAX_IMAGE_SIZE}, got {image_size}")
     compact = read(source)
     header = compact.header
-    if header.activations:
-        raise ValueError(f"{source} is quantized: a plan computes in float32")
     side = header.image_size if image_size is None else image_size
     size = (header.in_channels, side, side)
-    plan = _plan(header, compact.state_dict(), size, lanes=LEVELS[level][0], threads=threads)
+    plan = _plan(compact, size, lanes=LEVELS[level][0], threads=threads)
     tune = tune and level in family()[family().index(cpu_level()) :]
     if tune:
         directory = default_cache() if cache is None else Path(cache)
@@ -82,14 +80,12 @@ def save_plan(
     return tune
 
 
-def _plan(
-    header: Header, state: dict[str, Tensor], size: Size, *, lanes: int, threads: int
-) -> ExecutionPlan:
+def _plan(compact: Compact, size: Size, *, lanes: int, threads: int) -> ExecutionPlan:
+    header, state = compact.header, compact.state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     channels = check_shapes(header.nodes, shapes, in_channels=header.in_channels, folded=False)
     check_images(header.nodes, channels, linear_columns(shapes), *size[1:])
-    layers = lower(header.nodes, state, in_channels=header.in_channels)
-    return ExecutionPlan(layers, size, lanes=lanes, num_parts=threads)
+    return ExecutionPlan(layers_of(compact, state), size, lanes=lanes, num_parts=threads)
 
 
 def to_bytes(

@@ -73,6 +73,7 @@ def sparse_table(
     """
     assert layer.weight is not None
     weight = layer.weight
+    channels = len(weight)
     active = np.flatnonzero(weight)
     values = weight.ravel()[active]
     out, tap = (part.astype(np.int32) for part in np.divmod(active, weight[0].size))
@@ -82,14 +83,14 @@ def sparse_table(
     nearness = np.empty(taps.size, np.int32)  # the rank of each tap in the order of memory
     nearness[by_place] = np.arange(taps.size)
 
-    bounds = split(layer.channels, num_parts)
+    bounds = split(channels, num_parts)
     part_of = np.repeat(np.arange(num_parts), np.diff(bounds))
-    order = np.lexsort((-np.bincount(out, minlength=layer.channels), part_of))
-    place = np.empty(layer.channels, np.int32)
-    place[order] = np.arange(layer.channels)
+    order = np.lexsort((-np.bincount(out, minlength=channels), part_of))
+    place = np.empty(channels, np.int32)
+    place[order] = np.arange(channels)
 
     # The connections from one tap to the channels of a group become one entry of the stream.
-    num_groups = -(-layer.channels // group)
+    num_groups = -(-channels // group)
     row = place[out]
     entry = (row // group).astype(np.int64) * taps.size + nearness[tap]
     by_tap = np.argsort(entry * group + row % group)

@@ -135,15 +135,16 @@ def _tables_of(choice: Choice) -> tuple[int, ...]:
 
 
 def _candidates(operation: Operation, max_tiles: Mapping[int, int]) -> list[Choice]:
-    assert isinstance(operation.target, Map)
     assert operation.layer is not None
+    assert operation.layer.weight is not None
+    channels = len(operation.layer.weight)
     found = [
         dataclasses.replace(tile, group=group, num_blocks=count, panel=panel)
         for group, most in max_tiles.items()
         if group == 1 or (can_share(operation) and density(operation.layer) * group >= SHARED_FROM)
         for tile in tiles(operation, most)
         for count in _num_blocks(operation, tile, group)
-        for panel in ((0, PANEL) if count > 1 and operation.target.channels > 2 * PANEL else (0,))
+        for panel in ((0, PANEL) if count > 1 and channels > 2 * PANEL else (0,))
     ]
     if density(operation.layer) >= DENSE_FROM:
         found += dense_choices(operation)
@@ -206,7 +207,7 @@ def _key(operation: Operation) -> str:
         f"{'x'.join(map(str, layer.weight.shape))} groups {layer.groups} stride {operation.stride} "
         f"dilation {layer.dilation} in {source.vectors}+{source.halo} "
         f"out {target.rows}x{target.vectors} add {operation.residual is not None} "
-        f"density {density(layer):.2g}"
+        f"density {density(layer):.2g}{' int8' if layer.integers is not None else ''}"
     )
 
 

@@ -46,7 +46,7 @@ class Checker {
   void check() const {
     check_members();
     switch (op_.kind) {
-      case kInput: return input();
+      case kInput: return image(op_.channels);
       case kSparseConv: return sparse_conv();
       case kDenseConv: return dense_conv();
       case kMaxPool: return max_pool();
@@ -61,6 +61,12 @@ class Checker {
       case kTokens: return tokens();
       case kToken: return token();
       case kAttention: return attention();
+      case kQuantInput: return quant_input();
+      case kQuantConv: return sparse_conv();
+      case kQuantMaxPool: return max_pool();
+      case kQuantMeanPool: return quant_mean_pool();
+      case kQuantLinear: return quant_linear();
+      case kQuantLookup: return quant_lookup();
       default: throw Damage("kind " + std::to_string(op_.kind) + " is unknown");
     }
   }
@@ -77,16 +83,17 @@ class Checker {
     require(op_.in >= 0 && op_.out >= -1 && op_.res >= -1, "a position is negative");
     for (int64_t size : {op_.in_row, op_.in_plane, op_.out_row, op_.out_plane, op_.res_row,
                          op_.res_plane, op_.halo, op_.pad_y, op_.pad_x, op_.pad_top, op_.pad_bottom,
-                         op_.mask_row, op_.depth}) {
+                         op_.mask_row, op_.depth, op_.fill_top, op_.fill_bottom}) {
       require(size >= 0, "a size is negative");
     }
     constexpr double largest = std::numeric_limits<float>::max();
     require(op_.eps >= 0 && op_.eps <= largest, "eps is out of range");
     require(std::abs(op_.score_scale) <= largest, "score_scale is out of range");
+    require(op_.fill >= 0 && op_.fill <= 255, "there is no such zero point");
     require(op_.activation >= kNone && op_.activation <= kGeluTanh, "there is no such activation");
     // Threads share parts. They would else compute the same.
-    const bool has_parts =
-        op_.kind == kSparseConv || op_.kind == kDenseConv || op_.kind == kLayerNorm;
+    const bool has_parts = op_.kind == kSparseConv || op_.kind == kDenseConv ||
+                           op_.kind == kQuantConv || op_.kind == kLayerNorm;
     require(op_.num_parts >= 1 && (has_parts || op_.num_parts == 1), "it has other parts");
   }
 
@@ -116,6 +123,21 @@ class Checker {
     return limits_.table_bytes.at(start) / int64_t(sizeof(T));
   }
 
+  // Planes of the output: 4 channels of an int8 convolution share one.
+  int64_t planes() const {
+    return op_.kind == kQuantConv ? (op_.channels + kPacked - 1) / kPacked : op_.channels;
+  }
+
+  // How integers are turned into others.
+  void rescale(Wide num_scales) const {
+    table(op_.scales, num_scales);
+    table(op_.rescale, 1);
+    const Rescale& r = *op_.rescale;
+    require(r.zero >= 0 && r.zero <= 255 && r.sum_high >= 0 && r.sum_high <= 255 &&
+                r.low >= -r.zero && r.low <= r.high && r.high <= 255 - r.zero,
+            "integers are out of range");
+  }
+
   // A map that is written, with its borders.
   void writes_map() const {
     require(op_.rows >= 1 && op_.vectors >= 1 && op_.channels >= 1, "the output is empty");
@@ -123,12 +145,14 @@ class Checker {
     aligned({op_.out, op_.out_row, op_.out_plane});
     const Wide plane = (op_.vectors + 2 * op_.halo) * kLanes;
     // This limits the time, too: an operation computes no float twice.
-    require(op_.out_plane >= plane && op_.out_row >= Wide(op_.channels) * op_.out_plane,
+    require(op_.out_plane >= plane && op_.out_row >= Wide(planes()) * op_.out_plane,
             "the planes or rows of the output overlap");
-    const Span row = Span{0, plane - 1}.move(-Wide(op_.halo) * kLanes).repeat(op_.channels,
+    const Span row = Span{0, plane - 1}.move(-Wide(op_.halo) * kLanes).repeat(planes(),
                                                                             op_.out_plane);
-    in_arena(op_.out, row.repeat(op_.pad_top + op_.rows + op_.pad_bottom, op_.out_row)
-                          .move(-Wide(op_.pad_top) * op_.out_row));
+    const int64_t top = std::max(op_.pad_top, op_.fill_top);
+    const int64_t bottom = std::max(op_.pad_bottom, op_.fill_bottom);
+    in_arena(op_.out, row.repeat(top + op_.rows + bottom, op_.out_row)
+                          .move(-Wide(top) * op_.out_row));
     if (op_.halo > 0 || op_.pad_top > 0 || op_.pad_bottom > 0) {
       if (op_.moves) table(op_.moves, 4 * kLanes);
     }
@@ -144,10 +168,10 @@ class Checker {
     require(count == limits_.output, "the size of the output differs");
   }
 
-  void input() const {
+  void image(int64_t channels) const {
     writes_map();
-    require(op_.height >= 1 && op_.width >= 1, "the image is empty");
-    require(Wide(op_.channels) * op_.height * op_.width == limits_.image,
+    require(op_.height >= 1 && op_.width >= 1 && channels >= 1, "the image is empty");
+    require(Wide(channels) * op_.height * op_.width == limits_.image,
             "the size of the image differs");
     require(Wide(op_.rows) * op_.width < kMost, "there are too many rows");
     table(op_.offsets, Wide(op_.vectors) * kLanes);
@@ -171,11 +195,12 @@ class Checker {
     require(op_.stride_y >= 1 && op_.stride_x >= 1, "a stride is not positive");
     require(op_.tile_rows >= 1, "there are no tiles");
     aligned({op_.in, op_.in_row, op_.in_plane});
-    table(op_.bias, op_.channels);
+    if (op_.kind == kQuantConv) rescale(op_.channels);
+    table(op_.bias, Wide(op_.channels) * (op_.kind == kQuantConv ? 2 : 1));
     if (op_.res >= 0) {
       aligned({op_.res, op_.res_row, op_.res_plane});
       in_arena(op_.res, Span{0, Wide(op_.vectors) * kLanes - 1}
-                            .repeat(op_.channels, op_.res_plane)
+                            .repeat(planes(), op_.res_plane)
                             .repeat(op_.rows, op_.res_row));
     }
     table(op_.part_begin, Wide(op_.num_parts) + 1);
@@ -195,7 +220,7 @@ class Checker {
     require(op_.num_blocks >= 1, "there are no blocks");
     for (int64_t rows = 1; rows <= std::min(op_.tile_rows, op_.rows); ++rows) {
       for (int64_t vectors = 1; vectors <= std::min(op_.tile_vectors, op_.vectors); ++vectors) {
-        require(find_tile(op_.group, vectors, rows, op_.stride_x), "there is no such tile");
+        require(find_tile(op_.kind, op_.group, vectors, rows, op_.stride_x), "there is no such tile");
       }
     }
     require(op_.tile_vectors >= 1, "there is no such tile");
@@ -406,6 +431,35 @@ class Checker {
     require(*std::min_element(op_.offsets, end) >= 0, "a token lies elsewhere");
     const Span keys_and_values = tokens.repeat(2 * op_.channels, op_.in_plane);
     in_arena(op_.in, keys_and_values.move(Wide(op_.channels) * op_.in_plane));
+  }
+
+  void quant_input() const {
+    image(op_.in_channels);
+    rescale(1);
+  }
+
+  void quant_mean_pool() const {
+    reads_map(op_.height);
+    rescale(2);
+    table(op_.bias, 1);
+    writes_floats(op_.channels);
+  }
+
+  void quant_linear() const {
+    require(op_.channels >= 1, "the output is empty");
+    aligned({op_.in, op_.depth});
+    in_arena(op_.in, {0, Wide(op_.depth) - 1});
+    table(op_.weights, Wide(op_.channels) * op_.depth);
+    table(op_.bias, 2 * Wide(op_.channels));
+    table(op_.scales, op_.channels);
+    if (op_.rescale) rescale(op_.channels);
+    writes_floats(op_.rescale ? (Wide(op_.channels) + kPacked - 1) / kPacked : op_.channels);
+  }
+
+  void quant_lookup() const {
+    writes_map();
+    reads_map(op_.rows);
+    table(op_.weights, 256 / kPacked);
   }
 
   void output() const {

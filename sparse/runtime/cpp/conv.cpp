@@ -5,32 +5,6 @@
 namespace sparse_runtime {
 namespace {
 
-template <int P, int VY, int SX, int... X>
-TileFunction pick(int64_t vectors, std::integer_sequence<int, X...>) {
-  static constexpr TileFunction table[] = {&SparseTile<P, X + 1, VY, SX>::run..., nullptr};
-  return vectors >= 1 && vectors <= int64_t(sizeof...(X)) ? table[vectors - 1] : nullptr;
-}
-
-template <int P, int VY, int SX>
-TileFunction pick(int64_t vectors) {
-  constexpr int most = VY == 1 ? std::min(8, max_tile(P)) : max_tile(P) / VY;
-  return pick<P, VY, SX>(vectors, std::make_integer_sequence<int, most>());
-}
-
-template <int P, int SX>
-TileFunction pick(int64_t vectors, int64_t rows) {
-  switch (rows) {
-    case 1: return pick<P, 1, SX>(vectors);
-    case 2: return pick<P, 2, SX>(vectors);
-    case 3: return pick<P, 3, SX>(vectors);
-    case 4: return pick<P, 4, SX>(vectors);
-    case 5: return pick<P, 5, SX>(vectors);
-    case 6: return pick<P, 6, SX>(vectors);
-    case 7: return pick<P, 7, SX>(vectors);
-    default: return nullptr;
-  }
-}
-
 // Return the first element of part `index` of `count` nearly equal parts of [begin, end).
 int64_t cut(int64_t begin, int64_t end, int64_t index, int64_t count) {
   return begin + (end - begin) * index / count;
@@ -38,16 +12,10 @@ int64_t cut(int64_t begin, int64_t end, int64_t index, int64_t count) {
 
 }  // namespace
 
-TileFunction find_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x) {
-  if (stride_x > 1 && group > 1) return nullptr;
-  if (stride_x == 2) return pick<1, 2>(vectors, rows);
-  if (stride_x > 2) return rows == 1 ? pick<1, 1, 0>(vectors) : nullptr;
-  switch (group) {
-    case 1: return pick<1, 1>(vectors, rows);
-    case 2: return pick<2, 1>(vectors, rows);
-    case 4: return pick<4, 1>(vectors, rows);
-    default: return nullptr;
-  }
+TileFunction find_tile(int64_t kind, int64_t group, int64_t vectors, int64_t rows,
+                       int64_t stride_x) {
+  if (kind == kQuantConv) return find_int8_tile(group, vectors, rows, stride_x);
+  return pick_tile<Float32>(group, vectors, rows, stride_x);
 }
 
 namespace {
@@ -58,13 +26,14 @@ void fill_band_borders(const Op& op, float* out, int64_t y, int64_t c) {
   const int32_t *left = op.moves, *right = left + kLanes, *above = right + kLanes,
                 *below = above + kLanes;
   float* plane = out + y * op.out_row + c * op.out_plane;
+  const Vec fill = filler(op.fill);
   for (int64_t k = 0; k < op.halo; ++k) {
-    store(plane - (k + 1) * kLanes, permute(load(plane + (n - 1 - k) * kLanes), left));
-    store(plane + (n + k) * kLanes, permute(load(plane + k * kLanes), right));
+    store(plane - (k + 1) * kLanes, permute(load(plane + (n - 1 - k) * kLanes), left, fill));
+    store(plane + (n + k) * kLanes, permute(load(plane + k * kLanes), right, fill));
   }
   const auto copy = [&](int64_t to, const int32_t* from) {
     for (int64_t i = -op.halo; i < n + op.halo; ++i) {
-      store(plane + (to - y) * op.out_row + i * kLanes, permute(load(plane + i * kLanes), from));
+      store(plane + (to - y) * op.out_row + i * kLanes, permute(load(plane + i * kLanes), from, fill));
     }
   };
   if (y >= op.rows - op.pad_top) copy(y - op.rows, above);
@@ -73,9 +42,29 @@ void fill_band_borders(const Op& op, float* out, int64_t y, int64_t c) {
 
 }  // namespace
 
+namespace {
+
+// Fill the rows above and below an image that has no bands. Where they are zero, they stay zero.
+void fill_rows(const Op& op, float* out, int64_t y0, int64_t y1, int64_t c0, int64_t c1) {
+  if (op.fill == 0) return;
+  const Vec fill = filler(op.fill);
+  const auto fill_row = [&](int64_t y) {
+    for (int64_t c = c0; c < c1; ++c) {
+      float* plane = out + y * op.out_row + c * op.out_plane;
+      for (int64_t i = -op.halo; i < op.vectors + op.halo; ++i) store(plane + i * kLanes, fill);
+    }
+  };
+  for (int64_t y = -op.fill_top; y0 == 0 && y < 0; ++y) fill_row(y);
+  for (int64_t y = op.rows; y1 == op.rows && y < op.rows + op.fill_bottom; ++y) fill_row(y);
+}
+
+}  // namespace
+
 void fill_halo(const Op& op, float* out, int64_t y0, int64_t y1, int64_t c0, int64_t c1) {
+  fill_rows(op, out, y0, y1, c0, c1);
   if (op.halo == 0 && op.pad_top == 0 && op.pad_bottom == 0) return;
   const int64_t n = op.vectors;
+  const Vec fill = filler(op.fill);
   for (int64_t y = y0; y < y1; ++y) {
     for (int64_t c = c0; c < c1; ++c) {
       if (op.moves) {
@@ -85,8 +74,8 @@ void fill_halo(const Op& op, float* out, int64_t y0, int64_t y1, int64_t c0, int
       float* plane = out + y * op.out_row + c * op.out_plane;
       for (int64_t k = 0; k < op.halo; ++k) {
         // The vector n vectors away holds the same columns, one lane away.
-        store(plane - (k + 1) * kLanes, move_up(load(plane + (n - 1 - k) * kLanes)));
-        store(plane + (n + k) * kLanes, move_down(load(plane + k * kLanes)));
+        store(plane - (k + 1) * kLanes, move_up(load(plane + (n - 1 - k) * kLanes), fill));
+        store(plane + (n + k) * kLanes, move_down(load(plane + k * kLanes), fill));
       }
     }
   }
@@ -102,7 +91,7 @@ void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0,
     for (int64_t tx = 0; tx < tiles_x; ++tx) {
       const int64_t x = cut(0, op.vectors, tx, tiles_x);
       const TileFunction run =
-          find_tile(op.group, cut(0, op.vectors, tx + 1, tiles_x) - x, y_end - y, op.stride_x);
+          find_tile(op.kind, op.group, cut(0, op.vectors, tx + 1, tiles_x) - x, y_end - y, op.stride_x);
       for (int64_t part = p0; part < p1; ++part) {
         run(op, part, arena + op.in + y * op.stride_y * op.in_row + x * op.stride_x * kLanes,
             out + y * op.out_row + x * kLanes,
@@ -110,7 +99,10 @@ void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0,
             op.mask ? op.mask + y * op.mask_row + x * kLanes : nullptr, scratch);
       }
     }
-    fill_halo(op, out, y, y_end, op.part_begin[p0], op.part_begin[p1]);
+    // A plane of an int8 map has 4 channels. Only the last part may end between them.
+    const int64_t channels = op.kind == kQuantConv ? kPacked : 1;
+    fill_halo(op, out, y, y_end, op.part_begin[p0] / channels,
+              (op.part_begin[p1] + channels - 1) / channels);
   }
 }
 
@@ -327,7 +319,7 @@ void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, 
 }
 
 int64_t scratch_floats(const Op& op) {
-  if (op.kind != kSparseConv && op.kind != kDenseConv) return 0;
+  if (op.kind != kSparseConv && op.kind != kDenseConv && op.kind != kQuantConv) return 0;
   // The size serves both kinds, because tuning tries both in the same memory.
   const int64_t channels = op.channels + kDenseChannels;  // whole groups
   return std::max(channels * kMaxTile, (kDenseDepth + 2 * channels) * kDenseVectors) * kLanes;

@@ -63,16 +63,43 @@ inline int32_t offset_at(const float* p) {
   return offset;
 }
 
+// How a sparse tile computes in float32: the type of a sum, and what happens to sums.
+struct Float32 {
+  using Sum = Vec;
+  using Weight = Vec;
+  static constexpr bool kByPattern = true;  // whether every pattern of channels has its own code
+
+  static inline SPARSE_INLINE Sum start(const Op& op, int64_t c) { return broadcast(op.bias[c]); }
+  static inline SPARSE_INLINE Weight weight(const float* p) { return broadcast(*p); }
+  static inline SPARSE_INLINE void add(Sum& sum, const Weight& weight, Vec x) { sum += weight * x; }
+  static inline SPARSE_INLINE void join(Sum& sum, Sum other) { sum += other; }
+  // Planes from the first channel of a map to channel c.
+  static inline int64_t plane(int64_t c) { return c; }
+
+  // Write the sums of channel c in a tile of VX vectors per row. `out` and `res` are in its plane.
+  template <int VX, int kSize>
+  static inline SPARSE_INLINE void finish(const Op& op, int64_t, Sum (&sum)[kSize], float* out,
+                                          const float* res, const int32_t* mask) {
+    for_each<kSize>([&](auto i) SPARSE_INLINE {
+      if (res) sum[i] += load(res + (i / VX) * op.res_row + (i % VX) * kLanes);
+      if (op.activation == kRelu) sum[i] = maximum(sum[i], Vec{});
+      if (mask) sum[i] = keep(sum[i], load_mask(mask + (i / VX) * op.mask_row + (i % VX) * kLanes));
+      store(out + (i / VX) * op.out_row + (i % VX) * kLanes, sum[i]);
+    });
+  }
+};
+
 // A tile of a group of P output channels by VX x VY vectors. The connections of a group are sorted
 // by their pattern: the set of channels to which they lead. An input is thus loaded once for all of
-// these channels. SX is the stride between vectors, or 0 if the operation has it.
-template <int P, int VX, int VY, int SX>
+// these channels. SX is the stride between vectors, or 0 if the operation has it. A is the arithmetic.
+template <typename A, int P, int VX, int VY, int SX>
 struct SparseTile {
+  using Sum = typename A::Sum;
   static constexpr int kSize = VX * VY;
   static constexpr int kPatterns = (1 << P) - 1;
   // An FMA takes 4 cycles, and two start in each cycle: 8 independent sums keep the units busy.
   static constexpr int kSums = P > 1 ? 1 : kSize <= 2 ? 4 : kSize <= 6 ? 2 : 1;
-  using Sums = Vec[P][kSize];
+  using Sums = Sum[P][kSize];
 
   // Distances between the rows and between the vectors of the input.
   struct Strides {
@@ -88,16 +115,16 @@ struct SparseTile {
   static inline SPARSE_INLINE void add(Sums& sum, const float* p, const float* in,
                                                         Strides strides) {
     in += offset_at(p);
-    Vec weight[P];
+    typename A::Weight weight[P];
     int next = 1;
     for_each<P>([&](auto c) SPARSE_INLINE {
-      if constexpr (kPattern >> c & 1) weight[c] = broadcast(p[next++]);
+      if constexpr (kPattern >> c & 1) weight[c] = A::weight(p + next++);
     });
     for_each<kSize>([&](auto i) SPARSE_INLINE {
       Vec x = input(in, strides, i);
       if constexpr (P > 1) hold(x);
       for_each<P>([&](auto c) SPARSE_INLINE {
-        if constexpr (kPattern >> c & 1) sum[c][i] += weight[c] * x;
+        if constexpr (kPattern >> c & 1) A::add(sum[c][i], weight[c], x);
       });
     });
   }
@@ -109,8 +136,8 @@ struct SparseTile {
                                                                 Strides strides) {
     constexpr int words = 1 + num_bits(kPattern);
     if constexpr (kSums > 1) {
-      Vec more[kSums - 1][1][kSize];
-      for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { other[0][i] = Vec{}; });
+      Sum more[kSums - 1][1][kSize];
+      for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { other[0][i] = Sum{}; });
       for (; n >= 4; n -= 4, p += 4 * words) {
         __builtin_prefetch(p + kStreamAhead);
         add<kPattern>(sum, p, in, strides);
@@ -118,7 +145,7 @@ struct SparseTile {
         add<kPattern>(kSums == 4 ? more[kSums / 4] : sum, p + 2 * words, in, strides);
         add<kPattern>(more[kSums - 2], p + 3 * words, in, strides);
       }
-      for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { sum[0][i] += other[0][i]; });
+      for (auto& other : more) for_each<kSize>([&](auto i) SPARSE_INLINE { A::join(sum[0][i], other[0][i]); });
     }
     if constexpr (P == 1) {
       for (; n >= 2; n -= 2, p += 2 * words) {
@@ -134,14 +161,20 @@ struct SparseTile {
     return p;
   }
 
-  static inline SPARSE_INLINE void finish(const Op& op, Vec* sum, float* out,
-                                                           const float* res, const int32_t* mask) {
-    for_each<kSize>([&](auto i) SPARSE_INLINE {
-      if (res) sum[i] += load(res + (i / VX) * op.res_row + (i % VX) * kLanes);
-      if (op.activation == kRelu) sum[i] = maximum(sum[i], Vec{});
-      if (mask) sum[i] = keep(sum[i], load_mask(mask + (i / VX) * op.mask_row + (i % VX) * kLanes));
-      store(out + (i / VX) * op.out_row + (i % VX) * kLanes, sum[i]);
-    });
+  // The same for any pattern: short code instead of fast code.
+  static inline SPARSE_INLINE const float* dot_any(int pattern, Sums& sum, const float* p,
+                                                   int64_t n, const float* in, Strides strides) {
+    for (; n > 0; --n) {
+      const float* from = in + offset_at(p++);
+      for (int c = 0; c < P; ++c) {
+        if (!(pattern >> c & 1)) continue;
+        const typename A::Weight weight = A::weight(p++);
+        for_each<kSize>([&](auto i) SPARSE_INLINE {
+          A::add(sum[c][i], weight, input(from, strides, i));
+        });
+      }
+    }
+    return p;
   }
 
   // Prefetch the memory to which a tile will be added or written.
@@ -171,28 +204,32 @@ struct SparseTile {
         Sums sum;
         for_each<P>([&](auto c) SPARSE_INLINE {
           if (is_first) {
-            const Vec bias = broadcast(c < left ? op.bias[channel[g * P + c]] : 0.0f);
+            const Sum bias = c < left ? A::start(op, channel[g * P + c]) : Sum{};
             for_each<kSize>([&](auto i) SPARSE_INLINE { sum[c][i] = bias; });
           } else {
-            for_each<kSize>([&](auto i) SPARSE_INLINE { sum[c][i] = load(partial + (c * kSize + i) * kLanes); });
+            for_each<kSize>([&](auto i) SPARSE_INLINE { sum[c][i] = reinterpret_cast<Sum>(load(partial + (c * kSize + i) * kLanes)); });
           }
           if (is_last && c + kAhead * P < left) {
             // The processor cannot predict the order of the channels.
-            const int64_t next = channel[(g + kAhead) * P + c];
+            const int64_t next = A::plane(channel[(g + kAhead) * P + c]);
             fetch(res ? res + next * op.res_plane : out + next * op.out_plane,
                   res ? op.res_row : op.out_row);
           }
         });
-        for_each<kPatterns>([&](auto k) SPARSE_INLINE {
-          p = dot<k + 1>(sum, p, count[k], in, strides);
-        });
+        if constexpr (P == 1 || A::kByPattern) {
+          for_each<kPatterns>([&](auto k) SPARSE_INLINE {
+            p = dot<k + 1>(sum, p, count[k], in, strides);
+          });
+        } else {
+          for (int k = 0; k < kPatterns; ++k) p = dot_any(k + 1, sum, p, count[k], in, strides);
+        }
         for_each<P>([&](auto c) SPARSE_INLINE {
           if (!is_last) {
-            for_each<kSize>([&](auto i) SPARSE_INLINE { store(partial + (c * kSize + i) * kLanes, sum[c][i]); });
+            for_each<kSize>([&](auto i) SPARSE_INLINE { store(partial + (c * kSize + i) * kLanes, reinterpret_cast<Vec>(sum[c][i])); });
           } else if (c < left) {
-            const int64_t to = channel[g * P + c];
-            finish(op, sum[c], out + to * op.out_plane, res ? res + to * op.res_plane : nullptr,
-                   mask);
+            const int64_t to = channel[g * P + c], plane = A::plane(to);
+            A::template finish<VX>(op, to, sum[c], out + plane * op.out_plane,
+                                   res ? res + plane * op.res_plane : nullptr, mask);
           }
         });
         if (is_last && op.activation > kRelu) {
@@ -208,8 +245,55 @@ struct SparseTile {
 using TileFunction = void (*)(const Op&, int64_t, const float*, float*, const float*,
                               const int32_t*, float*);
 
+// Without a name, so that libraries of several levels in one process do not share these tables.
+namespace {
+
+template <typename A, int P, int VY, int SX, int... X>
+TileFunction pick_tile(int64_t vectors, std::integer_sequence<int, X...>) {
+  static constexpr TileFunction table[] = {&SparseTile<A, P, X + 1, VY, SX>::run..., nullptr};
+  return vectors >= 1 && vectors <= int64_t(sizeof...(X)) ? table[vectors - 1] : nullptr;
+}
+
+template <typename A, int P, int VY, int SX>
+TileFunction pick_tile(int64_t vectors) {
+  constexpr int most = VY == 1 ? std::min(8, max_tile(P)) : max_tile(P) / VY;
+  return pick_tile<A, P, VY, SX>(vectors, std::make_integer_sequence<int, most>());
+}
+
+template <typename A, int P, int SX>
+TileFunction pick_tile(int64_t vectors, int64_t rows) {
+  switch (rows) {
+    case 1: return pick_tile<A, P, 1, SX>(vectors);
+    case 2: return pick_tile<A, P, 2, SX>(vectors);
+    case 3: return pick_tile<A, P, 3, SX>(vectors);
+    case 4: return pick_tile<A, P, 4, SX>(vectors);
+    case 5: return pick_tile<A, P, 5, SX>(vectors);
+    case 6: return pick_tile<A, P, 6, SX>(vectors);
+    case 7: return pick_tile<A, P, 7, SX>(vectors);
+    default: return nullptr;
+  }
+}
+
 // Return the kernel of a tile, or null if there is none of this size.
-TileFunction find_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x);
+template <typename A>
+TileFunction pick_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x) {
+  if (stride_x > 1 && group > 1) return nullptr;
+  if (stride_x == 2) return pick_tile<A, 1, 2>(vectors, rows);
+  if (stride_x > 2) return rows == 1 ? pick_tile<A, 1, 1, 0>(vectors) : nullptr;
+  switch (group) {
+    case 1: return pick_tile<A, 1, 1>(vectors, rows);
+    case 2: return pick_tile<A, 2, 1>(vectors, rows);
+    case 4: return pick_tile<A, 4, 1>(vectors, rows);
+    default: return nullptr;
+  }
+}
+
+}  // namespace
+
+// The kernel of a tile of a sparse convolution, in float32 or in int8 (kQuantConv).
+TileFunction find_tile(int64_t kind, int64_t group, int64_t vectors, int64_t rows,
+                       int64_t stride_x);
+TileFunction find_int8_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x);
 
 // Compute output rows y0 <= y < y1 of the channels of parts p0 <= p < p1, halos included. `scratch`
 // has at least scratch_floats(op) floats, aligned to a vector.
@@ -219,7 +303,8 @@ void dense_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0, 
                 float* scratch);
 int64_t scratch_floats(const Op& op);
 
-// Repeat border columns in the halos of rows y0 <= y < y1, channels c0 <= c < c1.
+// Repeat border columns in the halos of rows y0 <= y < y1, planes c0 <= c < c1. What lies outside the
+// image becomes op.fill, the zero point of an int8 map.
 void fill_halo(const Op& op, float* out, int64_t y0, int64_t y1, int64_t c0, int64_t c1);
 
 }  // namespace sparse_runtime

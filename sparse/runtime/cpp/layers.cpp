@@ -26,6 +26,7 @@ void read_input(const Op& op, const float* image, float* arena, int64_t y0, int6
 
 void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
   const int64_t size = op.vectors * kLanes;
+  const Vec fill = filler(op.fill);
   for (int64_t y = y0; y < y1; ++y) {
     const int32_t* place = op.offsets + y * size;
     for (int64_t c = 0; c < op.channels; ++c) {
@@ -34,7 +35,10 @@ void repack(const Op& op, float* arena, int64_t y0, int64_t y1) {
       if (op.depth) {
         for (int64_t i = 0; i < size; i += kLanes) store(out + i, load(in + place[i]));
       } else {
-        for (int64_t i = 0; i < size; i += kLanes) store(out + i, gather(in, load_mask(place + i)));
+        for (int64_t i = 0; i < size; i += kLanes) {
+          const Mask from = load_mask(place + i);
+          store(out + i, choose(from >= 0, gather(in, from), fill));
+        }
       }
     }
   }

@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "conv.h"
+#include "int8.h"
 #include "layers.h"
 #include "network.h"
 #include "norm.h"
@@ -68,11 +69,13 @@ struct Slice {
   int64_t begin_part, end_part, begin, end;
 };
 
-bool is_conv(const Op& op) { return op.kind == kSparseConv || op.kind == kDenseConv; }
+bool is_conv(const Op& op) {
+  return op.kind == kSparseConv || op.kind == kDenseConv || op.kind == kQuantConv;
+}
 
 bool is_vector(const Op& op) {
   return op.kind == kMeanPool || op.kind == kSparseLinear || op.kind == kDenseLinear ||
-         op.kind == kToken;
+         op.kind == kToken || op.kind == kQuantMeanPool || op.kind == kQuantLinear;
 }
 
 // What slices of an operation are counted in. A norm of a vector is one whole.
@@ -87,6 +90,7 @@ void run_slice(const Op& op, const Image& image, const Slice& s, float* scratch)
   switch (op.kind) {
     case kInput: return read_input(op, image.pixels, image.arena, s.begin, s.end);
     case kSparseConv:
+    case kQuantConv:
       return sparse_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end, scratch);
     case kDenseConv:
       return dense_conv(op, image.arena, s.begin_part, s.end_part, s.begin, s.end, scratch);
@@ -101,6 +105,11 @@ void run_slice(const Op& op, const Image& image, const Slice& s, float* scratch)
     case kToken: return token(op, image.arena, out, s.begin, s.end);
     case kAttention: return attention(op, image.arena, s.begin, s.end, scratch);
     case kMeanPool: return mean_pool(op, image.arena, out, s.begin, s.end);
+    case kQuantInput: return quant_input(op, image.pixels, image.arena, s.begin, s.end);
+    case kQuantMaxPool: return quant_max_pool(op, image.arena, s.begin, s.end);
+    case kQuantLookup: return quant_lookup(op, image.arena, s.begin, s.end);
+    case kQuantMeanPool: return quant_mean_pool(op, image.arena, out, s.begin, s.end);
+    case kQuantLinear: return quant_linear(op, image.arena, out, s.begin, s.end);
     default: return linear(op, image.arena, out, s.begin, s.end);
   }
 }
@@ -234,6 +243,10 @@ extern "C" {
 int64_t sparse_runtime_lanes() { return sparse_runtime::kLanes; }
 int64_t sparse_runtime_registers() { return sparse_runtime::kRegisters; }
 int64_t sparse_runtime_max_tile(int64_t group) { return sparse_runtime::max_tile(int(group)); }
+int64_t sparse_runtime_fast_int8(int64_t allowed) {
+  sparse_runtime::slow_int8 = allowed == 0;
+  return sparse_runtime::int8_is_fast();
+}
 int64_t sparse_runtime_op_size() { return int64_t(sizeof(Op)); }
 int64_t sparse_runtime_plan_version() { return sparse_runtime::kPlanVersion; }
 int64_t sparse_runtime_extent(const Op* op) { return sparse_runtime::extent(*op); }

@@ -6,6 +6,10 @@
 // halo - 1 repeat the columns that lie in a neighboring lane. Lanes at columns outside the image
 // are zero, and so are the rows above and below the image.
 //
+// A map in int8 has 4 channels per plane, as unsigned bytes of what is a float elsewhere: channel c
+// is byte c % 4 of plane c / 4. A byte b stands for scale * (b - zero point). Lanes and rows outside
+// the image are the zero point. Four int8 weights take the place of a float weight in the same way.
+//
 // The lanes of an image can also hold several bands of rows: see Grid in layout.py. The rows above
 // and below then repeat rows of the neighboring bands.
 #pragma once
@@ -30,6 +34,13 @@ enum Kind : int64_t {
   kTokens = 12,
   kToken = 13,
   kAttention = 14,
+  // Of networks in int8.
+  kQuantInput = 15,
+  kQuantConv = 16,
+  kQuantMaxPool = 17,
+  kQuantMeanPool = 18,
+  kQuantLinear = 19,
+  kQuantLookup = 20,
 };
 
 // In the order of ACTIVATIONS of graph.py.
@@ -43,6 +54,18 @@ enum Activation : int64_t {
   kSigmoid = 6,
   kGelu = 7,
   kGeluTanh = 8,
+};
+
+constexpr int64_t kPacked = 4;  // channels per plane of an int8 map
+
+// How the integers of an int8 operation are turned into those of its output. A sum of products s of
+// channel c is first clamp(round(s * scales[c]), low, high) + zero. What is added then gives
+// clamp(round(fma(last, last_scale, fma(first, first_scale, shift))), 0, sum_high).
+struct Rescale {
+  float low, high, zero;
+  float own_last;               // 1 if the convolution's value is the last operand, else 0
+  float own_scale, res_scale;   // of the convolution and of what is added
+  float shift, sum_high;
 };
 
 // The version of plan files. Raise it when the meaning of a member or of a table changes: older plans
@@ -71,6 +94,8 @@ struct Op {
   int64_t window_y, window_x, pad_y, pad_x;  // of a max-pool
   int64_t pad_top, pad_bottom;      // rows of the output that repeat others: with bands only
   int64_t mask_row;                 // distance between rows of the mask, 0 if one row serves all
+  int64_t fill;                     // int8: zero point of the output, which borders have
+  int64_t fill_top, fill_bottom;    // int8, without bands: rows of the output outside the image
   int64_t heads, num_tokens;        // of an attention
   double eps, score_scale;          // of a layer norm; of an attention
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are valid
@@ -86,14 +111,18 @@ struct Op {
                                     // vector, in floats; one weight per channel of the pattern
   const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth];
                                     // layer norm: [channels]; tokens: [channels][rows][vectors]
-                                    // [lanes] to add
+                                    // [lanes] to add; lookup: [256] bytes
   const int32_t* offsets;           // dense: [depth]; of 2 rows: [depth][3] two offsets and the
                                     // sign of the second; input: [vectors][lanes] pixel of row 0,
                                     // or -1; output, repack: [rows][vectors][lanes] where in the
                                     // channel, or -1; max-pool: [width][lanes] valid input columns,
                                     // then valid rows, from -pad_x and -pad_y on; tokens: as
                                     // repack; attention: [num_tokens] where in the channel
-  const float* bias;                // [channels]
+  const float* bias;                // [channels]; int8: integers, then what is added for
+                                    // signed bytes; mean: the zero point of the input
+  const float* scales;              // int8: [channels] factor of each sum of products; input: the
+                                    // scale; mean: the scales of the input and of the output
+  const Rescale* rescale;           // int8: null if the output is float32
 };
 
 }  // namespace sparse_runtime

@@ -58,7 +58,7 @@ class Connections {
       add_part(op_.part_begin[part], op_.part_begin[part + 1], group, blocks, *tables);
     }
     Op op = without_tables();
-    op.kind = kSparseConv;
+    op.kind = op_.kind == kQuantConv ? kQuantConv : kSparseConv;
     op.group = group, op.num_blocks = blocks;
     op.row_channel = tables->row_channel.data();
     op.counts = tables->counts.data();
@@ -250,7 +250,8 @@ std::set<int64_t> block_counts(const Op& op, const Connections& connections, int
 std::vector<Way> ways(const Op& op) {
   std::vector<Way> found{{op, nullptr}};
   const bool is_single = op.kind == kDenseConv && op.tile_rows == 1;
-  if ((op.kind != kSparseConv && !is_single) || op.in_row < 1) return found;
+  const bool is_sparse = op.kind == kSparseConv || op.kind == kQuantConv;
+  if ((!is_sparse && !is_single) || op.in_row < 1) return found;
   const Connections connections(op);
   for (int64_t group : {1, 2, 4}) {
     if (group > 1 && (op.stride_x > 1 || connections.density() * double(group) < kSharedFrom)) {
@@ -270,7 +271,7 @@ std::vector<Way> ways(const Op& op) {
       found.back().op.tile_rows = tile.second;
     }
   }
-  if (connections.density() >= kDenseFrom) found.push_back(connections.dense());
+  if (op.kind != kQuantConv && connections.density() >= kDenseFrom) found.push_back(connections.dense());
   return found;
 }
 

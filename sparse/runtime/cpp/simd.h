@@ -48,6 +48,11 @@ inline void hold(Vec& v) {
 // Zero the lanes where the mask is 0. All bits of the other lanes of the mask are set.
 inline Vec keep(Vec v, Mask m) { return reinterpret_cast<Vec>(reinterpret_cast<Mask>(v) & m); }
 
+// Lanes of `a` where all bits of the mask are set, and of `b` where none is.
+inline Vec choose(Mask m, Vec a, Vec b) {
+  return reinterpret_cast<Vec>((reinterpret_cast<Mask>(a) & m) | (reinterpret_cast<Mask>(b) & ~m));
+}
+
 // e^x with a relative error of 2e-7; x is limited to the range in which the result is normal.
 inline Vec exponential(Vec x) {
   x = minimum(maximum(x, broadcast(-87.3f)), broadcast(88.3f));
@@ -104,8 +109,13 @@ inline Vec gather(const float* base, Mask index) {
 #endif
 }
 
-// Lane l of the result is lane from[l] of `v`, or zero if from[l] is negative.
-inline Vec permute(Vec v, const int32_t* from) {
+// Four bytes of one value in every lane.
+inline Vec filler(int64_t byte) {
+  return reinterpret_cast<Vec>(Mask{} + int32_t(uint32_t(byte) * 0x01010101u));
+}
+
+// Lane l of the result is lane from[l] of `v`, or that of `fill` if from[l] is negative.
+inline Vec permute(Vec v, const int32_t* from, Vec fill) {
   const Mask index = load_mask(from);
 #ifdef __clang__
   Vec moved;
@@ -113,7 +123,7 @@ inline Vec permute(Vec v, const int32_t* from) {
 #else
   const Vec moved = __builtin_shuffle(v, index);
 #endif
-  return keep(moved, index >= 0);
+  return choose(index >= 0, moved, fill);
 }
 
 // Lanes kFirst, kFirst + 1, .. of `low` followed by `high`.
@@ -126,12 +136,12 @@ inline Vec window(Vec low, Vec high, std::integer_sequence<int, L...>) {
 #endif
 }
 
-// Move every lane up (down) by one place; a zero fills the free lane.
-inline Vec move_up(Vec v) {
-  return window<kLanes - 1>(Vec{}, v, std::make_integer_sequence<int, kLanes>());
+// Move every lane up (down) by one place; a lane of `fill` takes the free one.
+inline Vec move_up(Vec v, Vec fill) {
+  return window<kLanes - 1>(fill, v, std::make_integer_sequence<int, kLanes>());
 }
-inline Vec move_down(Vec v) {
-  return window<1>(v, Vec{}, std::make_integer_sequence<int, kLanes>());
+inline Vec move_down(Vec v, Vec fill) {
+  return window<1>(v, fill, std::make_integer_sequence<int, kLanes>());
 }
 
 }  // namespace sparse_runtime

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from sparse import runtime
 from sparse.native import library
-from sparse.runtime import bindings, graph, plan_file
+from sparse.runtime import bindings, graph, integers, plan_file
 from sparse.runtime.execution_plan import ExecutionPlan
 from sparse.runtime.graph import Node
-from sparse.runtime.lower import lower
+from sparse.runtime.int8 import integer_layers
+from sparse.runtime.lower import Layer, lower
+from tests.sparse.runtime import integer_networks
 from tests.sparse.runtime.conftest import LEVELS
 from tests.sparse.runtime.random_networks import RandomChoices, RandomNetwork, another_plan
 from tests.sparse.runtime.random_transformers import RandomGraph
@@ -91,14 +93,28 @@ def _transformer(rng: random.Random, size: Shape) -> tuple[Sequence[Node], State
     return drawn.nodes, drawn.state, lambda x: graph.run(drawn.nodes, state, x)
 
 
+def _integers(seed: int) -> tuple[Shape, list[Layer], Function]:
+    """Draw a network in int8; return its size of images, its layers and what they compute."""
+    model, images, how = integer_networks.draw(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network"
+        network = integer_networks.write(path, model, size=images.shape[-1], **how).integers()
+    size = (3, *images.shape[2:])
+    return size, integer_layers(network, in_channels=3), lambda x: integers.run(network, x.float())
+
+
 def draw(seed: int, level: str) -> Drawn:
     """Draw a random network, its size of images and how it is computed."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     sizes = [1, 2, 3, 5, 7, 8, 13, 16, 17, 28, 31, 33, 40, 56]
-    size = channels, height, width = rng.randint(1, 4), rng.choice(sizes), rng.choice(sizes)
-    nodes, state, function = (_transformer if seed % 3 == 0 else _network)(rng, size)
-    layers = lower(nodes, state, in_channels=channels)
+    if seed % 5 == 4:
+        size, layers, function = _integers(seed)
+    else:
+        size = rng.randint(1, 4), rng.choice(sizes), rng.choice(sizes)
+        nodes, state, function = (_transformer if seed % 3 == 0 else _network)(rng, size)
+        layers = lower(nodes, state, in_channels=size[0])
+    channels, height, width = size
     lanes, threads = library.LEVELS[level][0], rng.choice([1, 3])
     with another_plan(rng, height, width, lanes):
         plan = ExecutionPlan(layers, size, lanes=lanes, num_parts=threads)

@@ -1,0 +1,382 @@
+#include "int8.h"
+
+#include <algorithm>
+#include <type_traits>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+#include "conv.h"
+#include "simd.h"
+
+namespace sparse_runtime {
+
+bool slow_int8 = false;
+
+namespace {
+
+constexpr int kBits = 8;         // of an activation
+constexpr int32_t kByte = 0xff;  // the bits of the first of 4 channels
+
+inline Mask bits(Vec v) { return reinterpret_cast<Mask>(v); }
+inline Vec as_vec(Mask m) { return reinterpret_cast<Vec>(m); }
+inline Mask spread(int32_t x) { return x - Mask{}; }
+inline Vec to_float(Mask m) { return __builtin_convertvector(m, Vec); }
+
+// a + b, which wraps: sums of a plan that is damaged may be too large.
+inline Mask plus(Mask a, Mask b) {
+  typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+  return reinterpret_cast<Mask>(reinterpret_cast<Bits>(a) + reinterpret_cast<Bits>(b));
+}
+inline int32_t plus(int32_t a, int32_t b) { return int32_t(uint32_t(a) + uint32_t(b)); }
+
+// The nearest integers, the even one of two; |v| is below 2^22.
+inline Mask round(Vec v) {
+  const Vec shift = broadcast(12582912.0f);  // 1.5 * 2^23: the integer is in the low bits
+  const Vec shifted = v + shift;
+  return bits(shifted) - bits(shift);
+}
+
+// Limit to a range; a NaN becomes `low`.
+inline Vec clamp(Vec v, float low, float high) {
+  const Vec least = broadcast(low), most = broadcast(high);
+  v = v > least ? v : least;
+  return v < most ? v : most;
+}
+
+inline int32_t word_at(const float* p) { return offset_at(p); }
+
+// How 4 neighboring channels are multiplied with their weights and added up, for every lane. Weight
+// is what the instructions need for one word of 4 weights.
+
+#if (defined(__AVX512BW__) && SPARSE_LANES == 16) || (defined(__AVX2__) && SPARSE_LANES == 8) || \
+    (defined(__SSE2__) && SPARSE_LANES == 4)
+// Pairs of 16-bit products, which cannot overflow: the instruction for bytes (maddubs) saturates.
+struct Plain {
+  struct Weight {
+    Mask even, odd;
+  };
+  typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));
+  typedef uint16_t UShorts __attribute__((vector_size(kLanes * 4)));
+
+  static inline SPARSE_INLINE Weight split(Mask w) {
+    const Shorts pairs = reinterpret_cast<Shorts>(w);
+    return {reinterpret_cast<Mask>((pairs << kBits) >> kBits),
+            reinterpret_cast<Mask>(pairs >> kBits)};
+  }
+  static inline SPARSE_INLINE Mask pairs(Mask x, Mask w) {
+#if SPARSE_LANES == 16
+    return reinterpret_cast<Mask>(
+        _mm512_madd_epi16(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(w)));
+#elif SPARSE_LANES == 8
+    return reinterpret_cast<Mask>(
+        _mm256_madd_epi16(reinterpret_cast<__m256i>(x), reinterpret_cast<__m256i>(w)));
+#else
+    return reinterpret_cast<Mask>(
+        _mm_madd_epi16(reinterpret_cast<__m128i>(x), reinterpret_cast<__m128i>(w)));
+#endif
+  }
+  static inline SPARSE_INLINE Mask dot(Mask sum, Mask x, const Weight& w) {
+    const UShorts bytes = reinterpret_cast<UShorts>(x);
+    return plus(plus(sum, pairs(reinterpret_cast<Mask>(bytes & uint16_t(kByte)), w.even)),
+                pairs(reinterpret_cast<Mask>(bytes >> kBits), w.odd));
+  }
+#else
+struct Plain {
+  struct Weight {
+    Mask by_channel[kPacked];
+  };
+
+  static inline SPARSE_INLINE Weight split(Mask w) {
+    Weight found;
+    for (int i = 0; i < kPacked; ++i) {
+      found.by_channel[i] = (w << ((kPacked - 1 - i) * kBits)) >> ((kPacked - 1) * kBits);
+    }
+    return found;
+  }
+  static inline SPARSE_INLINE Mask dot(Mask sum, Mask x, const Weight& w) {
+    for (int i = 0; i < kPacked; ++i) {
+      sum = plus(sum, ((x >> (i * kBits)) & kByte) * w.by_channel[i]);
+    }
+    return sum;
+  }
+#endif
+  static constexpr bool kSigned = false;
+  static bool runs_here() { return false; }
+};
+
+// One instruction that multiplies and adds 4 bytes. Not all processors of a level have it, so it is
+// written for the assembler, which needs no permission of the compiler's flags.
+#if defined(__AVX512F__) && SPARSE_LANES == 16
+struct Fast {
+  using Weight = Mask;
+  static constexpr bool kSigned = false;
+
+  static bool runs_here() { return __builtin_cpu_supports("avx512vnni"); }
+  static inline SPARSE_INLINE Weight split(Mask w) { return w; }
+  static inline SPARSE_INLINE Mask dot(Mask sum, Mask x, const Weight& w) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return sum;
+  }
+};
+#elif defined(__AVX2__) && SPARSE_LANES == 8 && (__GNUC__ >= 11 || __clang_major__ >= 12)
+struct Fast {  // assemblers that come with older compilers do not know the instruction
+  using Weight = Mask;
+  static constexpr bool kSigned = false;
+
+  static bool runs_here() { return __builtin_cpu_supports("avxvnni"); }
+  static inline SPARSE_INLINE Weight split(Mask w) { return w; }
+  static inline SPARSE_INLINE Mask dot(Mask sum, Mask x, const Weight& w) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
+    return sum;
+  }
+};
+#elif defined(__aarch64__) && SPARSE_LANES == 4 && defined(__linux__)
+struct Fast {
+  using Weight = Mask;
+  // The instruction multiplies signed bytes. Activations are taken less 128.
+  static constexpr bool kSigned = true;
+
+  static bool runs_here() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+  static inline SPARSE_INLINE Weight split(Mask w) { return w; }
+  static inline SPARSE_INLINE Mask dot(Mask sum, Mask x, const Weight& w) {
+    const Mask less = x ^ int32_t(0x80808080u);
+    asm(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(less), "w"(w));
+    return sum;
+  }
+};
+#else
+using Fast = Plain;
+#endif
+
+// x * factor + added, rounded once.
+inline Vec fused(Vec x, Vec factor, Vec added) {
+#if defined(__AVX512F__) && SPARSE_LANES == 16
+  return _mm512_fmadd_ps(x, factor, added);
+#elif defined(__AVX2__) && SPARSE_LANES == 8
+  return _mm256_fmadd_ps(x, factor, added);
+#else
+  Vec found;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    found[lane] = __builtin_fmaf(x[lane], factor[lane], added[lane]);
+  }
+  return found;
+#endif
+}
+
+// Return what a convolution and the value that is added to it give.
+inline Mask added(const Rescale& r, Mask own, Mask res) {
+  const bool own_last = r.own_last != 0;
+  const Mask last = own_last ? own : res, first = own_last ? res : own;
+  const Vec last_scale = broadcast(own_last ? r.own_scale : r.res_scale);
+  const Vec first_scale = broadcast(own_last ? r.res_scale : r.own_scale);
+  Vec sum = fused(to_float(first), first_scale, broadcast(r.shift));
+  sum = fused(to_float(last), last_scale, sum);
+  return round(clamp(sum, 0.0f, r.sum_high));
+}
+
+// Write the sums of channel c in a tile: one byte of every lane. The others belong to other channels.
+// `out` and `res` are in the plane of the channel. One function serves tiles of all sizes, which
+// keeps the code short.
+__attribute__((noinline)) void write_bytes(const Op& op, int64_t c, const Mask* sums,
+                                           int64_t vectors, int64_t rows, float* out,
+                                           const float* res, const int32_t* mask) {
+  const Rescale r = *op.rescale;
+  const Vec scale = broadcast(op.scales[c]);
+  const int shift = int(c % kPacked) * kBits;
+  const Mask zero = spread(int32_t(r.zero)), fill = spread(int32_t(op.fill));
+  const Mask others = spread(int32_t(~(uint32_t(kByte) << shift)));
+  for (int64_t y = 0; y < rows; ++y) {
+    for (int64_t i = 0; i < vectors * kLanes; i += kLanes) {
+      Mask q = round(clamp(to_float(*sums++) * scale, r.low, r.high)) + zero;
+      if (res) q = added(r, q, (bits(load(res + y * op.res_row + i)) >> shift) & kByte);
+      if (mask) {
+        const Mask valid = load_mask(mask + y * op.mask_row + i);
+        q = (q & valid) | (fill & ~valid);
+      }
+      float* p = out + y * op.out_row + i;
+      store(p, as_vec((bits(load(p)) & others) | (q << shift)));
+    }
+  }
+}
+
+// What a sum of products of channel c begins with.
+template <typename D>
+inline int32_t first_sum(const Op& op, int64_t c) {
+  return plus(word_at(op.bias + c), D::kSigned ? word_at(op.bias + op.channels + c) : 0);
+}
+
+template <typename D>
+struct Int8 {
+  using Sum = Mask;
+  using Weight = typename D::Weight;
+  // All processors run Plain. Those for which it matters have an instruction of their own.
+  static constexpr bool kByPattern = !std::is_same_v<D, Plain>;
+
+  static inline SPARSE_INLINE Sum start(const Op& op, int64_t c) {
+    return spread(first_sum<D>(op, c));
+  }
+  static inline SPARSE_INLINE Weight weight(const float* p) { return D::split(spread(word_at(p))); }
+  static inline SPARSE_INLINE void add(Sum& sum, const Weight& weight, Vec x) {
+    sum = D::dot(sum, bits(x), weight);
+  }
+  static inline SPARSE_INLINE void join(Sum& sum, Sum other) { sum = plus(sum, other); }
+  static inline int64_t plane(int64_t c) { return c / kPacked; }
+
+  template <int VX, int kSize>
+  static inline SPARSE_INLINE void finish(const Op& op, int64_t c, Sum (&sum)[kSize], float* out,
+                                          const float* res, const int32_t* mask) {
+    Mask sums[kSize];
+    for_each<kSize>([&](auto i) SPARSE_INLINE { sums[i] = sum[i]; });
+    write_bytes(op, c, sums, VX, kSize / VX, out, res, mask);
+  }
+};
+
+int32_t sum_lanes(Mask m) {
+  int32_t sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum = plus(sum, m[lane]);
+  return sum;
+}
+
+// The integer of one sum of products.
+uint8_t rescaled(const Rescale& r, int32_t sum, float scale) {
+  const Vec v = clamp(broadcast(float(sum) * scale), r.low, r.high);
+  return uint8_t(plus(round(v)[0], int32_t(r.zero)));
+}
+
+}  // namespace
+
+bool int8_is_fast() {
+  static const bool is_fast = Fast::runs_here();
+  return is_fast && !slow_int8;
+}
+
+TileFunction find_int8_tile(int64_t group, int64_t vectors, int64_t rows, int64_t stride_x) {
+  return int8_is_fast() ? pick_tile<Int8<Fast>>(group, vectors, rows, stride_x)
+                        : pick_tile<Int8<Plain>>(group, vectors, rows, stride_x);
+}
+
+void quant_input(const Op& op, const float* image, float* arena, int64_t y0, int64_t y1) {
+  const int64_t pixels = op.height * op.width;
+  const float zero = op.rescale->zero;
+  const Vec scale = broadcast(op.scales[0]), fill = filler(op.fill);
+  for (int64_t y = y0; y < y1; ++y) {
+    const int32_t left = int32_t(pixels - y * op.width);  // pixels from row y on
+    for (int64_t c = 0; c < op.channels; ++c) {
+      const float* in = image + c * kPacked * pixels + y * op.width;
+      float* out = arena + op.out + y * op.out_row + c * op.out_plane;
+      const int64_t count = std::min(kPacked, op.in_channels - c * kPacked);
+      for (int64_t i = 0; i < op.vectors * kLanes; i += kLanes) {
+        Mask place = load_mask(op.offsets + i);
+        place |= place >= left;  // -1 below the image
+        Mask packed{};
+        for (int64_t j = 0; j < count; ++j) {
+          const Vec v = clamp(gather(in + j * pixels, place) / scale, -zero, float(kByte) - zero);
+          packed |= (round(v) + int32_t(zero)) << int(j * kBits);
+        }
+        store(out + i, choose(place >= 0, as_vec(packed), fill));
+      }
+    }
+  }
+  fill_halo(op, arena + op.out, y0, y1, 0, op.channels);
+}
+
+void quant_max_pool(const Op& op, float* arena, int64_t y0, int64_t y1) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes * 4)));
+  const Vec fill = filler(op.fill);
+  const int32_t* valid_rows = op.offsets + op.width * kLanes;
+  for (int64_t y = y0; y < y1; ++y) {
+    for (int64_t c = 0; c < op.channels; ++c) {
+      const float* in = arena + op.in + c * op.in_plane;
+      float* out = arena + op.out + y * op.out_row + c * op.out_plane;
+      for (int64_t i = 0; i < op.vectors; ++i) {
+        Bytes best{};  // the lowest of all, in every lane outside the image, too
+        for (int64_t dy = 0; dy < op.window_y; ++dy) {
+          const int64_t row = y * op.stride_y + dy, first = i * op.stride_x;
+          const Mask valid_row = load_mask(valid_rows + row * kLanes);
+          const float* p = in + (row - op.pad_y) * op.in_row + (first - op.pad_x) * kLanes;
+          const int32_t* valid = op.offsets + first * kLanes;
+          for (int64_t dx = 0; dx < op.window_x; ++dx) {
+            const Mask kept = load_mask(valid + dx * kLanes) & valid_row;
+            const Bytes v = reinterpret_cast<Bytes>(keep(load(p + dx * kLanes), kept));
+            best = v > best ? v : best;
+          }
+        }
+        Vec found = reinterpret_cast<Vec>(best);
+        if (op.mask) found = choose(load_mask(op.mask + y * op.mask_row + i * kLanes), found, fill);
+        store(out + i * kLanes, found);
+      }
+    }
+  }
+  fill_halo(op, arena + op.out, y0, y1, 0, op.channels);
+}
+
+void quant_lookup(const Op& op, float* arena, int64_t y0, int64_t y1) {
+  const auto* table = reinterpret_cast<const uint8_t*>(op.weights);
+  for (int64_t y = y0; y < y1; ++y) {
+    for (int64_t c = 0; c < op.channels; ++c) {
+      const auto* in =
+          reinterpret_cast<const uint8_t*>(arena + op.in + y * op.in_row + c * op.in_plane);
+      auto* out = reinterpret_cast<uint8_t*>(arena + op.out + y * op.out_row + c * op.out_plane);
+      for (int64_t i = 0; i < op.vectors * kLanes * kPacked; ++i) out[i] = table[in[i]];
+    }
+  }
+  fill_halo(op, arena + op.out, y0, y1, 0, op.channels);
+}
+
+void quant_mean_pool(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1) {
+  const Rescale& r = *op.rescale;
+  // Lanes outside the image have the zero point as well, and add nothing after all.
+  const float scale = op.scales[0] / (op.scales[1] * float(op.depth));
+  const uint32_t zeros = uint32_t(op.height * op.vectors * kLanes) * uint32_t(word_at(op.bias));
+  auto* to = reinterpret_cast<uint8_t*>(out);
+  for (int64_t c = c0; c < c1; ++c) {
+    const float* in = arena + op.in + c * op.in_plane;
+    Mask sum[kPacked] = {};
+    for (int64_t y = 0; y < op.height; ++y) {
+      for (int64_t i = 0; i < op.vectors; ++i) {
+        const Mask x = bits(load(in + y * op.in_row + i * kLanes));
+        for (int j = 0; j < kPacked; ++j) sum[j] = plus(sum[j], (x >> (j * kBits)) & kByte);
+      }
+    }
+    for (int j = 0; j < kPacked; ++j) {
+      to[c * kPacked + j] = rescaled(r, plus(sum_lanes(sum[j]), int32_t(0u - zeros)), scale);
+    }
+  }
+}
+
+namespace {
+
+template <typename D>
+void linear(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1) {
+  const float* x = arena + op.in;
+  auto* to = reinterpret_cast<uint8_t*>(out);
+  for (int64_t c = c0; c < c1; ++c) {
+    const float* w = op.weights + c * op.depth;
+    Mask sums[4] = {};
+    int64_t k = 0;
+    const auto add = [&](Mask& sum, int64_t at) SPARSE_INLINE {
+      sum = D::dot(sum, bits(load(x + at)), D::split(bits(load(w + at))));
+    };
+    for (; k + 4 * kLanes <= op.depth; k += 4 * kLanes) {
+      for (int j = 0; j < 4; ++j) add(sums[j], k + j * kLanes);
+    }
+    for (; k < op.depth; k += kLanes) add(sums[0], k);
+    const int32_t sum =
+        plus(sum_lanes(plus(plus(sums[0], sums[1]), plus(sums[2], sums[3]))), first_sum<D>(op, c));
+    if (op.rescale) to[c] = rescaled(*op.rescale, sum, op.scales[c]);
+    else out[c] = float(sum) * op.scales[c];
+  }
+}
+
+}  // namespace
+
+void quant_linear(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1) {
+  (int8_is_fast() ? linear<Fast> : linear<Plain>)(op, arena, out, c0, c1);
+}
+
+}  // namespace sparse_runtime

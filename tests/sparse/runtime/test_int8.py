@@ -1,0 +1,114 @@
+"""Networks in int8: the kernels compute the integers of the reference, in every way they can."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparse import runtime
+from sparse.runtime import bindings, integers
+from sparse.runtime.network import Network
+from tests.sparse.runtime import integer_networks
+from tests.sparse.runtime.conftest import LEVELS, prune_
+from tests.sparse.runtime.random_networks import RandomChoices, another_plan
+
+FEW, MANY = 25, 400
+
+
+@pytest.fixture(params=["fast", "plain"])
+def int8_kernels(
+    request: pytest.FixtureRequest, each_kernels: bindings.Kernels
+) -> Iterator[bindings.Kernels]:
+    """Return kernels with the instruction for bytes that the processor has, and without."""
+    if not each_kernels.fast_int8(1) and request.param == "fast":
+        pytest.skip("the processor has no such instruction for vectors of this size")
+    each_kernels.fast_int8(request.param == "fast")
+    yield each_kernels
+    each_kernels.fast_int8(1)
+
+
+def compare(seed: int, kernels: bindings.Kernels, path: Path) -> None:
+    """Compare a random network with the reference, for one thread and for several."""
+    rng = random.Random(seed)
+    model, images, how = integer_networks.draw(seed)
+    wanted = integers.run(
+        integer_networks.write(path, model, size=images.shape[-1], **how).integers(), images
+    )
+    for threads in (1, 3):
+        tuner = RandomChoices(rng) if rng.random() < 0.7 else None
+        network = Network(path, threads=threads, kernels=kernels, tuner=tuner)
+        with another_plan(rng, *images.shape[2:], kernels.num_lanes):
+            assert torch.equal(network(images), wanted), (seed, threads)
+
+
+def test_random_networks_give_the_integers_of_the_reference(
+    int8_kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    for seed in range(FEW):
+        compare(seed, int8_kernels, tmp_path / "network")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_lanes", LEVELS)
+def test_many_random_networks_give_the_integers_of_the_reference(
+    num_lanes: int, libraries: dict[int, Path], tmp_path: Path
+) -> None:
+    kernels = bindings.Kernels(libraries[num_lanes])
+    for i in range(MANY):
+        kernels.fast_int8(i % 2)
+        compare(1000 * num_lanes + i, kernels, tmp_path / "network")
+    kernels.fast_int8(1)
+
+
+class Branches(nn.Module):
+    """Sums of values that no convolution of their own computes, in both orders."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, outputs, 3, padding=1)
+        self.second = nn.Conv2d(outputs, outputs, 1)
+        self.head = nn.Linear(outputs, 5)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.first(x)  # signed: the padding is not 0
+        b = torch.relu(self.second(a))
+        c = torch.relu(b + a) + b
+        c = c + c
+        return self.head(torch.nn.functional.adaptive_avg_pool2d(c + self.second(c), 1).flatten(1))
+
+
+@pytest.mark.parametrize(("channels", "outputs"), [(3, 8), (3, 7), (3, 33)])
+def test_sums_of_all_kinds_give_the_integers_of_the_reference(
+    channels: int, outputs: int, each_kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    torch.manual_seed(outputs)
+    path = tmp_path / "network"
+    compact = integer_networks.write(path, Branches(channels, outputs), size=19)
+    images = 2 * torch.randn(2, channels, 19, 19)
+    wanted = integers.run(compact.integers(), images)
+    for threads in (1, 2):
+        network = Network(path, threads=threads, kernels=each_kernels, tuner=None)
+        assert torch.equal(network(images), wanted)
+
+
+def test_a_network_with_blocks_is_tuned_and_runs(kernel_cache: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+    masks = prune_(model.eval(), 1.0)
+    blocks = torch.rand(64, 8, 3, 3) < 0.2
+    masks["2.weight"] = blocks.repeat_interleave(4, 1)
+    model[2].weight.data *= masks["2.weight"]
+    compact = integer_networks.write(tmp_path / "network", model, size=32, masks=masks)
+    network = runtime.load(tmp_path / "network", cache=kernel_cache)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network(images), integers.run(compact.integers(), images))
+    layer = network.program(32, 32).plan.convolutions()[1].layer
+    assert layer is not None
+    assert layer.num_active == int(blocks.sum())  # four weights are one connection
