@@ -27,8 +27,9 @@ class Op(ctypes.Structure):
         *((name, _INT) for name in "in_channels window_y window_x".split()),
         *(
             (name, _INT)
-            for name in "pad_y pad_x pad_top pad_bottom mask_row heads num_tokens".split()
+            for name in "pad_y pad_x pad_top pad_bottom mask_row heads num_windows".split()
         ),
+        ("num_tokens", _INT),
         *((name, ctypes.c_double) for name in "eps score_scale".split()),
         *(
             (name, _POINTER)

@@ -48,6 +48,21 @@ def convnext() -> nn.Module:
     return torchvision.models.ConvNeXt([block(8, 16, 2), block(16, None, 1)], num_classes=7)
 
 
+def swin(*, is_v2: bool = False) -> nn.Module:
+    found = torchvision.models.swin_transformer
+    options = {"depths": [2, 1], "num_heads": [2, 3], "window_size": [3, 4]}
+    if is_v2:
+        options |= {"block": found.SwinTransformerBlockV2, "downsample_layer": found.PatchMergingV2}
+    return found.SwinTransformer([4, 4], embed_dim=12, num_classes=7, **options)
+
+
+def maxvit() -> nn.Module:
+    sizes = {"input_size": (32, 32), "stem_channels": 8, "partition_size": 2, "head_dim": 4}
+    return torchvision.models.MaxVit(
+        block_channels=[8, 12], block_layers=[1, 1], stochastic_depth_prob=0, num_classes=7, **sizes
+    )
+
+
 def timm_vit(**options: object) -> nn.Module:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     return timm.models.VisionTransformer(**sizes, num_classes=7, **options)
@@ -56,6 +71,9 @@ def timm_vit(**options: object) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit": vit,
     "convnext": convnext,
+    "swin": swin,
+    "swin v2": lambda: swin(is_v2=True),
+    "maxvit": maxvit,
     "timm vit with registers": lambda: timm_vit(
         reg_tokens=3, init_values=0.5, no_embed_class=True, pre_norm=True
     ),
