@@ -87,7 +87,7 @@ def _network(rng: random.Random, size: Shape) -> tuple[Sequence[Node], State, Fu
 def _transformer(rng: random.Random, size: Shape) -> tuple[Sequence[Node], State, Function]:
     """Draw a graph with operations of transformers."""
     drawn = RandomGraph(rng, size)
-    return drawn.nodes, drawn.state, drawn.in_float64
+    return drawn.nodes, drawn.state, drawn.in_float64()
 
 
 def draw(seed: int, level: str) -> Drawn:
