@@ -75,17 +75,19 @@ void pack_values(const Op& op, const float* in, const int32_t* places, float* pa
   }
 }
 
-// Divide the columns of a matrix by their lengths, as F.normalize does.
-void normalize(float* matrix, int64_t rows, int64_t columns) {
-  float lengths[kDenseVectors * kLanes] = {};
+// Divide the columns of a matrix by their lengths, as F.normalize does, and multiply by `scale`.
+void normalize(float* matrix, int64_t rows, int64_t columns, float scale) {
+  float factors[kDenseVectors * kLanes] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = matrix + r * columns;
-    for (int64_t c = 0; c < columns; ++c) lengths[c] += row[c] * row[c];
+    for (int64_t c = 0; c < columns; ++c) factors[c] += row[c] * row[c];
   }
-  for (int64_t c = 0; c < columns; ++c) lengths[c] = std::max(std::sqrt(lengths[c]), 1e-12f);
+  for (int64_t c = 0; c < columns; ++c) {
+    factors[c] = scale / std::max(std::sqrt(factors[c]), 1e-12f);
+  }
   for (int64_t r = 0; r < rows; ++r) {
     float* row = matrix + r * columns;
-    for (int64_t c = 0; c < columns; ++c) row[c] /= lengths[c];
+    for (int64_t c = 0; c < columns; ++c) row[c] *= factors[c];
   }
 }
 
@@ -105,7 +107,7 @@ inline SPARSE_INLINE void weigh(const float* weights, const float* vectors, int6
 
 // One head of one window.
 struct Window {
-  const float *in, *bias;   // `bias` may be null
+  const float *in, *bias;    // `bias` may be null
   float* out;
   const int32_t *from, *to;  // places of the tokens in a channel of the input and of the output
   float scale;
@@ -114,15 +116,18 @@ struct Window {
 // Attend from the queries in the vectors first .. first + NV - 1 of a window.
 template <int NV>
 void attend(const Op& op, const Window& window, int64_t first, const Head& head) {
+  constexpr int64_t kTile = NV * kLanes;
   const int64_t size = window_vectors(op) * kLanes;
+  const int64_t count = std::min(kTile, op.num_tokens - first * kLanes);
+  const int32_t *from = window.from + first * kLanes, *to = window.to + first * kLanes;
+  const float scale = op.weights ? 1.0f : window.scale;  // the length of a query does not count
   for (int64_t c = 0; c < op.depth; ++c) {
-    for_each<NV>([&](auto i) SPARSE_INLINE {
-      const Mask places = load_mask(window.from + (first + i) * kLanes);
-      store(head.queries + (c * NV + i) * kLanes, gather(window.in + c * op.in_plane, places));
-    });
+    const float* in = window.in + c * op.in_plane;
+    float* query = head.queries + c * kTile;
+    for (int64_t i = 0; i < count; ++i) query[i] = in[from[i]] * scale;
+    for (int64_t i = count; i < kTile; ++i) query[i] = 0;
   }
-  if (op.weights) normalize(head.queries, op.depth, NV * kLanes);
-  const Vec scale = broadcast(window.scale);
+  if (op.weights) normalize(head.queries, op.depth, kTile, window.scale);
   Vec most[NV], total[NV]{};
   for_each<NV>([&](auto i) SPARSE_INLINE {
     most[i] = broadcast(-std::numeric_limits<float>::infinity());
@@ -133,7 +138,7 @@ void attend(const Op& op, const Window& window, int64_t first, const Head& head)
     for_each<kDenseChannels>([&](auto k) SPARSE_INLINE {
       if (j + k >= op.num_tokens) return;
       for_each<NV>([&](auto i) SPARSE_INLINE {
-        Vec score = sum[k][i] * scale;
+        Vec score = sum[k][i];
         if (window.bias) score += load(window.bias + (j + k) * size + (first + i) * kLanes);
         store(head.scores + ((j + k) * NV + i) * kLanes, score);
         most[i] = larger(score, most[i]);
@@ -154,14 +159,9 @@ void attend(const Op& op, const Window& window, int64_t first, const Head& head)
     weigh<NV>(head.values + c * op.num_tokens, head.scores, op.num_tokens, sum);
     for_each<kDenseChannels>([&](auto k) SPARSE_INLINE {
       if (c + k >= op.depth) return;
-      float* out = window.out + (c + k) * op.out_plane;
-      for_each<NV>([&](auto i) SPARSE_INLINE {
-        const Vec mixed = sum[k][i] * total[i];
-        const int32_t* to = window.to + (first + i) * kLanes;
-        for (int lane = 0; lane < kLanes; ++lane) {
-          if (to[lane] >= 0) out[to[lane]] = mixed[lane];
-        }
-      });
+      float *mixed = head.queries, *out = window.out + (c + k) * op.out_plane;
+      for_each<NV>([&](auto i) SPARSE_INLINE { store(mixed + i * kLanes, sum[k][i] * total[i]); });
+      for (int64_t i = 0; i < count; ++i) out[to[i]] = mixed[i];
     });
   }
 }
@@ -187,7 +187,7 @@ void attention(const Op& op, float* arena, int64_t begin, int64_t end, float* sc
     pack_values(op, window.in + 2 * op.channels * op.in_plane, window.from, head.values);
     if (op.weights) {
       for (int64_t j = 0; j < op.num_tokens; j += kDenseChannels) {
-        normalize(head.keys + j * op.depth, op.depth, kDenseChannels);
+        normalize(head.keys + j * op.depth, op.depth, kDenseChannels, 1.0f);
       }
     }
     for (int64_t t = 0; t < tiles; ++t) {
