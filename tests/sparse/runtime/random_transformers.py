@@ -32,7 +32,7 @@ class RandomGraph:
                     *(self._embedding, self._attention, self._activation, self._sum),
                     *(self._windows, self._slice, self._merge),
                 ],
-                [2, 3, 3, 1, 1, 1, 2, 1, 2, 3, 1, 1],
+                [2, 3, 3, 1, 1, 1, 2, 1, 2, 6, 1, 1],
             )[0]
             draw()
         if rng.random() < 0.6:
@@ -126,13 +126,13 @@ class RandomGraph:
     def _windows(self) -> None:
         """Add an attention in windows, for which the map may have to be padded."""
         channels, *size = self._values[-1][1]
-        window = tuple(self._rng.choice([1, 2, 3, 4, 7]) for _ in size)
+        window = tuple(self._rng.choice([1, 2, 2, 3, 4, 7]) for _ in size)
         padded = [-(-s // w) * w for s, w in zip(size, window, strict=True)]
         if padded != size:
             self._add("slice", (channels, *padded), output=tuple(padded))
         heads, width = self._rng.choice([1, 2, 3]), self._rng.choice([1, 4, 7])
         qkv, name = self._weight(3 * heads * width, channels), self._prefix()
-        options = {"heads": heads, "window": window, "spread": self._rng.random() < 0.3}
+        options = {"heads": heads, "window": window, "spread": self._rng.random() < 0.4}
         if not options["spread"] and self._rng.random() < 0.6:
             options["shift"] = tuple(self._rng.randrange(w) for w in window)
         cosine = self._rng.random() < 0.4
@@ -145,7 +145,9 @@ class RandomGraph:
         if cosine or position_bias:
             options["parameters"] = name
         shape = (3 * heads * width, *padded)
-        self._add("pixel_linear", shape, parameters=qkv, key_bias=self._rng.random() < 0.5)
+        # A bias of the keys has no effect but on cosines.
+        has_key_bias = not cosine or self._rng.random() < 0.3
+        self._add("pixel_linear", shape, parameters=qkv, key_bias=has_key_bias)
         self._add("attention", (heads * width, *padded), **options)
         if padded != size and self._rng.random() < 0.8:
             self._add("slice", (heads * width, *size), output=tuple(size))
