@@ -124,7 +124,8 @@ def _computed(made: Interpreter, node: fx.Node, *step: Any) -> View:
 def _index(made: Interpreter, node: fx.Node) -> View:
     """Follow a table of weights by rows, as of relative positions."""
     indices: Any = made.argument(node, 1)
-    if not made.view(node).is_weight or len(indices) != 1:
+    table = made.view(node)
+    if not table.is_weight or len(table.dims) != 2 or len(indices) != 1:
         raise ValueError("it takes numbers by their index")
     index = made.view_of(node, indices[0])
     if index != made.weights(index.name, index.sizes()):
@@ -179,7 +180,9 @@ def _roll(made: Interpreter, node: fx.Node) -> View:
     if size is None:
         raise ValueError("it moves other numbers than the pixels of a map")
     shift = list(view.shift)
-    by, dims = (_numbers(made.argument(node, i)) for i in (1, 2))
+    by, dims = (_numbers(made.argument(node, i, "", [])) for i in (1, 2))
+    if len(by) != len(dims):
+        raise ValueError("it moves other numbers than the pixels of a map")
     for amount, dim in zip(by, dims, strict=True):
         if view.dims[dim] == ():
             continue

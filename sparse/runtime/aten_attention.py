@@ -138,8 +138,10 @@ def _scores(made: Interpreter, query: View, key: View) -> _Scores:
         raise ValueError("its queries are no tokens of a map")
     if _plain(key) != replace(_plain(query), channel=channels) or query.channel:
         raise ValueError(_NO_THIRDS)
-    if query.is_unit != key.is_unit or 3 * heads * width != made.channels_of(query):
+    if 3 * heads * width != made.channels_of(query):
         raise ValueError(_NO_THIRDS)
+    if query.unit != key.unit or query.unit not in (None, query.dims[-1]):
+        raise ValueError("its queries and keys are normalized otherwise than by head")
     numbers = places(windows)[:, None] + places(tokens)
     if numbers.size != size[0] * size[1]:
         raise ValueError("its queries are no tokens of a map")
@@ -147,14 +149,14 @@ def _scores(made: Interpreter, query: View, key: View) -> _Scores:
     if found is None:
         raise ValueError("it attends to other pixels than those of a window or of a spread grid")
     scale = query.scale * key.scale
-    return _Scores(_plain(query), heads, found, scale, is_cosine=query.is_unit)
+    return _Scores(_plain(query), heads, found, scale, is_cosine=query.unit is not None)
 
 
 _NO_THIRDS = "its queries, keys and values are not the thirds of one layer"
 
 
 def _plain(view: View) -> View:
-    return replace(view, scale=1.0, is_unit=False)
+    return replace(view, scale=1.0, unit=None)
 
 
 def _attend(made: Interpreter, node: fx.Node, scores: _Scores, value: View) -> View:
@@ -182,7 +184,7 @@ def length(made: Interpreter, node: fx.Node) -> View:
     view, dim = made.view(node), made.argument(node, 2, "dim")
     if made.argument(node, 1, "ord", 2) != 2 or dim not in ([-1], [len(view.dims) - 1]):
         raise ValueError("it is the length of other numbers than the last dimension's")
-    if not made.argument(node, 3, "keepdim", False) or view.scale != 1 or view.is_unit:
+    if not made.argument(node, 3, "keepdim", False) or view.scale != 1 or view.unit is not None:
         raise ValueError("it is the length of other numbers than queries or keys")
     made.pending[node.name] = _Length(view)
     return View(node.name, (*view.dims[:-1], ()))
@@ -206,7 +208,7 @@ def quotient(made: Interpreter, node: fx.Node) -> View:
         raise ValueError("it divides by other numbers than the lengths of queries or keys")
     if divisor.dims not in (dims, (*view.dims[:-1], ())):
         raise ValueError("it divides by other numbers than the lengths of queries or keys")
-    return replace(view, is_unit=True)
+    return replace(view, unit=view.dims[-1])
 
 
 def softmax(made: Interpreter, node: fx.Node) -> View:
@@ -237,9 +239,9 @@ def scaled(made: Interpreter, node: fx.Node, view: View, factor: object) -> View
     return replace(view, name=node.name)
 
 
-def scores_of(made: Interpreter, view: object) -> bool:
+def scores_of(made: Interpreter, view: View) -> bool:
     """Tell whether a view shows the scores of an attention."""
-    return isinstance(view, View) and isinstance(made.pending.get(view.name), _Scores)
+    return not view.is_weight and isinstance(made.pending.get(view.name), _Scores)
 
 
 def multiplied(made: Interpreter, node: fx.Node, view: View, weight: View) -> View:

@@ -196,9 +196,9 @@ class Interpreter:
 
     def whole(self, node: fx.Node, view: Any) -> View:
         """Return a view, which shows all channels and pixels of a value."""
-        if not isinstance(view, View) or view.name not in self._sizes:
+        if not isinstance(view, View) or view.is_weight or view.name not in self._sizes:
             raise unknown(node)
-        if view.is_unit or view.scale != 1:
+        if view.unit is not None or view.scale != 1:
             raise unknown(node, "it reads what was multiplied by a number, or normalized")
         found: View = view
         size = self._sizes[found.name]

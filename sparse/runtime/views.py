@@ -47,8 +47,8 @@ class View:
     """Rows and columns by which the pixels have moved up and left, in a circle."""
     scale: float = 1.0
     """What all numbers have been multiplied by."""
-    is_unit: bool = False
-    """Whether the numbers of the last dimension have been divided by their length."""
+    unit: Dim | None = None
+    """The dimension by whose length the numbers have been divided, if they have."""
     is_weight: bool = False
     """Whether the numbers are those of an entry, or computed from entries alone."""
     steps: tuple[tuple[Any, ...], ...] = ()

@@ -1,5 +1,6 @@
 """Vision transformers and ConvNeXt: traced with torch.export, executed by the kernels."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -336,6 +337,37 @@ def test_windows_that_the_runtime_has_not_are_refused(
     with pytest.raises(ValueError, match=message) as error:
         trace_windowed(change, shift=shift)
     assert "\n" not in str(error.value)
+
+
+class Cosine(nn.Module):
+    """Attends by cosines, over the tokens of a map of 4 x 4, as Swin v2 does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.width = nn.Linear(12, 36), width
+        self.logit_scale = nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.qkv(x.flatten(2).mT).reshape(-1, 16, 3, 12 // self.width, self.width)
+        q, k, v = (part.reshape(-1, 16, 3, 4).transpose(1, 2) for part in self.normalized(x))
+        scores = (q @ k.mT) * self.logit_scale.clamp(max=math.log(100)).exp()
+        return (scores.softmax(-1) @ v).mean(2).flatten(1)
+
+    def normalized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = x.unbind(2)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
+
+
+@pytest.mark.parametrize("width", [2, 4, 12])
+def test_cosines_are_those_of_heads(width: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 4, 4), Cosine(width)).eval()
+    if width == 4:
+        nodes = trace(model, image_size=16)
+        assert [node.op for node in nodes] == ["conv", "pixel_linear", "attention", "mean_pool"]
+        assert nodes[2].cosine
+        return
+    with pytest.raises(ValueError, match=r"1: Cosine .*normalized otherwise than by head"):
+        trace(model, image_size=16)
 
 
 @pytest.mark.slow
