@@ -19,7 +19,8 @@ from cli import networks
 from cli.weights import read_sparse
 from image_classification import checkpoint
 from image_classification.config import Config
-from image_classification.models import create_model
+from image_classification.models import create_model, factory
+from image_classification.models.spec import ModelSpec
 from sparse import runtime
 
 ROOT = Path(export.__file__).parent
@@ -339,13 +340,23 @@ def test_depthwise_convolutions_lose_channels_with_those_before_them(tmp_path: P
         assert torch.allclose(found, model(images), rtol=1e-4, atol=1e-5)
 
 
+def unknown_swin(num_classes: int) -> nn.Module:
+    """Return a network with an activation that the runtime does not know."""
+    model = create_model("swin_t", num_classes=num_classes)
+    model.features[1][0].mlp[1] = nn.Softplus()
+    return model
+
+
 @pytest.mark.slow
-def test_networks_that_the_runtime_does_not_know_lose_channels_too(tmp_path: Path) -> None:
+def test_networks_that_the_runtime_does_not_know_lose_channels_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(factory.OWN, "swin", ModelSpec(create=unknown_swin, image_size=64))
     source, target = tmp_path / "swin", tmp_path / "net.pt2"
-    model = create_model("swin_t", num_classes=2).eval()
+    model = create_model("swin", num_classes=2).eval()
     model.features[1][0].mlp[0].weight.data[:50] = 0
-    config = {**vars(Config()), "arch": "swin_t", "image_size": 64}
-    state = {"epoch": 0, "arch": "swin_t", "state_dict": model.state_dict()}
+    config = {**vars(Config()), "arch": "swin", "image_size": 64}
+    state = {"epoch": 0, "arch": "swin", "state_dict": model.state_dict()}
     checkpoint.write(source, state | {"config": config})
     with pytest.raises(ValueError, match="the runtime does not know"):
         convert(source, target, "--compact-channels")

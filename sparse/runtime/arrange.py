@@ -204,6 +204,18 @@ class Arrangement:
         target = self._target(layer, source.height, source.width, source.grid)
         self._compute(Operation(kind=bindings.REPACK, source=source, target=target, layer=layer))
 
+    def _add_slice(self, layer: Layer) -> None:
+        source = self._map_of(layer.source)
+        height, width = layer.output
+        grid = self._grid(layer, source, height, width)
+        target = self._target(layer, height, width, grid)
+        stride = layer.stride
+        self._compute(
+            Operation(
+                kind=bindings.REPACK, source=source, target=target, layer=layer, stride=stride
+            )
+        )
+
     def _add_chunk(self, layer: Layer) -> None:
         source = self._map_of(layer.source)
         self._values[layer.name] = source.part(layer.index * layer.channels, layer.channels)
@@ -383,6 +395,7 @@ _REGROUPING = {
     "scale": Arrangement._add_scale,
     "shuffle": Arrangement._add_shuffle,
     "chunk": Arrangement._add_chunk,
+    "slice": Arrangement._add_slice,
     "concat": Arrangement._add_concat,
 }
 

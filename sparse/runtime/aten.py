@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import aten_attention as attention
 from .graph import gelu, pair
 from .interpreter import BATCH_SIZE, Handler, Interpreter
 from .layout import out_size
@@ -58,12 +59,8 @@ def _slice(made: Interpreter, node: fx.Node) -> View:
     view = made.view(node)
     dim = made.argument(node, 1, "dim", 0) % len(view.dims)
     size = view.sizes()[dim]
-    if made.argument(node, 4, "step", 1) != 1:
-        raise ValueError("it takes other parts than ranges of channels or pixels")
-    begin, end, _ = slice(made.argument(node, 2, "start"), made.argument(node, 3, "end")).indices(
-        size
-    )
-    return view.taken(dim, begin, end)
+    options = (made.argument(node, i, name) for i, name in enumerate(("start", "end", "step"), 2))
+    return view.taken(dim, *slice(*options).indices(size))
 
 
 def _cut(made: Interpreter, node: fx.Node) -> list[View]:
@@ -85,17 +82,119 @@ def _item(made: Interpreter, node: fx.Node) -> Any:
 
 
 def _linear(made: Interpreter, node: fx.Node) -> View:
+    if made.view(node).is_weight:
+        return _computed(made, node, "linear", made.entry(node, 1), made.entry(node, 2))
     view = made.read(node)
     pixels = made.size_of(view)
     channels = made.shape(node)[-1]
-    prefix = made.prefix(node, _WEIGHTS)
+    values: dict[str, Any] = {}
+    steps: tuple[tuple[Any, ...], ...] = ()
+    if pixels is not None and _has_no_key_bias(made, node, channels):
+        values["key_bias"], steps = False, (_without_keys(channels),)
+    prefix = made.prefix(node, _WEIGHTS, *steps)
     if made.ends_with_channels(view):
         dims = (*view.dims[:-1], axis_of(CHANNELS, channels))
         op = "linear" if pixels is None else "pixel_linear"
-        return made.add_alike(node, op, view, channels=channels, dims=dims, parameters=prefix)
-    if pixels is None or view.dims != made.flat(view):
+        values |= {"parameters": prefix, "channels": channels, "dims": dims}
+        return made.add_alike(node, op, view, **values)
+    if pixels is None or view.dims != made.flat(view) or view.shift != (0, 0) or values:
         raise ValueError("it mixes pixels")
     return made.add(node, "linear", view, channels=channels, parameters=prefix)
+
+
+def _without_keys(channels: int) -> tuple[Any, ...]:
+    """Return the step that sets the middle third of a bias to 0."""
+    return "zeroed", channels // 3, channels // 3 * 2
+
+
+def _has_no_key_bias(made: Interpreter, node: fx.Node, channels: int) -> bool:
+    if made.argument(node, 2) is None:
+        return False
+    return channels % 3 == 0 and made.view(node, 2).steps == (_without_keys(channels),)
+
+
+def _computed(made: Interpreter, node: fx.Node, *step: Any) -> View:
+    """Return what an operation computes from an entry."""
+    view = made.view(node)
+    if view != made.weights(view.name, view.sizes(), *view.steps):
+        raise ValueError("it computes with weights in another order")
+    return made.weights(view.name, made.shape(node), *view.steps, step)
+
+
+def _index(made: Interpreter, node: fx.Node) -> View:
+    """Follow a table of weights by rows, as of relative positions."""
+    indices: Any = made.argument(node, 1)
+    table = made.view(node)
+    if not table.is_weight or len(table.dims) != 2 or len(indices) != 1:
+        raise ValueError("it takes numbers by their index")
+    index = made.view_of(node, indices[0])
+    if index != made.weights(index.name, index.sizes()):
+        raise ValueError("it takes numbers by their index")
+    return _computed(made, node, "index", index.name)
+
+
+def _scatter(made: Interpreter, node: fx.Node) -> View:
+    """Set a range of a bias to 0."""
+    view, zeros = made.view(node), made.constant(node, 1)
+    is_whole = view == made.weights(view.name, view.sizes())
+    if not is_whole or len(view.dims) != 1 or zeros is None or bool(zeros.any()):
+        raise ValueError("it writes to other numbers than a range of a bias")
+    options = (made.argument(node, i, name) for i, name in enumerate(("start", "end", "step"), 3))
+    begin, end, step = slice(*options).indices(view.sizes()[0])
+    if step != 1:
+        raise ValueError("it writes to other numbers than a range of a bias")
+    return replace(view, steps=(("zeroed", begin, end),))
+
+
+def _zeros(made: Interpreter, node: fx.Node) -> torch.Tensor:
+    return torch.zeros(made.shape(node), dtype=node.meta["val"].dtype, device="cpu")
+
+
+def _pad(made: Interpreter, node: fx.Node) -> View:
+    """Put zeros below a map and on its right."""
+    pads: Any = made.argument(node, 1)
+    if not any(pads):
+        return made.view(node)
+    view = made.read(node)
+    size, count = made.size_of(view), len(view.dims)
+    ends = [0] * (count - len(pads) // 2) + list(pads[1::2][::-1])
+    plain = made.pixel_dims(view)
+    rows = [i for i in range(count - 1) if view.dims[i : i + 2] == plain]
+    rows = [i for i in rows if not any(ends[:i] + ends[i + 2 :])]
+    fill = made.argument(node, 3, "value", 0) or 0
+    is_known = made.argument(node, 2, "mode", "constant") == "constant" and fill == 0
+    if size is None or not rows or any(pads[::2]) or min(ends) < 0 or not is_known:
+        raise ValueError("it pads otherwise than with zeros below a map and on its right")
+    if view.shift != (0, 0):
+        raise ValueError("it pads a map that was shifted")
+    row = rows[0]
+    padded = size[0] + ends[row], size[1] + ends[row + 1]
+    wide = [axis_of(PIXELS, side) for side in padded]
+    dims = (*view.dims[:row], *wide, *view.dims[row + 2 :])
+    return made.sliced(replace(view, dims=dims), (0, 0), (1, 1), padded)
+
+
+def _roll(made: Interpreter, node: fx.Node) -> View:
+    view = made.read(node)
+    size, plain = made.size_of(view), made.pixel_dims(view)
+    if size is None:
+        raise ValueError("it moves other numbers than the pixels of a map")
+    shift = list(view.shift)
+    by, dims = (_numbers(made.argument(node, i, "", [])) for i in (1, 2))
+    if len(by) != len(dims):
+        raise ValueError("it moves other numbers than the pixels of a map")
+    for amount, dim in zip(by, dims, strict=True):
+        if view.dims[dim] == ():
+            continue
+        if view.dims[dim] not in plain:
+            raise ValueError("it moves other numbers than the pixels of a map")
+        axis = plain.index(view.dims[dim])
+        shift[axis] = (shift[axis] - amount) % size[axis]
+    return replace(view, shift=(shift[0], shift[1]))
+
+
+def _numbers(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
 
 
 def _layer_norm(made: Interpreter, node: fx.Node) -> View:
@@ -107,36 +206,12 @@ def _layer_norm(made: Interpreter, node: fx.Node) -> View:
     return made.add_alike(node, "layer_norm", view, parameters=made.prefix(node, weights), eps=eps)
 
 
-def _attention(made: Interpreter, node: fx.Node) -> View:
-    views = [made.view(node, i) for i in range(3)]
-    query = views[0]
-    heads, width = query.sizes()[1], query.sizes()[3]
-    size, channels = made.size_of(query), heads * width
-    options = [made.argument(node, i, name) for i, name in enumerate(_ATTENTION, 3)]
-    if any(options[:3]) or options[4]:
-        raise ValueError("it has a mask, dropout, an order of tokens or groups of heads")
-    dims = None
-    if size is not None:
-        tokens = axis_of(PIXELS, size[0] * size[1])
-        split = merged([Part(CHANNELS, heads, width)]), tokens, axis_of(CHANNELS, width)
-        dims = (axis_of(BATCH, BATCH_SIZE), *split)
-    wanted = [View(query.name, dims or (), i * channels) for i in range(3)]
-    if dims is None or views != wanted or made.channels_of(query) != 3 * channels:
-        raise ValueError("its queries, keys and values are not the thirds of one layer")
-    scale = options[3]
-    values: dict[str, Any] = {
-        "heads": heads,
-        "score_scale": width**-0.5 if scale is None else float(scale),
-    }
-    found = made.add(node, "attention", query, channels=channels, pixels=size, **values)
-    return replace(found, dims=dims)
-
-
-_ATTENTION = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-
-
 def _multiply(made: Interpreter, node: fx.Node) -> View:
+    if not isinstance(made.argument(node, 1), fx.Node):
+        return attention.scaled(made, node, made.view(node), made.argument(node, 1))
     views = [made.view(node, i) for i in (0, 1)]
+    if attention.scores_of(made, views[0]) and views[1].is_weight:
+        return attention.multiplied(made, node, *views)
     if not any(view.is_weight for view in views):
         return _excite(made, node)
     weight, value = sorted(views, key=lambda view: not view.is_weight)
@@ -159,9 +234,14 @@ def _excite(made: Interpreter, node: fx.Node) -> View:
 
 
 def _sum(made: Interpreter, node: fx.Node) -> View:
-    views = [made.view(node, i) for i in (0, 1)]
     if made.argument(node, 2, "alpha", 1) != 1:
         raise ValueError("it has an alpha")
+    mask = made.constant(node, 1)
+    if mask is not None and attention.scores_of(made, made.view(node)):
+        return attention.masked(made, node, made.view(node), mask)
+    views = [made.view(node, i) for i in (0, 1)]
+    if attention.scores_of(made, views[0]) and views[1].is_weight:
+        return attention.biased(made, node, *views)
     if any(view.is_weight for view in views):
         weight, value = sorted(views, key=lambda view: not view.is_weight)
         value = made.whole(node, value)
@@ -174,13 +254,15 @@ def _sum(made: Interpreter, node: fx.Node) -> View:
         _expect(weight, value, by_axis)
         return made.add_alike(node, "embedding", value, parameters=weight.name, size=size)
     first, second = (made.read(node, i) for i in (0, 1))
-    if first.dims != second.dims or made.size_of(first) != made.size_of(second):
+    if not made.are_alike(first, second):
         raise ValueError("it adds values of different shapes")
     return made.add_alike(node, "add", first, second)
 
 
 def _expect(weight: View, value: View, by_axis: Mapping[str, Part]) -> None:
     """Check that a weight has numbers for whole axes of a value, and is the same along others."""
+    if weight.steps or (PIXELS in by_axis and value.shift != (0, 0)):
+        raise ValueError("the order of its weights is not known")
     missing = len(value.dims) - len(weight.dims)
     own = [*[()] * missing, *weight.dims]
     for dim, numbers in zip(value.dims, own, strict=True):
@@ -194,12 +276,19 @@ def _expect(weight: View, value: View, by_axis: Mapping[str, Part]) -> None:
 def _join(made: Interpreter, node: fx.Node, views: Sequence[View]) -> View:
     """Return maps with their channels joined."""
     maps = [made.whole(node, view) for view in views]
-    sizes = {made.size_of(view) for view in maps}
-    are_maps = all(made.is_plain(view) for view in maps) and None not in sizes
-    if not are_maps or len(sizes) > 1 or made.argument(node, 1, "dim", 0) not in (1, -3):
+    dim = made.argument(node, 1, "dim", 0) % len(maps[0].dims)
+    whole = [axis_of(CHANNELS, made.channels_of(view)) for view in maps]
+    shown = [view.dims[dim] for view in maps]
+    if shown != whole or made.size_of(maps[0]) is None:
         raise ValueError("it joins other values than the channels of maps")
-    shape = made.shape(node)
-    return made.add(node, "concat", *maps, channels=shape[1], pixels=shape[2:])
+    if () in shown and not (dim == 1 and all(made.is_plain(view) for view in maps)):
+        raise ValueError("it joins maps of one channel that are no maps (N, C, H, W)")
+    channels = sum(made.channels_of(view) for view in maps)
+    dims = (*maps[0].dims[:dim], axis_of(CHANNELS, channels), *maps[0].dims[dim + 1 :])
+    joined = [replace(view, dims=dims) for view in maps]
+    if not all(made.are_alike(joined[0], view) for view in joined):
+        raise ValueError("it joins other values than the channels of maps")
+    return made.add_alike(node, "concat", *maps, channels=channels, dims=dims)
 
 
 def _concatenate(made: Interpreter, node: fx.Node) -> View:
@@ -217,12 +306,16 @@ def _concatenate(made: Interpreter, node: fx.Node) -> View:
     for i, weight in reversed(list(enumerate(tokens))):
         size = made.size_of(value)
         pixels = () if size is None else axis_of(PIXELS, size[0] * size[1])
-        if size is None or value.dims != (order[0], pixels, order[2]):
+        if size is None or value.dims != (order[0], pixels, order[2]) or value.shift != (0, 0):
             raise ValueError("it concatenates other values than tokens before a map")
         count = weight.sizes()[1]
         repeated = (Part(REPEATED, BATCH_SIZE, 0),)
         rows = merged([Part(WEIGHT, count, channels)]), merged([Part(WEIGHT, channels, 1)])
-        if weight.dims != (repeated, *rows) or made.argument(node, 1, "dim", 0) not in (1, -2):
+        if (
+            weight.dims != (repeated, *rows)
+            or weight.steps
+            or made.argument(node, 1, "dim", 0) not in (1, -2)
+        ):
             raise ValueError("it concatenates other values than tokens before a map")
         total = count + size[0] * size[1]
         suffix = f"_{i}" if i else ""
@@ -334,7 +427,26 @@ _AVERAGE_OPTIONS = (
 
 
 def _activation(op: str) -> Handler:
-    return lambda made, node: made.add_alike(node, op, made.read(node))
+    def add(made: Interpreter, node: fx.Node) -> View:
+        view = made.view(node)
+        if view.is_weight:
+            return replace(view, steps=(*view.steps, (op,)))
+        return made.add_alike(node, op, made.read(node))
+
+    return add
+
+
+def _of_weights(op: str, *arguments: str) -> Handler:
+    """Return the handler of an operation that is known for weights only."""
+
+    def follow(made: Interpreter, node: fx.Node) -> View:
+        view = made.view(node)
+        if not view.is_weight:
+            raise ValueError("it computes with other numbers than weights")
+        found = (made.argument(node, i, name) for i, name in enumerate(arguments, 1))
+        return replace(view, steps=(*view.steps, (op, *found)))
+
+    return follow
 
 
 def _clamp(made: Interpreter, node: fx.Node) -> View:
@@ -366,7 +478,24 @@ def _operations() -> dict[Any, Handler]:
         operator.getitem: _item,
         aten.linear.default: _linear,
         aten.layer_norm.default: _layer_norm,
-        aten.scaled_dot_product_attention.default: _attention,
+        aten.scaled_dot_product_attention.default: attention.attention,
+        aten.matmul.default: attention.product,
+        aten.bmm.default: attention.product,
+        aten.einsum.default: attention.einsum,
+        aten.softmax.int: attention.softmax,
+        aten._softmax.default: attention.softmax,
+        aten.linalg_vector_norm.default: attention.length,
+        aten.clamp_min.default: attention.at_least,
+        aten.div.Tensor: attention.quotient,
+        aten.clamp.default: _of_weights("clamp", "min", "max"),
+        aten.exp.default: _of_weights("exp"),
+        aten.index.Tensor: _index,
+        aten.slice_scatter.default: _scatter,
+        aten.zero.default: _zeros,
+        aten.new_zeros.default: _zeros,
+        aten.pad.default: _pad,
+        aten.constant_pad_nd.default: _pad,
+        aten.roll.default: _roll,
         aten.mul.Tensor: _multiply,
         aten.add.Tensor: _sum,
         aten.cat.default: _concatenate,
@@ -413,6 +542,7 @@ _ACTIVATIONS: dict[str, Any] = {
     "hardswish": aten.hardswish.default,
     "hardsigmoid": aten.hardsigmoid.default,
     "sigmoid": aten.sigmoid.default,
+    "tanh": aten.tanh.default,
 }
 OPERATIONS = _operations()
 """What each operation of torch becomes."""

@@ -26,7 +26,10 @@ class Op(ctypes.Structure):
         *((name, _INT) for name in "num_parts num_blocks depth width height".split()),
         *((name, _INT) for name in "in_channels window_y window_x".split()),
         *((name, _INT) for name in "pad_y pad_x pad_top pad_bottom mask_row".split()),
-        *((name, _INT) for name in "fill fill_top fill_bottom heads num_tokens".split()),
+        *(
+            (name, _INT)
+            for name in "fill fill_top fill_bottom heads num_windows num_tokens".split()
+        ),
         *((name, ctypes.c_double) for name in "eps score_scale".split()),
         *(
             (name, _POINTER)

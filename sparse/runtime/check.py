@@ -10,7 +10,19 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from . import memory
-from .graph import ACTIVATIONS, INPUT, KERNELS, OPS, VECTORS, Node, entries, folds, vectors
+from .graph import (
+    ACTIVATIONS,
+    INPUT,
+    KERNELS,
+    OPS,
+    POSITION_BIAS,
+    VECTORS,
+    Node,
+    entries,
+    folds,
+    index_entry,
+    vectors,
+)
 from .layout import out_size
 
 MAX_NODES = 10_000
@@ -22,7 +34,7 @@ MAX_CHANNELS = 2**16
 """Limit of the channels of the images, and of those that are concatenated."""
 MAX_WINDOWS = 2**24
 """Limit of the weights that lowering adds for average-pools and lone BatchNorms, sums and
-activations."""
+activations, and of the numbers of position biases."""
 
 Shape = tuple[int, ...]
 Size = tuple[int, int]
@@ -64,26 +76,32 @@ def _check_geometry(node: Node, where: str) -> None:
     plain = Node(name="", op="", inputs=())
     allowed = {"parameters": bool(entries(node))}
     allowed["eps"] = node.op in ("batch_norm", "layer_norm")
-    allowed |= dict.fromkeys(("heads", "score_scale"), node.op == "attention")
+    attention = ("heads", "cosine", "position_bias", "window")
+    allowed |= dict.fromkeys(attention, node.op == "attention")
+    allowed |= dict.fromkeys(("shift", "spread"), node.window != (0, 0))
+    allowed |= {"score_scale": node.op == "attention" and not node.cosine}
+    allowed |= {"start": node.op == "slice", "key_bias": node.op == "pixel_linear"}
     allowed |= {"size": node.op in _FIXED or INPUT in node.inputs, "tokens": node.op == "prepend"}
     allowed |= {"ceil_mode": node.op == "max_pool"}
-    allowed |= {"output": node.op == "adaptive_avg_pool", "index": node.op in ("chunk", "token")}
+    allowed |= {"output": node.op in ("adaptive_avg_pool", "slice")}
+    allowed |= {"index": node.op in ("chunk", "token")}
     allowed |= {"dilation": node.op == "conv", "groups": node.op in ("conv", "chunk", "shuffle")}
-    allowed |= dict.fromkeys(("kernel", "stride", "padding"), node.op in _WINDOWS)
+    allowed |= dict.fromkeys(("kernel", "padding"), node.op in _WINDOWS)
+    allowed |= {"stride": node.op in (*_WINDOWS, "slice")}
     for name, has_effect in allowed.items():
         if not has_effect and getattr(node, name) != getattr(plain, name):
             raise ValueError(f"{where} has no {name}, the graph says {getattr(node, name)!r}")
     for name in ("kernel", "stride", "dilation", "output"):
         if min(getattr(node, name)) < 1:
             raise ValueError(f"{where}: {name} must be at least 1, got {getattr(node, name)}")
+    if min(node.start) < 0 or max(node.start) > MAX_SIDE:
+        raise ValueError(f"{where}: start {node.start} out of range")
     if min(node.padding) < 0 or node.groups < 1 or not 0 <= node.eps < 1:
         raise ValueError(
             f"{where}: padding {node.padding}, groups {node.groups} or eps {node.eps} out of range"
         )
-    if node.op == "attention" and not (node.heads >= 1 and 0 < node.score_scale < MAX_SCALE):
-        raise ValueError(
-            f"{where}: heads {node.heads} or score_scale {node.score_scale} out of range"
-        )
+    if node.op == "attention":
+        _check_attention(node, where)
     needs_size = node.op in _FIXED or node.size != (0, 0)
     if needs_size and not 1 <= min(node.size) <= max(node.size) <= MAX_SIDE:
         raise ValueError(f"{where}: size {node.size} out of range")
@@ -103,6 +121,22 @@ def _check_geometry(node: Node, where: str) -> None:
         raise ValueError(
             f"{where}: padding {node.padding} is more than half of the kernel {node.kernel}"
         )
+
+
+def _check_attention(node: Node, where: str) -> None:
+    is_scaled = node.cosine or 0 < node.score_scale < MAX_SCALE
+    if not (1 <= node.heads <= MAX_CHANNELS and is_scaled):
+        raise ValueError(
+            f"{where}: heads {node.heads} or score_scale {node.score_scale} out of range"
+        )
+    is_whole = node.window == (0, 0)
+    if not is_whole and not 1 <= min(node.window) <= max(node.window) <= MAX_EXTENT:
+        raise ValueError(f"{where}: window {node.window} out of range")
+    if node.position_bias and is_whole:
+        raise ValueError(f"{where}: a position bias needs a window")
+    is_inside = all(0 <= s < max(1, w) for s, w in zip(node.shift, node.window, strict=True))
+    if not is_inside or (node.spread and node.shift != (0, 0)):
+        raise ValueError(f"{where}: shift {node.shift} of windows {node.window} out of range")
 
 
 def _check_kind(node: Node, where: str, flat: set[str]) -> None:
@@ -155,6 +189,7 @@ def check_shapes(
                     f"the attention {node.name!r} of {node.heads} heads reads {read[0]} channels"
                 )
             channels[node.name] = read[0] // 3
+            derived += _check_bias(node, shapes)
         elif node.op in ("concat", "chunk", "shuffle"):
             channels[node.name] = _regrouped(node, sum(read))
         elif node.op == "batch_norm":
@@ -167,8 +202,8 @@ def check_shapes(
             derived += read[0] * node.kernel[0] * node.kernel[1]
     if derived > MAX_WINDOWS:
         raise ValueError(
-            f"the windows of average-pools and sums would take {derived} weights, "
-            f"more than {MAX_WINDOWS}"
+            f"the windows of average-pools and sums, and position biases, would take {derived} "
+            f"weights, more than {MAX_WINDOWS}"
         )
     return channels
 
@@ -189,6 +224,33 @@ def _check_per_channel(node: Node, channels: int, shapes: Mapping[str, Shape]) -
             f"{name!r} is {'missing' if found is None else found}, {node.name!r} needs {wanted} "
             f"numbers: {numbers[node.op]} for each of {channels} channels"
         )
+
+
+def _check_bias(node: Node, shapes: Mapping[str, Shape]) -> int:
+    """Check the entries of an attention; return how many numbers are computed from them."""
+    prefix, pairs = node.parameters, (node.window[0] * node.window[1]) ** 2
+    numbers = {prefix + "logit_scale": node.heads} if node.cosine else {}
+    index = index_entry(node)
+    if index is not None:
+        numbers[index] = pairs
+    for name, wanted in numbers.items():
+        if name not in shapes or math.prod(shapes[name]) != wanted:
+            raise ValueError(
+                f"{name!r} is {shapes.get(name, 'missing')}, {node.name!r} needs {wanted} numbers"
+            )
+    if not node.position_bias:
+        return 0
+    first = prefix + POSITION_BIAS[node.position_bias][0]
+    rows = shapes.get(first, ())[:-1]
+    if node.position_bias == "table":
+        _expect(shapes, first, (*rows[:1], node.heads))
+        return node.heads * pairs
+    hidden = shapes.get(prefix + "cpb_mlp.0.weight", ())[:1]
+    _expect(shapes, first, (*rows, 2))
+    _expect(shapes, prefix + "cpb_mlp.0.weight", (*hidden, 2))
+    _expect(shapes, prefix + "cpb_mlp.0.bias", hidden)
+    _expect(shapes, prefix + "cpb_mlp.2.weight", (node.heads, *hidden))
+    return node.heads * pairs + math.prod((*rows, *hidden))
 
 
 def _regrouped(node: Node, channels: int) -> int:
@@ -275,9 +337,15 @@ def check_images(
             raise ValueError(
                 f"{images} are too small for this network: nothing is left after {node.name!r}"
             )
-        if 4 * channels[node.name] * size[0] * size[1] > memory.limit():
-            raise too_large(height, width, 4 * channels[node.name] * size[0] * size[1])
+        num_bytes = 4 * max(channels[node.name] * size[0] * size[1], _num_scores(node, first))
+        if num_bytes > memory.limit():
+            raise too_large(height, width, num_bytes)
         sizes[node.name] = size
+
+
+def _num_scores(node: Node, size: Size) -> int:
+    """Return the scores of an attention in windows; each may have another bias."""
+    return node.heads * size[0] * size[1] * node.window[0] * node.window[1]
 
 
 def _misfit(
@@ -299,6 +367,9 @@ def _misfit(
             f", which takes one size: {fixed!r} is made for {_pixels(node.size)}, and these images "
             f"give {_pixels(first)}"
         )
+    if max(node.window) and any(s % w for s, w in zip(first, node.window, strict=True)):
+        window = f"{node.window[0]}x{node.window[1]}"
+        return f": {node.name!r} has windows of {window}, which do not divide {shown}"
     if node.op == "token" and node.index >= first[0] * first[1]:
         return f": {node.name!r} takes token {node.index}"
     if node.op == "linear":
@@ -323,7 +394,7 @@ def _made_size(node: Node, first: Size) -> Size:
         return 1, 1
     if node.op == "prepend":
         return 1, node.tokens + first[0] * first[1]
-    if node.op == "adaptive_avg_pool":
+    if node.op in ("adaptive_avg_pool", "slice"):
         return node.output
     window = zip(node.kernel, node.stride, node.padding, node.dilation, strict=True)
     down, right = (

@@ -227,7 +227,7 @@ def _reads_all(operation: Operation) -> bool:
     source, target = operation.source, operation.target
     if not (isinstance(source, Map) and isinstance(target, Map)):
         return True
-    if operation.kind in (bindings.TOKENS, bindings.ATTENTION):
+    if operation.kind in (bindings.TOKENS, bindings.ATTENTION) or operation.start() != (0, 0):
         return True
     if source.grid.bands != target.grid.bands:
         return True

@@ -8,13 +8,22 @@ import numpy as np
 
 from . import bindings, memory
 from .arrange import arrange
+from .arrays import Array
 from .check import too_large
 from .graph import ACTIVATIONS
 from .layout import Map, Vector
-from .lower import Array, Layer
+from .lower import Layer
 from .operation import Operation
 from .sized import sized
-from .tables import can_pair, dense_table, linear_table, paired_table, sparse_table
+from .tables import (
+    bias_table,
+    can_pair,
+    dense_table,
+    linear_table,
+    paired_table,
+    sparse_table,
+    window_table,
+)
 
 MAX_TILE = 14  # kMaxTile of conv.h
 MAX_FLOATS = 2**31 - 1  # size of a value: tables hold places in 4 bytes
@@ -173,18 +182,20 @@ class ExecutionPlan:
         source, target = operation.source, operation.target
         assert isinstance(source, Map)
         assert isinstance(target, Map)
-        row, column = target.pixels()
-        place = source.places(row * operation.stride[0], column * operation.stride[1])
-        place = np.where(row < 0, -1, place)
+        (row, column), (y, x), (down, right) = target.pixels(), operation.start(), operation.stride
+        outside = row < 0
+        row, column = y + row * down, x + column * right
+        outside |= (row >= source.height) | (column >= source.width)
+        place = np.where(outside, -1, source.places(row, column))
         whole = operation.moves_whole()
         if whole:  # lanes outside the image are copied too: in the source they are zero
-            y = np.arange(target.rows)[:, None, None] * operation.stride[0] * source.row
-            vector = np.arange(target.vectors)[:, None] * operation.stride[1]
-            place = y + vector * source.lanes + np.arange(source.lanes)
+            above = (y + np.arange(target.rows)[:, None, None] * down) * source.row
+            vector = x + np.arange(target.vectors)[:, None] * right
+            place = above + vector * source.lanes + np.arange(source.lanes)
         operation.op.offsets = self._keep(operation, place.astype(np.int32))
         operation.op.depth = whole
         layer = operation.layer
-        if layer is not None:  # a shuffle
+        if layer is not None and layer.kind == "shuffle":
             order = np.arange(layer.channels).reshape(layer.groups, -1).T.ravel()
             operation.op.row_channel = self._keep(operation, order.astype(np.int32))
 
@@ -244,15 +255,20 @@ class ExecutionPlan:
         operation.op.in_ = source.position + int(source.places(np.array(y), np.array(x)))
 
     def _fill_attention(self, operation: Operation) -> None:
-        source, layer = operation.source, operation.layer
+        source, target, layer = operation.source, operation.target, operation.layer
         assert isinstance(source, Map)
+        assert isinstance(target, Map)
         assert layer is not None
-        operation.op.heads = layer.heads
-        operation.op.depth = layer.channels // layer.heads
-        operation.op.score_scale = layer.score_scale
-        operation.op.num_tokens = source.height * source.width
-        y, x = np.divmod(np.arange(source.height * source.width), source.width)
-        operation.op.offsets = self._keep(operation, source.places(y, x).astype(np.int32))
+        op, windows = operation.op, operation.windows()
+        op.heads, op.score_scale = layer.heads, layer.score_scale
+        op.depth = layer.channels // layer.heads
+        op.num_windows, op.num_tokens = len(windows), windows.tokens
+        op.offsets = self._keep(operation, window_table(windows, source, target))
+        if layer.head_scale is not None:
+            op.weights = self._keep(operation, layer.head_scale)
+        bias = bias_table(windows, layer, lanes=self._lanes)
+        if bias is not None:
+            op.bias, op.counts = (self._keep(operation, table) for table in bias)
 
     def _fill_linear(self, operation: Operation) -> None:
         assert operation.layer is not None
@@ -373,7 +389,7 @@ def _attention_floats(operation: Operation) -> int:
     assert layer is not None
     tile = 6 * source.lanes  # kDenseVectors of conv.h
     depth = layer.channels // layer.heads
-    return source.height * source.width * (2 * depth + tile) + depth * tile
+    return operation.windows().tokens * (2 * depth + tile) + depth * tile
 
 
 def _num_fixed(op: bindings.Op) -> int:

@@ -4,6 +4,7 @@ A graph is a list of nodes in the order of execution. It names the entries of a 
 of holding tensors, and it does not depend on the resolution. The header of a file can thus hold it.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,17 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .windows import Windows
+
 INPUT = "input"
 
 ACTIVATIONS = (
     *("relu", "relu6", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu"),
     "gelu_tanh",  # the GELU that nn.GELU(approximate="tanh") computes
+    "tanh",
 )
 
 OPS = (
     *("conv", "batch_norm", "add", "mul", "max_pool", "avg_pool", "mean_pool", "linear"),
     *("pixel_linear", "layer_norm", "scale", "prepend", "embedding", "attention", "token"),
-    *("adaptive_avg_pool", "concat", "chunk", "shuffle"),
+    *("adaptive_avg_pool", "concat", "chunk", "shuffle", "slice"),
     *ACTIVATIONS,
 )
 
@@ -44,7 +48,8 @@ class Node:
     element of a vector, `scale` by a parameter. A linear layer that reads a map reads all of its
     pixels, channel by channel. `concat` joins the channels of maps, and `chunk` takes part `index`
     of `groups` equal parts of them. `shuffle` takes the first channels of all `groups`, then the
-    second ones, and so on.
+    second ones, and so on. `slice` takes the pixels at `start`, `start + stride` and so on; there
+    are zeros where the map has no pixel.
     """
     inputs: tuple[str, ...]
     """Names of earlier nodes, or `INPUT`."""
@@ -59,10 +64,26 @@ class Node:
     ceil_mode: bool = False
     """Whether the last window of a max_pool may reach beyond the image."""
     output: tuple[int, int] = (1, 1)
-    """Height and width of the value of an adaptive_avg_pool."""
+    """Height and width of the value of an adaptive_avg_pool or a slice."""
+    start: tuple[int, int] = (0, 0)
+    """Row and column of the first pixel that a slice takes."""
     heads: int = 0
     """Of an attention, whose scores are multiplied by `score_scale` before the softmax."""
     score_scale: float = 0.0
+    cosine: bool = False
+    """Whether queries and keys are divided by their lengths. The scores are then multiplied by
+    the exponential of an entry per head, and not by `score_scale`."""
+    position_bias: str = ""
+    """What is added to the scores: one of `POSITION_BIAS`, or nothing."""
+    window: tuple[int, int] = (0, 0)
+    """Height and width of the windows in which pixels attend to each other; (0, 0) for all pixels.
+
+    windows.py describes the windows, the mask that a `shift` adds, and `spread`.
+    """
+    shift: tuple[int, int] = (0, 0)
+    spread: bool = False
+    key_bias: bool = True
+    """Of a pixel_linear: whether the middle third of the bias, that of keys, counts."""
     size: tuple[int, int] = (0, 0)
     """Height and width of the map that a prepend or an embedding takes: it takes no other.
 
@@ -73,6 +94,20 @@ class Node:
     index: int = 0
     """The part that a chunk takes, or the pixel that a token takes, counted row by row."""
 
+
+POSITION_BIAS = {
+    "table": ("relative_position_bias_table", "relative_position_index"),
+    "continuous": (
+        "relative_coords_table",
+        "relative_position_index",
+        *("cpb_mlp.0.weight", "cpb_mlp.0.bias", "cpb_mlp.2.weight"),
+    ),
+}
+"""Kind of a position bias -> the ends of its entries' names, as Swin, Swin v2 and MaxViT have them.
+
+A table has a row of numbers, one per head, for every index. The index has a number for every pair
+of pixels of a window: queries, then keys. The continuous one computes the table from coordinates.
+"""
 
 _WEIGHTS = ("weight", "bias")
 _ENTRIES = {
@@ -99,7 +134,16 @@ def entries(node: Node) -> tuple[str, ...]:
     The entry of a scale has one number per channel. Those of a prepend and of an embedding have
     (tokens, channels) as their last dimensions.
     """
-    return tuple(node.parameters + name for name in _ENTRIES.get(node.op, ()))
+    names = _ENTRIES.get(node.op, ())
+    if node.op == "attention":
+        cosine = ("logit_scale",) if node.cosine else ()
+        names = (*POSITION_BIAS.get(node.position_bias, ()), *cosine)
+    return tuple(node.parameters + name for name in names)
+
+
+def index_entry(node: Node) -> str | None:
+    """Return the name of the entry of whole numbers that a node reads; None if it reads none."""
+    return node.parameters + "relative_position_index" if node.position_bias else None
 
 
 def to_json(nodes: Sequence[Node]) -> list[dict[str, Any]]:
@@ -196,6 +240,13 @@ _IS_TYPED: dict[str, Callable[[Any], bool]] = {
     "size": _is_pair,
     "tokens": lambda value: type(value) is int,
     "index": lambda value: type(value) is int,
+    "start": _is_pair,
+    "cosine": lambda value: type(value) is bool,
+    "position_bias": lambda value: is_text(value) and value in ("", *POSITION_BIAS),
+    "window": _is_pair,
+    "shift": _is_pair,
+    "spread": lambda value: type(value) is bool,
+    "key_bias": lambda value: type(value) is bool,
 }
 
 
@@ -265,7 +316,15 @@ def _run_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 def _run_pixel_linear(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
     weight, bias = state[node.parameters + "weight"], state.get(node.parameters + "bias")
+    if bias is not None and not node.key_bias:
+        bias = without_key_bias(bias)
     return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def without_key_bias(bias: Tensor) -> Tensor:
+    """Return a copy of a bias of queries, keys and values, with zeros for the keys."""
+    query, key, value = bias.chunk(3)
+    return torch.cat([query, torch.zeros_like(key), value])
 
 
 def _run_layer_norm(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -287,12 +346,61 @@ def _run_embedding(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor
     return x + state[node.parameters].reshape(-1, x.shape[1]).T.reshape(x.shape[1:])
 
 
+def windows_of(node: Node, size: tuple[int, int]) -> Windows:
+    """Return the windows of an attention that reads a map of a size."""
+    window = size if node.window == (0, 0) else node.window
+    return Windows(size, window, node.shift, node.spread)
+
+
+def position_bias(node: Node, state: Mapping[str, Tensor]) -> Tensor | None:
+    """Return what an attention adds to the scores (heads, queries, keys) of each window."""
+    if not node.position_bias:
+        return None
+    first, index, *mlp = (state[name] for name in entries(node)[: _NUM_BIAS[node.position_bias]])
+    table = first
+    if node.position_bias == "continuous":
+        hidden = F.linear(first, *mlp[:2]).relu()
+        table = 16 * torch.sigmoid(F.linear(hidden, mlp[2]))
+    tokens = math.isqrt(index.numel())
+    return table.reshape(-1, node.heads)[index.flatten()].T.reshape(-1, tokens, tokens)
+
+
+_NUM_BIAS = {kind: len(names) for kind, names in POSITION_BIAS.items()}
+
+
+def cosine_scale(node: Node, state: Mapping[str, Tensor]) -> Tensor:
+    """Return by what a cosine attention multiplies the scores of each head."""
+    return state[node.parameters + "logit_scale"].flatten().clamp(max=math.log(100)).exp()
+
+
 def _run_attention(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
     num_images, _, height, width = x.shape
-    tokens = x.reshape(num_images, 3, node.heads, -1, height * width).mT
-    query, key, value = tokens.unbind(1)
-    found = F.scaled_dot_product_attention(query, key, value, scale=node.score_scale)
-    return found.mT.reshape(num_images, -1, height, width)
+    windows = windows_of(node, (height, width))
+    row, column = map(torch.from_numpy, windows.pixels())
+    tokens = x[:, :, row, column].reshape(num_images, 3, node.heads, -1, *row.shape)
+    query, key, value = tokens.permute(1, 0, 4, 2, 5, 3)  # (images, windows, heads, tokens, depth)
+    scale = node.score_scale
+    if node.cosine:
+        scale, factor = 1.0, cosine_scale(node, state)[:, None, None]
+        query, key = factor * F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    added = position_bias(node, state)
+    if windows.shift != (0, 0):
+        masks = torch.from_numpy(windows.masks())[:, None].to(x.dtype)
+        added = masks if added is None else added + masks
+    shares = F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale)
+    found = torch.empty_like(x[:, : x.shape[1] // 3])
+    mixed = shares.permute(0, 2, 4, 1, 3)
+    found[:, :, row, column] = mixed.reshape(num_images, -1, *row.shape)
+    return found
+
+
+def _run_slice(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    size = tuple(x.shape[2:])
+    steps = zip(node.start, node.stride, node.output, strict=True)
+    rows, columns = (first + step * torch.arange(count) for first, step, count in steps)
+    inside = (rows < size[0])[:, None] & (columns < size[1])
+    taken = x[:, :, rows.clamp(max=size[0] - 1)[:, None], columns.clamp(max=size[1] - 1)]
+    return taken.where(inside, 0)
 
 
 _TORCH: dict[str, Callable[..., Tensor]] = {
@@ -302,6 +410,8 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
     "prepend": _run_prepend,
     "embedding": _run_embedding,
     "attention": _run_attention,
+    "slice": _run_slice,
+    "tanh": lambda node, state, x: torch.tanh(x),
     "token": lambda node, state, x: x.flatten(2)[:, :, node.index],
     "conv": _run_conv,
     "batch_norm": _run_batch_norm,

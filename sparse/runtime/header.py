@@ -201,6 +201,7 @@ def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"its weights would take {num_bytes / 2**30:.1f} GiB")
     check_shapes(header.nodes, shapes, in_channels=header.in_channels, folded=header.folded)
     _check_types(header, tensors)
+    _check_indices(header, shapes, tensors)
     if header.activations:
         integers.read_network(header.nodes, header.activations, header.masks(tensors), tensors)
 
@@ -230,14 +231,32 @@ def _check_masked(name: str, header: Header, tensors: Mapping[str, Tensor]) -> N
 def _check_types(header: Header, tensors: Mapping[str, Tensor]) -> None:
     """Check that entries of the graph have one of `DTYPES`, and others one of `_OTHER_DTYPES`."""
     read = {name for node in header.nodes for name in graph.entries(node)}
+    indices = {graph.index_entry(node) for node in header.nodes}
     for name in header.names:
         if name in header.shapes:
             continue
         dtype = tensors[name].dtype
+        if name in indices:
+            continue
         if dtype in DTYPES.values() and (dtype != torch.int8 or name + ".scale" in tensors):
             continue
         if name in read or dtype not in _OTHER_DTYPES:
             raise ValueError(f"{name!r} is {dtype}, which is none of {', '.join(DTYPES)}")
+
+
+def _check_indices(
+    header: Header, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Check that indices of relative positions are rows of their tables."""
+    for node in header.nodes:
+        index = graph.index_entry(node)
+        if index is None:
+            continue
+        rows = math.prod(shapes[graph.entries(node)[0]][:-1])
+        if index in header.shapes or tensors[index].dtype != torch.int64:
+            raise ValueError(f"{index!r} is not int64, as indices are")
+        if not 0 <= int(tensors[index].min()) <= int(tensors[index].max()) < rows:
+            raise ValueError(f"{index!r} has numbers that are no row of the {rows} of its table")
 
 
 def _find(tensors: Mapping[str, Tensor], name: str) -> Tensor:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import memory
+from .arrays import Array
 from .graph import INPUT
 from .integers import IntegerNetwork, Parameters, add_scales, looked_up, top
-from .lower import Array, Integers, Layer
+from .lower import Integers, Layer
 from .units import Unit
 
 PACKED = 4  # kPacked of op.h

@@ -5,13 +5,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+import numpy as np
+import torch
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from .graph import INPUT, Node, needed
-from .views import BATCH, CHANNELS, PIXELS, REPEATED, WEIGHT, Dim, Part, View, axis_of, merged
+from .views import (
+    BATCH,
+    CHANNELS,
+    PIXELS,
+    REPEATED,
+    WEIGHT,
+    Dim,
+    Part,
+    View,
+    axis_of,
+    merged,
+    places,
+)
 
 BATCH_SIZE = 2
+
+_Size = tuple[int, int]
 
 _NO_MAP = "it reads no map (N, C, H, W)"
 
@@ -38,11 +54,18 @@ class Interpreter:
             **signature.inputs_to_parameters,
             **signature.inputs_to_buffers,
         }
+        self._constants: Mapping[str, Tensor] = {
+            node: program.constants[name]
+            for node, name in signature.inputs_to_lifted_tensor_constants.items()
+        }
         self._nodes: list[Node] = []
         self._values: dict[fx.Node, Any] = {}
         self._channels: dict[str, int] = {}
         self._sizes: dict[str, tuple[int, int] | None] = {}
         """Height and width of each value; None for a vector."""
+        self._slices: dict[tuple[Any, ...], Node] = {}
+        self.pending: dict[str, Any] = {}
+        """What views stand for whose values no node of the graph computes."""
 
     def nodes(self) -> list[Node]:
         for node in self._graph.nodes:
@@ -54,14 +77,20 @@ class Interpreter:
                 self._values[node] = self._call(node)
         raise AssertionError("a graph has an output")
 
-    def _placeholder(self, node: fx.Node) -> View | None:
+    def _placeholder(self, node: fx.Node) -> View | Tensor | None:
         shape = tuple(node.meta["val"].shape) if "val" in node.meta else ()
         if node.name in self._entries:
-            whole = View(self._entries[node.name], (axis_of(WEIGHT, math.prod(shape)),))
-            return whole.reshaped(shape)
+            return self.weights(self._entries[node.name], shape)
+        if node.name in self._constants:
+            return self._constants[node.name]
         if len(shape) != 4:
             return None  # a constant: whoever reads it is unknown
         return self._value(INPUT, shape[1], shape[2:])
+
+    def weights(self, name: str, shape: Sequence[int], *steps: tuple[Any, ...]) -> View:
+        """Return the numbers of an entry, or of what was computed from it, in their order."""
+        dims = (axis_of(WEIGHT, math.prod(shape)),)
+        return View(name, dims, is_weight=True, steps=steps).reshaped(shape)
 
     def _value(self, name: str, channels: int, size: Sequence[int] | None) -> View:
         """Return the plain view (N, C, H, W) or (N, C) of a new value."""
@@ -80,12 +109,16 @@ class Interpreter:
         if not isinstance(outputs, Sequence) or len(outputs) != 1:
             raise ValueError("a model with more than one output cannot be exported")
         found = self.whole(node, self._values.get(outputs[0]))
-        if found.dims != self._plain(found.name)[: 2 if self.size_of(found) is None else 4]:
+        is_map = self.size_of(found) is not None
+        if found.dims != self._plain(found.name)[: 4 if is_map else 2] or found.shift != (0, 0):
             raise ValueError("the runtime gives logits (N, K) or maps (N, C, H, W) only")
         return needed(self._nodes, found.name)
 
     def _call(self, node: fx.Node) -> Any:
         known = self._operations.get(node.target)
+        read = [self._values[source] for source in node.all_input_nodes]
+        if read and all(isinstance(value, Tensor) for value in read):
+            return _evaluated(node, self._values)
         try:
             if known is None:
                 raise unknown(node)
@@ -112,6 +145,11 @@ class Interpreter:
     def view(self, node: fx.Node, index: int = 0) -> View:
         """Return the view that an operation reads as an argument."""
         return self.view_of(node, self.argument(node, index))
+
+    def constant(self, node: fx.Node, index: int) -> Tensor | None:
+        """Return an argument whose numbers depend on neither images nor weights."""
+        found = self._values.get(self.argument(node, index))
+        return found if isinstance(found, Tensor) else None
 
     def view_of(self, node: fx.Node, source: Any) -> View:
         found = self._values.get(source)
@@ -158,13 +196,18 @@ class Interpreter:
 
     def whole(self, node: fx.Node, view: Any) -> View:
         """Return a view, which shows all channels and pixels of a value."""
-        if not isinstance(view, View) or view.is_weight:
+        if not isinstance(view, View) or view.is_weight or view.name not in self._sizes:
             raise unknown(node)
+        if view.unit is not None or view.scale != 1:
+            raise unknown(node, "it reads what was multiplied by a number, or normalized")
         found: View = view
         size = self._sizes[found.name]
-        if size is not None and not found.parts(PIXELS) and size != (1, 1):
-            found = self._pixel(found)
-            size = None
+        if size is not None and size != (1, 1):
+            if not found.parts(PIXELS):
+                found = self._pixel(found)
+            elif found.parts(PIXELS) != axis_of(PIXELS, size[0] * size[1]):
+                found = self._rectangle(found, size)
+            size = self._sizes[found.name]
         wanted = {BATCH: BATCH_SIZE, CHANNELS: self._channels[found.name]}
         wanted[PIXELS] = 1 if size is None else size[0] * size[1]
         is_whole = all(found.parts(axis) == axis_of(axis, n) for axis, n in wanted.items())
@@ -182,15 +225,63 @@ class Interpreter:
             self._value(made.name, channels, None)
         return whole
 
-    def size_of(self, view: View) -> tuple[int, int] | None:
-        return self._sizes[view.name]
+    def _rectangle(self, view: View, size: tuple[int, int]) -> View:
+        """Return the whole of the map that a view shows; the view itself if it shows none."""
+        parts = [part for dim in view.dims for part in dim if part.axis == PIXELS]
+        row, column = np.divmod(view.pixel + places(parts), size[1])
+        rows, columns = np.unique(row), np.unique(column)
+        start = int(row[0]), int(column[0])
+        stride = int(np.diff(rows[:2]).sum()) or 1, int(np.diff(columns[:2]).sum()) or 1
+        output = len(rows), len(columns)
+        y, x = (start[i] + np.arange(output[i]) * stride[i] for i in (0, 1))
+        wanted = (y[:, None] * size[1] + x).ravel()
+        if not np.array_equal(wanted, row * size[1] + column):
+            return view
+        return self.sliced(view, start, stride, output)
+
+    def sliced(self, view: View, start: _Size, stride: _Size, output: _Size) -> View:
+        """Add the slice of a map; return it with the dimensions of a view of its pixels in order.
+
+        The view has as many pixels, or its dimensions are replaced by those of another one.
+        """
+        key = view.name, start, stride, output
+        if key not in self._slices:
+            name = f"{view.name}_slice_{len(self._slices)}"
+            options: dict[str, Any] = {"start": start, "stride": stride, "output": output}
+            made = Node(name=name, op="slice", inputs=(view.name,), **options)
+            self._slices[key] = made
+            self._nodes.append(made)
+            self._value(name, self._channels[view.name], output)
+        dims, inner = [], output[0] * output[1]
+        for dim in view.dims:
+            counted = []
+            for part in dim:
+                if part.axis == PIXELS:
+                    inner //= part.size
+                    part = replace(part, stride=inner)
+                counted.append(part)
+            dims.append(merged(counted))
+        return replace(view, name=self._slices[key].name, dims=tuple(dims), pixel=0)
+
+    def size_of(self, view: View) -> _Size | None:
+        """Return height and width of a map; None for a vector, and for what is no value."""
+        return self._sizes.get(view.name)
+
+    def pixel_dims(self, view: View) -> tuple[Dim, ...]:
+        """Return the dimensions H and W of a value."""
+        return self._plain(view.name)[2:]
+
+    def are_alike(self, first: View, second: View) -> bool:
+        """Tell whether two whole values have the same shape, and the same order of pixels."""
+        same_order = (first.dims, first.shift) == (second.dims, second.shift)
+        return same_order and self.size_of(first) == self.size_of(second)
 
     def channels_of(self, view: View) -> int:
         return self._channels[view.name]
 
     def is_plain(self, view: View) -> bool:
         """Tell whether a view is (N, C, H, W); a vector is one with height and width 1."""
-        return view.dims == self._plain(view.name)
+        return view.dims == self._plain(view.name) and view.shift == (0, 0)
 
     def flat(self, view: View) -> tuple[Dim, ...]:
         """Return the dimensions (N, C * H * W) of a map."""
@@ -234,29 +325,36 @@ class Interpreter:
         """
         pixels = self._sizes[sources[0].name]
         made = self.add(node, op, *sources, channels=channels, pixels=pixels, **values)
-        return replace(made, dims=sources[0].dims if dims is None else dims)
+        viewed = sources[0].dims if dims is None else dims
+        return replace(made, dims=viewed, shift=sources[0].shift)
 
-    def entry(self, node: fx.Node, index: int) -> str | None:
-        """Return the name of the entry that an operation reads whole; None if it reads none."""
+    def entry(self, node: fx.Node, index: int, *steps: tuple[Any, ...]) -> str | None:
+        """Return the name of the entry that an operation reads whole; None if it reads none.
+
+        Args:
+            steps: What was computed from it.
+        """
         if self.argument(node, index) is None:
             return None
         found = self.view(node, index)
-        sizes = found.sizes()
-        if (
-            not found.is_weight
-            or found.dims
-            != replace(found, dims=(axis_of(WEIGHT, math.prod(sizes)),)).reshaped(sizes).dims
-        ):
+        if found != self.weights(found.name, found.sizes(), *steps):
             raise unknown(node)
         return found.name
 
-    def prefix(self, node: fx.Node, entries: Mapping[int, str]) -> str:
+    def prefix(
+        self, node: fx.Node, entries: Mapping[int, str], *bias_steps: tuple[Any, ...]
+    ) -> str:
         """Return what the names of the entries have before the given ends.
 
         Args:
             entries: Positions of arguments -> ends of the names; the first one is needed.
+            bias_steps: What was computed from the bias before.
         """
-        found = {end: name for i, end in entries.items() if (name := self.entry(node, i))}
+        found = {}
+        for i, end in entries.items():
+            name = self.entry(node, i, *(bias_steps if end == "bias" else ()))
+            if name is not None:
+                found[end] = name
         prefixes = {name.removesuffix(end) for end, name in found.items()}
         first = next(iter(entries.values()))
         if first not in found or len(prefixes) != 1:
@@ -265,6 +363,15 @@ class Interpreter:
         if any(name != prefix + end for end, name in found.items()):
             raise unknown(node, f"its weights are not named {', '.join(entries.values())}")
         return prefix
+
+
+def _evaluated(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Return what an operation computes from constants, on the CPU; None if it has no result."""
+    arguments, options = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    if "device" in options:
+        options = {**options, "device": torch.device("cpu")}
+    target: Any = node.target
+    return target(*arguments, **options)
 
 
 def unknown(node: fx.Node, reason: str = "") -> ValueError:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .lower import Array
+from .arrays import Array
 
 ALIGNMENT = 16  # floats of a cache line
 BANDS_GAIN = 0.75  # several bands must do with this share of the vectors of one band
@@ -186,6 +186,8 @@ class Map:
         """What maps must have in common to share a place: the same lanes are then zero in all."""
         return (
             self.channels,
+            self.height,
+            self.width,
             self.grid,
             self.fill,
             self.halo,

@@ -12,12 +12,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
+from . import graph
+from .arrays import Array
 from .graph import ACTIVATIONS, INPUT, VECTORS, Node, entries
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class Layer:
 
     name: str
     kind: str
-    """conv, linear, max_pool, mean_pool, scale, adaptive_avg_pool, concat, chunk or shuffle;
+    """conv, linear, max_pool, mean_pool, scale, adaptive_avg_pool, concat, chunk, shuffle or slice;
     layer_norm, tokens, token or attention. In int8 also quantize and lookup.
 
     A linear layer whose source is a map reads its pixels, channel by channel. `tokens` takes the
@@ -64,7 +63,9 @@ class Layer:
     groups: int = 1
     ceil_mode: bool = False
     output: tuple[int, int] = (1, 1)
-    """Height and width of the value of an adaptive_avg_pool."""
+    """Height and width of the value of an adaptive_avg_pool or a slice."""
+    start: tuple[int, int] = (0, 0)
+    """Row and column of the first pixel that a slice takes."""
     index: int = 0
     """The part of the channels that a chunk takes, or the pixel that a token takes."""
     parts: tuple[str, ...] = ()
@@ -79,6 +80,14 @@ class Layer:
     """Of a layer_norm."""
     heads: int = 0
     score_scale: float = 0.0
+    head_scale: Array | None = None
+    """float32 (heads,), of an attention whose scores are cosines: by what they are multiplied."""
+    position_bias: Array | None = None
+    """float32 (heads, queries, keys): what an attention adds to the scores of a window."""
+    window: tuple[int, int] = (0, 0)
+    """Height and width of the windows of an attention; (0, 0) for all pixels."""
+    shift: tuple[int, int] = (0, 0)
+    spread: bool = False
     size: tuple[int, int] = (0, 0)
     """Height and width that `tokens` give; the last of them are the pixels of the source."""
     integers: "Integers | None" = None
@@ -180,6 +189,7 @@ class _Lowering:
             ceil_mode=node.ceil_mode,
             output=node.output,
             index=node.index,
+            start=node.start,
             **values,
         )
 
@@ -256,7 +266,7 @@ class _Lowering:
         """Append a layer of the kind of the node's operation."""
         self._other(node, node.op)
 
-    _max_pool = _mean_pool = _token = _adaptive_avg_pool = _shuffle = _own_layer
+    _max_pool = _mean_pool = _token = _adaptive_avg_pool = _shuffle = _slice = _own_layer
 
     def _other(self, node: Node, kind: str, channels: int | None = None) -> Layer:
         """Append a layer that is no convolution; by default with the channels of its source."""
@@ -268,6 +278,8 @@ class _Lowering:
     def _pixel_linear(self, node: Node) -> None:
         weight = self._weight(node)
         bias = self._bias(node, len(weight))
+        if not node.key_bias:
+            bias[len(bias) // 3 : len(bias) // 3 * 2] = 0
         self._append(node, self._convolution(node, weight[:, :, None, None], bias))
 
     def _layer_norm(self, node: Node) -> None:
@@ -282,6 +294,16 @@ class _Lowering:
     def _attention(self, node: Node) -> None:
         layer = self._other(node, "attention", self._channels[self._source(node)] // 3)
         layer.heads, layer.score_scale = node.heads, node.score_scale
+        layer.window, layer.shift, layer.spread = node.window, node.shift, node.spread
+        state = {name: self._state[name].double() for name in entries(node)}
+        index = graph.index_entry(node)
+        if index is not None:
+            state[index] = self._state[index]
+        bias = graph.position_bias(node, state)
+        layer.position_bias = None if bias is None else bias.float().numpy()
+        if node.cosine:
+            layer.score_scale = 1.0
+            layer.head_scale = graph.cosine_scale(node, state).float().numpy()
 
     def _prepend(self, node: Node) -> None:
         layer = self._other(node, "tokens")

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 
 from . import bindings
+from .arrays import Array
 from .layout import Map, Value, Vector
-from .lower import Array, Layer
+from .lower import Layer
+from .windows import Windows
 
 
 @dataclass(kw_only=True, eq=False)
@@ -27,6 +29,14 @@ class Operation:
     """What the kernels receive."""
     tables: list[Array] = field(default_factory=list)
     """The arrays to which the pointers of `op` point."""
+
+    def windows(self) -> Windows:
+        """Return the windows of an attention."""
+        layer, source = self.layer, self.source
+        assert layer is not None
+        assert isinstance(source, Map)
+        size = source.height, source.width
+        return Windows(size, layer.window if max(layer.window) else size, layer.shift, layer.spread)
 
     def num_connections(self) -> int:
         """Return the multiply-accumulates of one image whose weight is not zero."""
@@ -51,13 +61,14 @@ class Operation:
     def num_rows(self) -> int:
         """Return the rows of the output, or its channels if the output has no rows.
 
-        An attention has its heads instead. A norm or a lookup of a vector is one whole.
+        An attention has the windows of all heads instead. A norm or a lookup of a vector is one
+        whole.
         """
         if self.kind == bindings.VECTOR_NORM:
             return 1
         if self.kind == bindings.ATTENTION:
             assert self.layer is not None
-            return self.layer.heads
+            return self.layer.heads * len(self.windows())
         if isinstance(self.target, Map):
             return self.target.rows
         if self.kind == bindings.QUANT_LOOKUP:
@@ -71,9 +82,18 @@ class Operation:
         assert isinstance(self.source, Map)
         return self.source.rows
 
+    def start(self) -> tuple[int, int]:
+        """Return the first row and column that a repacking takes."""
+        return (0, 0) if self.layer is None else self.layer.start
+
     def moves_whole(self) -> bool:
         """Tell whether a repacking copies whole vectors, instead of single pixels."""
         source, target = self.source, self.target
         if not (isinstance(source, Map) and isinstance(target, Map)):
             return False
+        start, sizes = self.start(), ((source.height, target.height), (source.width, target.width))
+        for (size, taken), first, step in zip(sizes, start, self.stride, strict=True):
+            # A lane outside the target must be one outside the source.
+            if first >= step or taken != -(-(size - first) // step):
+                return False
         return source.grid.fits(target.grid.scaled(self.stride))

@@ -13,15 +13,15 @@ import numpy as np
 
 from ..native.library import LEVELS, check_known, cpu_level, default_cache, family, num_registers
 from . import bindings
+from .arrays import Array
 from .check import check_images, check_shapes, linear_columns
 from .execution_plan import ExecutionPlan
 from .format import Compact, read, write_whole
 from .header import MAX_IMAGE_SIZE
-from .lower import Array
 from .network import layers_of
 from .tune import Tuner
 
-VERSION = 1
+VERSION = 2
 """kPlanVersion of op.h."""
 MAX_THREADS = 1024
 Size = tuple[int, int, int]

@@ -33,6 +33,8 @@ def layer_size(layer: Layer, size: Size) -> Size:
     """Return height and width of a layer's value from those of its source."""
     if layer.kind == "tokens":
         return layer.size
+    if layer.kind == "slice":
+        return layer.output
     down, right = (
         out_size(*window, ceil_mode=layer.ceil_mode)
         for window in zip(

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .arrays import Array
 from .layout import Map
-from .lower import Array, Layer
+from .lower import Layer
+from .windows import Windows
 
 DENSE_CHANNELS = 4  # kDenseChannels of conv.h
 
@@ -217,3 +219,44 @@ def linear_table(weight: Array, *, groups: int) -> tuple[Array, Array]:
     connections.view(np.int32)[:, 0] = source + group * weight.shape[1]
     begin = np.concatenate([[0], np.cumsum(np.bincount(out, minlength=len(weight)))])
     return begin.astype(np.int32), connections
+
+
+def window_table(windows: Windows, source: Map, target: Map) -> Array:
+    """Return where the tokens of windows lie in a channel: (2, windows, whole vectors of tokens).
+
+    The first half is for the source, the second one for the target. After the last token is -1.
+    """
+    row, column = windows.pixels()
+    found = np.full((2, len(windows), _whole(windows.tokens, source.lanes)), -1, np.int32)
+    for half, value in zip(found, (source, target), strict=True):
+        half[:, : windows.tokens] = value.places(row, column)
+    return found
+
+
+def bias_table(windows: Windows, layer: Layer, *, lanes: int) -> tuple[Array, Array] | None:
+    """Return what is added to scores, and which of it to those of each window; None for nothing.
+
+    The shape of the first one is (biases, heads, keys, whole vectors of queries). Windows that have
+    the same mask have the same bias.
+
+    Args:
+        windows: The windows of an attention.
+        layer: The attention.
+        lanes: Floats per vector.
+    """
+    if layer.position_bias is None and windows.shift == (0, 0):
+        return None
+    tokens = windows.tokens
+    masks, number = np.zeros((1, tokens, tokens), np.float32), np.zeros(len(windows), np.int64)
+    if windows.shift != (0, 0):
+        masks, number = np.unique(windows.masks(), axis=0, return_inverse=True)
+    own = np.zeros((layer.heads, tokens, tokens), np.float32)
+    added = masks[:, None] + (own if layer.position_bias is None else layer.position_bias)
+    found = np.zeros((len(masks), layer.heads, tokens, _whole(tokens, lanes)), np.float32)
+    found[..., :tokens] = added.swapaxes(2, 3)
+    return found, number.reshape(-1).astype(np.int32)
+
+
+def _whole(count: int, lanes: int) -> int:
+    """Return the floats of the vectors that hold so many numbers."""
+    return -(-count // lanes) * lanes

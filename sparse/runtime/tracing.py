@@ -430,6 +430,7 @@ _ACTIVATION_MODULES = {
     nn.Hardswish: "hardswish",
     nn.Hardsigmoid: "hardsigmoid",
     nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
 }
 
 _ACTIVATION_FUNCTIONS: dict[Any, str] = {
@@ -439,6 +440,7 @@ _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.hardswish: "hardswish",
     F.hardsigmoid: "hardsigmoid",
     **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid", "sigmoid_"), "sigmoid"),
+    **dict.fromkeys((F.tanh, torch.tanh, "tanh", "tanh_"), "tanh"),
     F.gelu: "gelu",
 }
 

@@ -8,6 +8,11 @@ that compute something then become nodes of the graph.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .arrays import Array
 
 BATCH, CHANNELS, PIXELS = "batch", "channels", "pixels"
 WEIGHT = "weight"  # the only axis of an entry of the state dict
@@ -38,10 +43,16 @@ class View:
     """The first channel that is shown."""
     pixel: int = 0
     """The first pixel that is shown, counted row by row."""
-
-    @property
-    def is_weight(self) -> bool:
-        return any(part.axis == WEIGHT for dim in self.dims for part in dim)
+    shift: tuple[int, int] = (0, 0)
+    """Rows and columns by which the pixels have moved up and left, in a circle."""
+    scale: float = 1.0
+    """What all numbers have been multiplied by."""
+    unit: Dim | None = None
+    """The dimension by whose length the numbers have been divided, if they have."""
+    is_weight: bool = False
+    """Whether the numbers are those of an entry, or computed from entries alone."""
+    steps: tuple[tuple[Any, ...], ...] = ()
+    """What was computed from an entry. The numbers of the result are the axis `WEIGHT`."""
 
     def sizes(self) -> tuple[int, ...]:
         return tuple(math.prod(part.size for part in dim) for dim in self.dims)
@@ -77,20 +88,22 @@ class View:
     def permuted(self, order: Sequence[int]) -> "View":
         return replace(self, dims=tuple(self.dims[i] for i in order))
 
-    def taken(self, dim: int, begin: int, end: int) -> "View":
-        """Return indices begin .. end - 1 of a dimension.
+    def taken(self, dim: int, begin: int, end: int, step: int = 1) -> "View":
+        """Return every `step`-th index of begin .. end - 1 of a dimension.
 
         Raises:
-            ValueError: They are not neighbors on one axis of channels or pixels.
+            ValueError: They do not lie on one axis of channels or pixels.
         """
-        if (begin, end) == (0, self.sizes()[dim]):
+        if (begin, end, step) == (0, self.sizes()[dim], 1):
             return self
         parts = self.dims[dim]
-        if len(parts) != 1 or parts[0].axis not in (CHANNELS, PIXELS):
+        is_one = len(parts) == 1 and parts[0].axis in (CHANNELS, PIXELS)
+        if not is_one or (parts[0].axis == PIXELS and self.shift != (0, 0)):
             raise ValueError("it takes other parts than ranges of channels or pixels")
         (part,) = parts
         dims = list(self.dims)
-        dims[dim] = merged([replace(part, size=end - begin)])
+        taken = replace(part, size=len(range(begin, end, step)), stride=part.stride * step)
+        dims[dim] = merged([taken])
         start = begin * part.stride
         if part.axis == CHANNELS:
             return replace(self, dims=tuple(dims), channel=self.channel + start)
@@ -105,6 +118,14 @@ class View:
             if size not in (-1, old):
                 dims[i] = (Part(REPEATED, size, 0),)
         return replace(self, dims=tuple(dims))
+
+
+def places(parts: Sequence[Part]) -> Array:
+    """Return the places on an axis that parts count, the outermost part first."""
+    found = np.zeros(1, np.int64)
+    for part in parts:
+        found = (found[:, None] + np.arange(part.size) * part.stride).ravel()
+    return found
 
 
 def merged(parts: Sequence[Part]) -> Dim:

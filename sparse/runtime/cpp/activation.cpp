@@ -25,6 +25,18 @@ Vec gelu_tanh(Vec x) {
   return x * sigmoid(broadcast(1.59576912f) * (x + broadcast(0.044715f) * x * x * x));
 }
 
+// Near 0 the polynomial of Cephes' tanhf, which keeps the digits of small numbers.
+Vec tanh(Vec x) {
+  const Vec z = x * x;
+  Vec p = broadcast(-5.70498872745e-3f);
+  p = p * z + broadcast(2.06390887954e-2f);
+  p = p * z + broadcast(-5.37397155531e-2f);
+  p = p * z + broadcast(1.33314422036e-1f);
+  p = p * z + broadcast(-3.33332819422e-1f);
+  const Vec far = broadcast(2.0f) * sigmoid(broadcast(2.0f) * x) - broadcast(1.0f);
+  return z < broadcast(0.390625f) ? p * z * x + x : far;
+}
+
 // Call `use` with the function of an activation; the choice is thus outside of all loops.
 template <typename F>
 void with_function(int64_t activation, F use) {
@@ -37,6 +49,7 @@ void with_function(int64_t activation, F use) {
     case kSigmoid: return use([](Vec x) { return sigmoid(x); });
     case kGelu: return use([](Vec x) { return gelu(x); });
     case kGeluTanh: return use([](Vec x) { return gelu_tanh(x); });
+    case kTanh: return use([](Vec x) { return tanh(x); });
     default: return;
   }
 }

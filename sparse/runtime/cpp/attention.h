@@ -1,4 +1,4 @@
-// Attention between all pixels of a map, and the operations that make maps and vectors of tokens.
+// Attention between the pixels of windows of a map, and the operations that make maps and vectors of tokens.
 #pragma once
 
 #include "op.h"
@@ -10,9 +10,12 @@ void tokens(const Op& op, float* arena, int64_t y0, int64_t y1);
 // Channels c0 <= c < c1 of one pixel.
 void token(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1);
 
-// Heads h0 <= h < h1. The input has the queries of all heads, then the keys, then the values.
+// The windows begin .. end - 1 of all heads, head by head. The input has the queries of all heads,
+// then the keys, then the values.
 // `scratch` has at least attention_scratch_floats(op) floats, aligned to a cache line.
-void attention(const Op& op, float* arena, int64_t h0, int64_t h1, float* scratch);
+void attention(const Op& op, float* arena, int64_t begin, int64_t end, float* scratch);
+// Vectors that hold the tokens of a window.
+int64_t window_vectors(const Op& op);
 int64_t attention_scratch_floats(const Op& op);
 
 }  // namespace sparse_runtime

@@ -4,7 +4,9 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <vector>
 
+#include "attention.h"
 #include "conv.h"
 #include "simd.h"
 
@@ -90,7 +92,7 @@ class Checker {
     require(op_.eps >= 0 && op_.eps <= largest, "eps is out of range");
     require(std::abs(op_.score_scale) <= largest, "score_scale is out of range");
     require(op_.fill >= 0 && op_.fill <= 255, "there is no such zero point");
-    require(op_.activation >= kNone && op_.activation <= kGeluTanh, "there is no such activation");
+    require(op_.activation >= kNone && op_.activation <= kTanh, "there is no such activation");
     // Threads share parts. They would else compute the same.
     const bool has_parts = op_.kind == kSparseConv || op_.kind == kDenseConv ||
                            op_.kind == kQuantConv || op_.kind == kLayerNorm;
@@ -423,14 +425,36 @@ class Checker {
     reads_map(op_.rows);  // the queries
     require(op_.heads >= 1 && op_.depth >= 1 && Wide(op_.heads) * op_.depth == op_.channels,
             "the heads have other channels");
-    // This limits the memory of keys and values, too: it is less than that of the map.
-    require(op_.num_tokens >= 1 && op_.num_tokens <= Wide(op_.rows) * op_.vectors * kLanes,
+    // This limits the time, and the memory of keys and values: it is less than that of the map.
+    require(op_.num_windows >= 1 && op_.num_tokens >= 1 &&
+                Wide(op_.num_windows) * op_.num_tokens <= Wide(op_.rows) * op_.vectors * kLanes,
             "the map has no such number of tokens");
-    const Span tokens = reached(op_.num_tokens);
-    const auto* end = op_.offsets + op_.num_tokens;
-    require(*std::min_element(op_.offsets, end) >= 0, "a token lies elsewhere");
-    const Span keys_and_values = tokens.repeat(2 * op_.channels, op_.in_plane);
-    in_arena(op_.in, keys_and_values.move(Wide(op_.channels) * op_.in_plane));
+    const int64_t size = window_vectors(op_) * kLanes, half = op_.num_windows * size;
+    table(op_.offsets, 2 * Wide(half));
+    const Span read{0, furthest(op_.offsets, size)};
+    in_arena(op_.in, read.repeat(3 * op_.channels, op_.in_plane));
+    const Span reached{0, furthest(op_.offsets + half, size)};
+    in_arena(op_.out, reached.repeat(op_.channels, op_.out_plane));
+    std::vector<int32_t> written(op_.offsets + half, op_.offsets + 2 * half);
+    std::sort(written.begin(), written.end());
+    const auto first = std::lower_bound(written.begin(), written.end(), 0);
+    require(std::adjacent_find(first, written.end()) == written.end(), "two tokens are one");
+    if (op_.weights) table(op_.weights, op_.heads);
+    if (!op_.bias) return;
+    table(op_.counts, op_.num_windows);
+    const auto [least, most] = std::minmax_element(op_.counts, op_.counts + op_.num_windows);
+    require(*least >= 0, "there is no such bias");
+    table(op_.bias, (Wide(*most) + 1) * op_.heads * op_.num_tokens * size);
+  }
+
+  // The furthest of the places of all windows, each of which has so many.
+  Wide furthest(const int32_t* places, int64_t size) const {
+    int32_t most = 0;
+    for (int64_t i = 0; i < op_.num_windows * size; ++i) {
+      require((places[i] >= 0) == (i % size < op_.num_tokens), "a token lies elsewhere");
+      most = std::max(most, places[i]);
+    }
+    return most;
   }
 
   void quant_input() const {

@@ -78,9 +78,10 @@ bool is_vector(const Op& op) {
          op.kind == kToken || op.kind == kQuantMeanPool || op.kind == kQuantLinear;
 }
 
-// What slices of an operation are counted in. A norm of a vector is one whole.
+// What slices of an operation are counted in. An attention counts the windows of all heads; a norm
+// of a vector is one whole.
 int64_t extent(const Op& op) {
-  if (op.kind == kAttention) return op.heads;
+  if (op.kind == kAttention) return op.heads * op.num_windows;
   if (op.kind == kVectorNorm) return 1;
   return is_vector(op) ? op.channels : op.rows;
 }

@@ -54,6 +54,7 @@ enum Activation : int64_t {
   kSigmoid = 6,
   kGelu = 7,
   kGeluTanh = 8,
+  kTanh = 9,
 };
 
 constexpr int64_t kPacked = 4;  // channels per plane of an int8 map
@@ -70,7 +71,7 @@ struct Rescale {
 
 // The version of plan files. Raise it when the meaning of a member or of a table changes: older plans
 // are then refused. (A change of the size of Op is noticed without it.)
-constexpr int64_t kPlanVersion = 1;
+constexpr int64_t kPlanVersion = 2;
 
 // Positions are in floats from the start of the arena. Every member is 8 bytes wide. The pointers
 // come last, from `mask` on: plan files have the numbers of tables in their place (plan.cpp).
@@ -96,7 +97,7 @@ struct Op {
   int64_t mask_row;                 // distance between rows of the mask, 0 if one row serves all
   int64_t fill;                     // int8: zero point of the output, which borders have
   int64_t fill_top, fill_bottom;    // int8, without bands: rows of the output outside the image
-  int64_t heads, num_tokens;        // of an attention
+  int64_t heads, num_windows, num_tokens;  // of an attention; the tokens are those of a window
   double eps, score_scale;          // of a layer norm; of an attention
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are valid
   const int32_t* moves;             // [4][lanes] Grid.moves of the output, null with one band
@@ -104,22 +105,28 @@ struct Op {
   const int32_t* row_channel;       // [channels] in the order of computation, part by part;
                                     // repack: the channel that each one copies, null for the same
   const int32_t* counts;            // [parts][blocks][groups][2^group - 1] connections by pattern;
-                                    // dense, of 2 rows: [4] terms of each product
+                                    // dense, of 2 rows: [4] terms of each product; attention:
+                                    // [num_windows] the bias of a window, null without
   const int64_t* part_begin;        // [parts + 1] first channel of each part, a multiple of 4
   const int64_t* part_stream;       // [parts] where the connections of a part begin
   const float* connections;         // in the order of use: offset from the tile's first input
                                     // vector, in floats; one weight per channel of the pattern
   const float* weights;             // dense: [channels / 4][depth][4]; linear: [channels][depth];
                                     // layer norm: [channels]; tokens: [channels][rows][vectors]
-                                    // [lanes] to add; lookup: [256] bytes
+                                    // [lanes] to add; lookup: [256] bytes; attention: [heads] by
+                                    // what cosines are multiplied, null if the scores are no cosines
   const int32_t* offsets;           // dense: [depth]; of 2 rows: [depth][3] two offsets and the
                                     // sign of the second; input: [vectors][lanes] pixel of row 0,
                                     // or -1; output, repack: [rows][vectors][lanes] where in the
                                     // channel, or -1; max-pool: [width][lanes] valid input columns,
                                     // then valid rows, from -pad_x and -pad_y on; tokens: as
-                                    // repack; attention: [num_tokens] where in the channel
-  const float* bias;                // [channels]; int8: integers, then what is added for
-                                    // signed bytes; mean: the zero point of the input
+                                    // repack; attention: [2][num_windows][vectors of num_tokens]
+                                    // [lanes] where in the channel of the input and of the output,
+                                    // or -1 after the last token
+  const float* bias;                // [channels]; attention: [biases][heads][num_tokens keys]
+                                    // [vectors of num_tokens][lanes] queries, null without; int8:
+                                    // integers, then what is added for signed bytes; mean: the zero
+                                    // point of the input
   const float* scales;              // int8: [channels] factor of each sum of products; input: the
                                     // scale; mean: the scales of the input and of the output
   const Rescale* rescale;           // int8: null if the output is float32

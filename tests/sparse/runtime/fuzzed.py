@@ -84,16 +84,39 @@ def transformer() -> tuple[list[Node], dict[str, Tensor]]:
         Node(name="mix", op="attention", inputs=("qkv",), heads=2, score_scale=0.4),
         Node(name="scaled", op="scale", inputs=("mix",), parameters="s"),
         Node(name="sum", op="add", inputs=("scaled", "placed")),
-        Node(name="class", op="token", inputs=("sum",), index=0),
+        *windowed("sum"),
+        Node(name="class", op="token", inputs=("cropped",), index=0),
         Node(name="last", op="layer_norm", inputs=("class",), parameters="last.", eps=1e-6),
         Node(name="head", op="linear", inputs=("last",), parameters="head."),
     ]
     shapes = {"patch.weight": (12, 3, 3, 3), "patch.bias": (12,), "c": (1, 1, 12), "s": (12,)}
     shapes |= {"p": (1, 10, 12), "norm.weight": (12,), "norm.bias": (12,), "last.weight": (12,)}
     shapes |= {"last.bias": (12,), "qkv.weight": (36, 12), "head.weight": (7, 12)}
-    return nodes, {name: torch.randn(shape) for name, shape in shapes.items()}
+    shapes |= {"wide.weight": (36, 12), "wide.bias": (36,), "again.weight": (36, 12)}
+    shapes |= {"near.relative_coords_table": (1, 3, 9, 2), "near.cpb_mlp.0.weight": (5, 2)}
+    shapes |= {"near.cpb_mlp.0.bias": (5,), "near.cpb_mlp.2.weight": (2, 5)}
+    shapes |= {"near.logit_scale": (2, 1, 1), "far.relative_position_bias_table": (27, 3)}
+    state = {name: torch.randn(shape) for name, shape in shapes.items()}
+    for name in ("near", "far"):
+        state[f"{name}.relative_position_index"] = torch.randint(27, (10, 10))
+    return nodes, state
 
 
+def windowed(source: str) -> list[Node]:
+    """Return attentions in windows, of a map of 1 x 10 with 12 channels."""
+    near = {"cosine": True, "position_bias": "continuous", "window": (2, 5), "shift": (1, 2)}
+    far = {"score_scale": 0.5, "position_bias": "table", "window": (2, 5), "spread": True}
+    return [
+        Node(name="padded", op="slice", inputs=(source,), output=(2, 10)),
+        Node(name="wide", op="pixel_linear", inputs=("padded",), parameters="wide.", **NO_KEYS),
+        Node(name="near", op="attention", inputs=("wide",), heads=2, parameters="near.", **near),
+        Node(name="again", op="pixel_linear", inputs=("near",), parameters="again."),
+        Node(name="far", op="attention", inputs=("again",), heads=3, parameters="far.", **far),
+        Node(name="cropped", op="slice", inputs=("far",), output=(1, 10)),
+    ]
+
+
+NO_KEYS = {"key_bias": False}
 PATCHES = {"kernel": (3, 3), "stride": (3, 3)}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sparse import runtime
 from sparse.native import library
-from sparse.runtime import bindings, graph, integers, plan_file
+from sparse.runtime import bindings, integers, plan_file
 from sparse.runtime.execution_plan import ExecutionPlan
 from sparse.runtime.graph import Node
 from sparse.runtime.int8 import integer_layers
@@ -89,8 +89,7 @@ def _network(rng: random.Random, size: Shape) -> tuple[Sequence[Node], State, Fu
 def _transformer(rng: random.Random, size: Shape) -> tuple[Sequence[Node], State, Function]:
     """Draw a graph with operations of transformers."""
     drawn = RandomGraph(rng, size)
-    state = {name: value.double() for name, value in drawn.state.items()}
-    return drawn.nodes, drawn.state, lambda x: graph.run(drawn.nodes, state, x)
+    return drawn.nodes, drawn.state, drawn.in_float64()
 
 
 def _integers(seed: int) -> tuple[Shape, list[Layer], Function]:
@@ -143,6 +142,8 @@ def flat() -> nn.Module:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vit": MODELS["vit"],
     "convnext": MODELS["convnext"],
+    "swin": MODELS["swin"],
+    "swin v2": MODELS["swin v2"],
     "squeeze and excitation": MODELS["timm efficientnet"],
     "concat": lambda: torchvision.models.DenseNet(4, (2, 2), 8, num_classes=7),
     "shuffle": lambda: torchvision.models.ShuffleNetV2(

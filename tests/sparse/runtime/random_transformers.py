@@ -1,6 +1,7 @@
 """Random graphs over the operations of transformers and ConvNeXt, computed in random ways."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ class RandomGraph:
                 [
                     *(self._conv, self._linear, self._norm, self._scale, self._prepend),
                     *(self._embedding, self._attention, self._activation, self._sum),
+                    *(self._windows, self._slice, self._merge),
                 ],
-                [2, 3, 3, 1, 1, 1, 3, 1, 2],
+                [2, 3, 3, 1, 1, 1, 2, 1, 2, 6, 1, 1],
             )[0]
             draw()
         if rng.random() < 0.6:
@@ -39,6 +41,11 @@ class RandomGraph:
         for node in reversed(self.nodes):
             needed |= set(node.inputs) if node.name in needed else set()
         self.nodes = [node for node in self.nodes if node.name in needed]
+
+    def in_float64(self) -> Callable[[Tensor], Tensor]:
+        """Return what torch computes; later changes of the state are not seen."""
+        state = {k: v.double() if v.is_floating_point() else v for k, v in self.state.items()}
+        return lambda images: graph.run(self.nodes, state, images.double())
 
     def _add(self, op: str, shape: Shape, *others: str, **values: object) -> None:
         inputs = (self._values[-1][0], *others)
@@ -116,6 +123,72 @@ class RandomGraph:
         scale = self._rng.choice([width**-0.5, 2.0])
         self._add("attention", (heads * width, *size), heads=heads, score_scale=scale)
 
+    def _windows(self) -> None:
+        """Add an attention in windows, for which the map may have to be padded."""
+        channels, *size = self._values[-1][1]
+        window = tuple(self._rng.choice([1, 2, 2, 3, 4, 7]) for _ in size)
+        padded = [-(-s // w) * w for s, w in zip(size, window, strict=True)]
+        if padded != size:
+            self._add("slice", (channels, *padded), output=tuple(padded))
+        heads, width = self._rng.choice([1, 2, 3]), self._rng.choice([1, 4, 7])
+        qkv, name = self._weight(3 * heads * width, channels), self._prefix()
+        options = {"heads": heads, "window": window, "spread": self._rng.random() < 0.4}
+        if not options["spread"] and self._rng.random() < 0.6:
+            options["shift"] = tuple(self._rng.randrange(w) for w in window)
+        cosine = self._rng.random() < 0.4
+        options |= {"cosine": True} if cosine else {"score_scale": self._rng.choice([0.5, 2.0])}
+        if cosine:
+            self.state[name + "logit_scale"] = 2 + torch.randn(heads, 1, 1)
+        position_bias = self._rng.choice(["", "table", "continuous"])
+        self._position_bias(name, position_bias, window, heads)
+        options |= {"position_bias": position_bias}
+        if cosine or position_bias:
+            options["parameters"] = name
+        shape = (3 * heads * width, *padded)
+        # A bias of the keys has no effect but on cosines.
+        has_key_bias = not cosine or self._rng.random() < 0.3
+        self._add("pixel_linear", shape, parameters=qkv, key_bias=has_key_bias)
+        self._add("attention", (heads * width, *padded), **options)
+        if padded != size and self._rng.random() < 0.8:
+            self._add("slice", (heads * width, *size), output=tuple(size))
+
+    def _position_bias(self, name: str, kind: str, window: tuple[int, int], heads: int) -> None:
+        """Add the entries of a position bias; its index has any rows of the table."""
+        rows = self._rng.randint(1, 40)
+        if kind:
+            index = torch.randint(rows, ((window[0] * window[1]) ** 2,))
+            self.state[name + "relative_position_index"] = index
+        if kind == "table":
+            self.state[name + "relative_position_bias_table"] = torch.randn(rows, heads)
+        if kind == "continuous":
+            self.state[name + "relative_coords_table"] = torch.randn(1, rows, 1, 2)
+            self.state[name + "cpb_mlp.0.weight"] = torch.randn(5, 2)
+            self.state[name + "cpb_mlp.0.bias"] = torch.randn(5)
+            self.state[name + "cpb_mlp.2.weight"] = torch.randn(heads, 5)
+
+    def _slice(self) -> None:
+        """Take some pixels of a map, and perhaps zeros outside of it."""
+        channels, *size = self._values[-1][1]
+        start = tuple(self._rng.randrange(s) for s in size)
+        stride = tuple(self._rng.choice([1, 1, 2, 2, 3]) for _ in size)
+        most = [-(-(s - a) // step) for s, a, step in zip(size, start, stride, strict=True)]
+        output = tuple(self._rng.choice([m, m, 1, m + 2]) for m in most)
+        self._add("slice", (channels, *output), start=start, stride=stride, output=output)
+
+    def _merge(self) -> None:
+        """Join the pixels of every square of 2 x 2, as Swin does."""
+        name, (channels, *size) = self._values[-1]
+        half = tuple(-(-s // 2) for s in size)
+        if 4 * channels > 100:
+            return
+        parts = []
+        for start in ((0, 0), (1, 0), (0, 1), (1, 1)):
+            self._values.append((name, (channels, *size)))
+            self._add("slice", (channels, *half), start=start, stride=(2, 2), output=half)
+            parts.append(self._values[-1][0])
+        self._values.append((parts[0], (channels, *half)))
+        self._add("concat", (4 * channels, *half), *parts[1:])
+
     def _activation(self) -> None:
         self._add(self._rng.choice(ACTIVATIONS), self._values[-1][1])
 
@@ -162,8 +235,7 @@ def compare(seed: int, kernels: list[bindings.Kernels], path: Path) -> None:
     found = RandomGraph(rng, shape)
     save(found, path, shape[0])
     images = torch.randn(rng.choice([1, 2, 4]), *shape)
-    state = {name: value.double() for name, value in found.state.items()}
-    wanted = graph.run(found.nodes, state, images.double())
+    wanted = found.in_float64()(images)
     for each in kernels:
         for threads in (1, 3):
             network = Network(path, threads=threads, kernels=each, tuner=tuner(rng))

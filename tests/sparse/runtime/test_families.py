@@ -1,4 +1,4 @@
-"""A member of every family of torchvision's convolutional classifiers runs, and as in torch."""
+"""A member of every family of torchvision's classifiers runs, and as in torch."""
 
 from pathlib import Path
 
@@ -31,6 +31,9 @@ LARGE = {
     "efficientnet_v2_s": 96,
     "mobilenet_v3_large": 96,
     "wide_resnet50_2": 96,
+    "swin_t": 72,
+    "swin_v2_t": 72,
+    "maxvit_t": 224,
 }
 
 

@@ -117,7 +117,7 @@ POOL = nn.AdaptiveAvgPool2d(1)
         (nn.Sequential(nn.AvgPool2d(2, ceil_mode=True)), "average-pooling with options"),
         (nn.Sequential(nn.MaxPool2d(2, return_indices=True)), "return_indices"),
         (nn.Sequential(nn.BatchNorm2d(3, affine=False)), "BatchNorm without"),
-        (nn.Sequential(nn.Tanh()), "does not know 0: Tanh"),
+        (nn.Sequential(nn.Softplus()), "does not know 0: Softplus"),
         (nn.Sequential(nn.Identity()), "it has 0"),
         (nn.Sequential(nn.AvgPool2d(3, padding=(1, 2))), "more than half of the kernel"),
         (nn.Sequential(nn.Conv2d(3, 4, 1, padding=2000)), "more than 1024 pixels"),
@@ -220,7 +220,7 @@ def test_a_shared_layer_is_not_folded_twice(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([], "it has 0"),
-        ([{"name": "a", "op": "tanh", "inputs": ["input"]}], "whose op is 'tanh'"),
+        ([{"name": "a", "op": "softplus", "inputs": ["input"]}], "whose op is 'softplus'"),
         ([{"name": "a", "op": "relu", "inputs": ["b"]}], r"'a' .relu. reads .'b',."),
         ([{"nam": "a"}], "a node that is none"),
     ],

@@ -24,6 +24,7 @@ MODULES = {
     "sigmoid": nn.Sigmoid(),
     "gelu": nn.GELU(),
     "gelu_tanh": nn.GELU(approximate="tanh"),
+    "tanh": nn.Tanh(),
 }
 
 FEW = settings(

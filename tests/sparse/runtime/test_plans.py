@@ -205,7 +205,7 @@ def test_the_registers_of_a_level_are_known(libraries: dict[int, Path]) -> None:
     [
         ("lanes", 5, "OTHER_LEVEL", "for 5 lanes and"),
         ("registers", 64, "OTHER_LEVEL", "and 64 registers"),
-        ("version", 99, "OTHER_VERSION", "version 99, this library reads version 1"),
+        ("version", 99, "OTHER_VERSION", "version 99, this library reads version 2"),
         ("op_bytes", 8, "OTHER_VERSION", "operations of 8 bytes"),
         ("bytes", 1000, "BAD_PLAN", "bytes of 1000"),
         ("threads", 0, "BAD_PLAN", "its number of threads"),
@@ -259,6 +259,15 @@ FAR, FURTHER = 10**6, 2**31 - 1
         ("vit", "ATTENTION", "offsets", None, "a table is missing"),
         ("vit", "ATTENTION", "offsets", FURTHER, "outside the arena"),
         ("vit", "ATTENTION", "offsets", -1, "a token lies elsewhere"),
+        ("vit", "ATTENTION", "num_windows", 0, "no such number of tokens"),
+        ("vit", "ATTENTION", "num_windows", 2**31, "no such number of tokens"),
+        ("swin", "ATTENTION", "num_windows", 99, "no such number of tokens"),
+        ("swin", "ATTENTION", "num_tokens", 11, "a token lies elsewhere"),
+        ("swin", "ATTENTION", "num_tokens", 13, "a token lies elsewhere"),
+        ("swin", "ATTENTION", "offsets", FURTHER, "outside the arena"),
+        ("swin", "ATTENTION", "counts", None, "a table is missing"),
+        ("swin", "ATTENTION", "counts", -1, "there is no such bias"),
+        ("swin", "ATTENTION", "counts", FURTHER, "a table is too short"),
         ("vit", "LAYER_NORM", "weights", None, "a table is missing"),
         ("vit", "LAYER_NORM", "bias", None, "a table is missing"),
         ("vit", "LAYER_NORM", "eps", bits(-1.0), "eps is out of range"),
@@ -273,7 +282,7 @@ FAR, FURTHER = 10**6, 2**31 - 1
         ("vit", "TOKEN", "channels", 0, "the output is empty"),
         ("convnext", "VECTOR_NORM", "channels", 17, "a table is too short"),
         ("convnext", "VECTOR_NORM", "in_", FAR, "a member is out of range"),
-        ("convnext", "SPARSE_CONV", "activation", 9, "no such activation"),
+        ("convnext", "SPARSE_CONV", "activation", 10, "no such activation"),
         ("convnext", "VECTOR_NORM", "eps", bits(math.inf), "eps is out of range"),
         ("squeeze and excitation", "SCALE", "res", -1, "there are no factors"),
         ("squeeze and excitation", "SCALE", "res", "arena", "outside the arena"),
@@ -307,6 +316,23 @@ def test_an_operation_that_does_not_fit_is_refused(
     assert isinstance(refused, str)
     assert refused.startswith("SPARSE_BAD_PLAN: the plan is damaged: operation ")
     assert re.search(told, refused), refused
+
+
+def test_an_attention_writes_no_pixel_twice(
+    api: Api, networks: Callable[[str], plans.Case]
+) -> None:
+    plan = networks("swin").data
+    windows, tokens = (
+        plans.number_at(plan, plans.member(plan, bindings.ATTENTION, name))
+        for name in ("num_windows", "num_tokens")
+    )
+    lanes = plans.number_at(plan, HEADER["lanes"])
+    places = plans.table(plan, bindings.ATTENTION, "offsets")
+    written = places + 4 * windows * -(-tokens // lanes) * lanes  # the second half of the table
+    first = int.from_bytes(plan[written : written + 4], "little")
+    refused = api.open(replaced(plan, {written: first * (1 + 2**32)}))
+    assert isinstance(refused, str)
+    assert "two tokens are one" in refused
 
 
 def test_what_a_thread_needs_counts_towards_the_memory(

@@ -1,5 +1,6 @@
 """Vision transformers and ConvNeXt: traced with torch.export, executed by the kernels."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import sparse
 from sparse import runtime
-from sparse.runtime import bindings, trace
+from sparse.runtime import bindings, graph, trace
 from sparse.runtime.network import Network
 from tests.sparse.runtime import random_transformers
 from tests.sparse.runtime.conftest import LEVELS
@@ -48,6 +49,21 @@ def convnext() -> nn.Module:
     return torchvision.models.ConvNeXt([block(8, 16, 2), block(16, None, 1)], num_classes=7)
 
 
+def swin(*, is_v2: bool = False) -> nn.Module:
+    found = torchvision.models.swin_transformer
+    options = {"depths": [2, 1], "num_heads": [2, 3], "window_size": [3, 4]}
+    if is_v2:
+        options |= {"block": found.SwinTransformerBlockV2, "downsample_layer": found.PatchMergingV2}
+    return found.SwinTransformer([4, 4], embed_dim=12, num_classes=7, **options)
+
+
+def maxvit() -> nn.Module:
+    sizes = {"input_size": (32, 32), "stem_channels": 8, "partition_size": 2, "head_dim": 4}
+    return torchvision.models.MaxVit(
+        block_channels=[8, 12], block_layers=[1, 1], stochastic_depth_prob=0, num_classes=7, **sizes
+    )
+
+
 def timm_vit(**options: object) -> nn.Module:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     return timm.models.VisionTransformer(**sizes, num_classes=7, **options)
@@ -56,6 +72,9 @@ def timm_vit(**options: object) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit": vit,
     "convnext": convnext,
+    "swin": swin,
+    "swin v2": lambda: swin(is_v2=True),
+    "maxvit": maxvit,
     "timm vit with registers": lambda: timm_vit(
         reg_tokens=3, init_values=0.5, no_embed_class=True, pre_norm=True
     ),
@@ -135,6 +154,16 @@ def test_the_input_projection_of_an_attention_is_stored_sparse(tmp_path: Path) -
     name = "encoder.layers.encoder_layer_1.self_attention.in_proj_weight"
     assert torch.equal(compact.masks()[name], masks[name])
     assert all(torch.equal(v, compact.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+def test_a_network_with_position_biases_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    model = swin(is_v2=True)
+    export(model, tmp_path / "network", size=32)
+    found = runtime.read(tmp_path / "network").state_dict()
+    assert found.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
 
 
 def test_a_network_with_a_position_embedding_takes_one_size(
@@ -252,8 +281,97 @@ def test_what_the_runtime_has_not_is_named_with_its_module(layer: nn.Module, mes
     assert "\n" not in str(error.value)
 
 
+ONES = torch.ones(1, 4, 1, 4, 4)
+
+
+class Windowed(nn.Module):
+    """Attends in windows of 2 x 2 of a map of 4 x 4, with all products written out."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Tensor], *, shift: int = 0) -> None:
+        super().__init__()
+        self.qkv, self.own = nn.Linear(12, 36), nn.Parameter(torch.randn(3, 4, 4))
+        self.change, self.shift = change, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1).roll((-self.shift,) * 2, (1, 2))
+        x = x.reshape(-1, 2, 2, 2, 2, 12).transpose(2, 3).reshape(-1, 4, 12)
+        q, k, v = self.qkv(x).reshape(-1, 4, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        x = self.change(q @ (k * 0.5).mT, self.own) @ v
+        x = x.transpose(1, 2).reshape(-1, 2, 2, 2, 2, 12).transpose(2, 3).reshape(-1, 4, 4, 12)
+        return x.roll((self.shift,) * 2, (1, 2)).mean((1, 2))
+
+
+def trace_windowed(
+    change: Callable[[Tensor, Tensor], Tensor], *, shift: int = 0
+) -> list[graph.Node]:
+    model = nn.Sequential(nn.Conv2d(3, 12, 4, 4), Windowed(change, shift=shift))
+    return trace(model.eval(), image_size=16)
+
+
+def test_windows_are_no_operations() -> None:
+    nodes = trace_windowed(lambda scores, own: scores.softmax(-1))
+    assert [node.op for node in nodes] == ["conv", "pixel_linear", "attention", "mean_pool"]
+    assert (nodes[2].window, nodes[2].score_scale, nodes[2].heads) == ((2, 2), 0.5, 3)
+    assert {node.op for node in trace(maxvit().eval(), image_size=32)}.isdisjoint(
+        ("slice", "concat")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "shift", "message"),
+    [
+        (lambda scores, own: scores.softmax(-1), 1, "shifted, and pixels .* not masked"),
+        (lambda scores, own: scores.softmax(-2), 0, "no softmax of an attention's scores"),
+        (lambda scores, own: scores, 0, "other numbers than the shares of a softmax"),
+        (lambda scores, own: (scores + 1).softmax(-1), 0, "1: Windowed .aten.add"),
+        (lambda scores, own: (scores + own).softmax(-1), 0, "position bias .* is not known"),
+        (lambda scores, own: (scores * own).softmax(-1), 0, "other weights than a logit_scale"),
+        (lambda scores, own: (scores + ONES[0, 0]).softmax(-1), 0, "mask that it adds is not"),
+        (lambda scores, own: (scores.unflatten(0, (-1, 4)) + ONES).flatten(0, 1).softmax(-1), 1,
+         "no mask of shifted windows"),
+    ],
+)  # fmt: skip
+def test_windows_that_the_runtime_has_not_are_refused(
+    change: Callable[[Tensor, Tensor], Tensor], shift: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        trace_windowed(change, shift=shift)
+    assert "\n" not in str(error.value)
+
+
+class Cosine(nn.Module):
+    """Attends by cosines, over the tokens of a map of 4 x 4, as Swin v2 does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.width = nn.Linear(12, 36), width
+        self.logit_scale = nn.Parameter(torch.zeros(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.qkv(x.flatten(2).mT).reshape(-1, 16, 3, 12 // self.width, self.width)
+        q, k, v = (part.reshape(-1, 16, 3, 4).transpose(1, 2) for part in self.normalized(x))
+        scores = (q @ k.mT) * self.logit_scale.clamp(max=math.log(100)).exp()
+        return (scores.softmax(-1) @ v).mean(2).flatten(1)
+
+    def normalized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = x.unbind(2)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
+
+
+@pytest.mark.parametrize("width", [2, 4, 12])
+def test_cosines_are_those_of_heads(width: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 4, 4), Cosine(width)).eval()
+    if width == 4:
+        nodes = trace(model, image_size=16)
+        assert [node.op for node in nodes] == ["conv", "pixel_linear", "attention", "mean_pool"]
+        assert nodes[2].cosine
+        return
+    with pytest.raises(ValueError, match=r"1: Cosine .*normalized otherwise than by head"):
+        trace(model, image_size=16)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_b_16", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["vit_b_16", "convnext_tiny", "swin_t", "swin_v2_t", "maxvit_t"])
 def test_networks_of_torchvision_equal_torch(
     name: str, kernels: bindings.Kernels, tmp_path: Path
 ) -> None:

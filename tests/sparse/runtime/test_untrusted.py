@@ -44,12 +44,24 @@ def node(op: str, field: str, value: object) -> Change:
     return change
 
 
+def named(name: str, field: str, value: object) -> Change:
+    """Change a field of a node."""
+
+    def change(header: Any, tensors: dict[str, Tensor]) -> None:
+        next(n for n in header["nodes"] if n["name"] == name)[field] = value
+
+    return change
+
+
 def field(name: str, value: object) -> Change:
     return lambda header, tensors: header.update({name: value})
 
 
 def tensor(name: str, value: Tensor) -> Change:
     return lambda header, tensors: tensors.update({name: value})
+
+
+INDEX = "far.relative_position_index"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +157,32 @@ def test_what_does_not_fit_is_named(tmp_path: Path, change: Change, message: str
         (node("layer_norm", "eps", -1), "or eps -1 out of range"),
         (tensor("norm.weight", torch.ones(11)), "'norm.weight' is .11,., the graph needs .12,."),
         (tensor("s", torch.ones(12, dtype=torch.int64)), "'s' is torch.int64"),
+        (named("near", "window", [2, 0]), "window .2, 0. out of range"),
+        (named("near", "window", [2**40, 5]), "window .* out of range"),
+        (named("near", "shift", [2, 1]), "shift .2, 1. of windows .2, 5. out of range"),
+        (named("near", "shift", [-1, 1]), "shift .-1, 1. of windows .2, 5. out of range"),
+        (named("far", "shift", [1, 1]), "shift .1, 1. of windows .2, 5. out of range"),
+        (named("mix", "shift", [1, 1]), "'mix' .attention. has no shift"),
+        (named("mix", "position_bias", "table"), "a position bias needs a window"),
+        (named("mix", "position_bias", "other"), "whose position_bias is 'other'"),
+        (named("near", "score_scale", 1.0), "'near' .attention. has no score_scale"),
+        (named("mix", "cosine", True), "has no score_scale"),
+        (named("wide", "key_bias", 3), "whose key_bias is 3"),
+        (named("norm", "key_bias", False), "has no key_bias"),
+        (named("padded", "start", [-1, 0]), "start .-1, 0. out of range"),
+        (named("padded", "start", [0, 2**40]), "start .* out of range"),
+        (named("padded", "output", [0, 10]), "output must be at least 1"),
+        (named("padded", "output", [2, 2000]), "spans more than 1024 pixels"),
+        (tensor(INDEX, torch.zeros(10, 10)), "index' is not int64, as indices are"),
+        (tensor(INDEX, torch.full((10, 10), 27)), "numbers that are no row of the 27 of its table"),
+        (tensor(INDEX, torch.full((10, 10), -1)), "numbers that are no row of the 27 of its table"),
+        (tensor(INDEX, torch.zeros(9, 10).long()), "index' is .9, 10., 'far' needs 100 numbers"),
+        (tensor("far.relative_position_bias_table", torch.ones(27, 2)), "the graph needs .27, 3."),
+        (tensor("near.relative_coords_table", torch.ones(9, 3)), "the graph needs .9, 2."),
+        (tensor("near.cpb_mlp.0.weight", torch.ones(5, 3)), "the graph needs .5, 2."),
+        (tensor("near.cpb_mlp.0.bias", torch.ones(6)), "the graph needs .5,."),
+        (tensor("near.cpb_mlp.2.weight", torch.ones(3, 5)), "the graph needs .2, 5."),
+        (tensor("near.logit_scale", torch.ones(3)), "logit_scale' is .3,., 'near' needs 2 numbers"),
     ],
 )
 def test_what_does_not_fit_a_transformer_is_named(
@@ -213,6 +251,7 @@ def test_a_mask_of_a_few_large_blocks_takes_no_memory(tmp_path: Path) -> None:
         ("token", "index", 10, "'class' takes token 10"),
         ("embedding", "size", [10, 1], "'p' is made for a map of 10x1, .* give 10 tokens"),
         ("prepend", "size", [9, 1], "'c' is made for a map of 9x1, .* give a map of 3x3"),
+        ("slice", "output", [3, 10], "'near' has windows of 2x5, which do not divide 3x10"),
     ],
 )
 def test_images_that_do_not_fit_the_tokens_are_refused(
