@@ -12,6 +12,7 @@ from .channels import compact_channels
 from .format import Compact, read, save
 from .graph import Node
 from .header import DTYPES, Header
+from .hybrid import Hybrid, hybrid
 from .network import Network, load
 from .plan_file import save_plan
 from .tracing import trace
@@ -21,9 +22,11 @@ __all__ = [
     "BuildError",
     "Compact",
     "Header",
+    "Hybrid",
     "Network",
     "Node",
     "compact_channels",
+    "hybrid",
     "load",
     "read",
     "save",

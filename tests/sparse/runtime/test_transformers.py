@@ -218,6 +218,17 @@ class MultiHead(nn.Module):
         return y if self.attention.batch_first else y.transpose(0, 1)
 
 
+class Gain(nn.Module):
+    """Multiply by one learned number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
 def test_attention_is_one_operation_however_it_is_written() -> None:
     for layer in (
         MultiHead(batch_first=True),
@@ -244,6 +255,7 @@ def test_attention_is_one_operation_however_it_is_written() -> None:
         (MultiHead(crossed=True, batch_first=True), "layer.attention: MultiheadAttention"),
         (Attention(12, 3, qk_norm=True, norm_layer=nn.LayerNorm), "layer.q_norm: LayerNorm"),
         (nn.Conv1d(16, 16, 1), "does not know layer: Conv1d .aten.conv1d"),
+        (Gain(), "does not know layer: Gain .aten.mul"),
     ],
 )
 def test_what_the_runtime_has_not_is_named_with_its_module(layer: nn.Module, message: str) -> None:
