@@ -16,7 +16,7 @@ from .exported import export, image_channels
 from .graph import KERNELS
 from .interpreter import LAYOUTS, is_tensor, operation, place
 from .network import Engine, Images, classify
-from .parts import Part, cut, multiply_adds
+from .parts import Part, constants, cut, multiply_adds
 from .tracing import evaluation
 from .tune import Tuner
 
@@ -144,9 +144,10 @@ def hybrid(
         if isinstance(value, Tensor)
     }
     parts = cut(program, state)
-    report = _report(program, parts, state)
+    fixed = constants(program, state)
+    report = _report(program, parts, state, fixed)
     native = [_Native(part, state, threads=threads, kernels=kernels, tuner=tuner) for part in parts]
-    run = _joined(program, parts, native, state)
+    run = _joined(program, parts, native, fixed)
     return Hybrid(run, report, in_channels=in_channels, image_size=image_size)
 
 
@@ -182,38 +183,47 @@ def _joined(
     program: ExportedProgram,
     parts: Sequence[Part],
     native: Sequence[_Native],
-    state: Mapping[str, Tensor],
+    fixed: Mapping[fx.Node, Any],
 ) -> fx.GraphModule:
-    """Return the program with its parts replaced, as a module without inputs but the images."""
+    """Return the program with its parts replaced, as a module without inputs but the images.
+
+    Args:
+        program: It is changed.
+        parts: Of the program.
+        native: What computes them.
+        fixed: The values that do not depend on the images.
+    """
     module: fx.GraphModule = program.graph_module
     graph = program.graph
-    signature = program.graph_signature
-    names = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
+    ends = dict[fx.Node, fx.Node]()
     for i, (part, own) in enumerate(zip(parts, native, strict=True)):
         module.add_submodule(f"native_{i}", own)
         with graph.inserting_after(part.exit):
-            made = graph.call_module(f"native_{i}", (part.entry,))
+            made = graph.call_module(f"native_{i}", (ends.get(part.entry, part.entry),))
         part.exit.replace_all_uses_with(made)
-    graph.eliminate_dead_code()
-    for i, node in enumerate(graph.find_nodes(op="placeholder")):
-        if node.name not in names:
-            continue
-        if node.users:
-            module.register_buffer(f"state_{i}", state[names[node.name]])
-            with graph.inserting_before(node):
-                value = graph.get_attr(f"state_{i}")
-            node.replace_all_uses_with(value)
+        ends[part.exit] = made
+    for node in reversed([node for node in graph.nodes if any(node in p.inside for p in parts)]):
         graph.erase_node(node)
+    for i, (node, value) in enumerate(fixed.items()):
+        if not fixed.keys() >= node.users.keys():
+            module.register_buffer(f"fixed_{i}", value)
+            with graph.inserting_before(node):
+                made = graph.get_attr(f"fixed_{i}")
+            node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in fixed)
+    for node in reversed(list(fixed)):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
     module.recompile()
     return module
 
 
-def _report(program: ExportedProgram, parts: Sequence[Part], state: Mapping[str, Tensor]) -> Report:
-    macs = multiply_adds(program)
+def _report(
+    program: ExportedProgram,
+    parts: Sequence[Part],
+    state: Mapping[str, Tensor],
+    fixed: Mapping[fx.Node, Any],
+) -> Report:
+    macs = {node: count for node, count in multiply_adds(program).items() if node not in fixed}
     native = frozenset[fx.Node]().union(*(part.inside for part in parts))
     density = {
         node.name: float((state[node.parameters + "weight"] != 0).float().mean())

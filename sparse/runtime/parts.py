@@ -5,7 +5,7 @@ such part is taken that multiplies by weights: to carry a value from torch to th
 costs more than a part without weights gains.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,36 @@ def _runs(part: Part, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> bo
     return True
 
 
+def constants(program: ExportedProgram, state: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
+    """Return the values that do not depend on the images: weights, masks of attention."""
+    signature = program.graph_signature
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    found: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            found[node] = state[names[node.name]]
+        elif _is_computed(node) and found.keys() >= set(node.all_input_nodes):
+            found[node] = _call(node, found.__getitem__)
+    return found
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Tell whether a node gives the same value for the same inputs."""
+    is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.op == "call_function" and not is_random
+
+
+@torch.no_grad()
+def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    arguments, keywords = fx.map_arg((node.args, node.kwargs), value_of)
+    function: Any = node.target
+    return function(*arguments, **keywords)
+
+
 def multiply_adds(program: ExportedProgram) -> dict[fx.Node, int]:
     """Return the multiply-adds of each operation for one image, after `cut`.
 
@@ -156,11 +186,10 @@ def multiply_adds(program: ExportedProgram) -> dict[fx.Node, int]:
     like are not.
     """
     found = dict[fx.Node, int]()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:
         for node in program.graph.nodes:
             if node.op == "call_function" and "device" not in node.kwargs and is_tensor(node):
                 before = counter.get_total_flops()
-                arguments = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                node.target(*arguments[0], **arguments[1])
+                _call(node, lambda source: source.meta["val"])
                 found[node] = (counter.get_total_flops() - before) // 2 // BATCH_SIZE
     return found
