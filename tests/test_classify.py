@@ -194,7 +194,7 @@ def test_torch_runs_what_the_sparse_runtime_does_not_know(
     *ranks, time, share, part = out.splitlines()
     assert ranks == plain
     assert time.endswith(" ms for 1 image")
-    assert share.startswith("torch runs 0.0% of the multiply-adds, ")
+    assert share.startswith("torch runs 0.0% of the multiply-adds (")
     assert part == "  2: PReLU (aten.prelu)"
 
     known, _ = write_checkpoint(tmp_path)

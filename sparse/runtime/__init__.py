@@ -4,6 +4,7 @@
     logits = network(images)
 
 `save` (or `export.py`) writes a file. `trace` returns the graph that `save` needs.
+`hybrid` runs a model of which the kernels know a part; torch computes the rest.
 `compact_channels` makes a smaller dense network without the channels that are not needed.
 """
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
 
 from ..native.library import check_level, cpu_level, default_cache
 from . import bindings
@@ -54,8 +56,8 @@ class Report:
         if not self.parts:
             return "torch runs no part of this network"
         head = (
-            f"torch runs {self.share:.1%} of the multiply-adds, and {self.active_share:.1%} if "
-            "those that are skipped because of zero weights do not count:"
+            f"torch runs {self.share:.1%} of the multiply-adds ({self.active_share:.1%} of those that "
+            "are left without the zero weights of the runtime's layers):"
         )
         return "\n  ".join([head, *self.parts])
 
@@ -133,11 +135,7 @@ def hybrid(
     in_channels = image_channels(model)
     with evaluation(model):
         program = export(model, in_channels, image_size, any_batch=True)
-    outputs = program.graph.output_node().args[0]
-    if len(program.graph_signature.user_inputs) != 1 or not _is_one_tensor(outputs):
-        raise ValueError(
-            f"{type(model).__name__} must take images and return one tensor, and change no buffers"
-        )
+    _check(program, type(model).__name__)
     state = {
         name: value.detach().clone()
         for name, value in {**program.constants, **program.state_dict}.items()
@@ -151,8 +149,22 @@ def hybrid(
     return Hybrid(run, report, in_channels=in_channels, image_size=image_size)
 
 
-def _is_one_tensor(outputs: Any) -> bool:
-    return len(outputs) == 1 and isinstance(outputs[0], fx.Node) and is_tensor(outputs[0])
+def _check(program: ExportedProgram, name: str) -> None:
+    """Check that a program can be cut.
+
+    Raises:
+        ValueError: It has several inputs or outputs, or branches or sizes that depend on the data.
+    """
+    outputs: Any = program.graph.output_node().args[0]
+    is_one = len(outputs) == 1 and isinstance(outputs[0], fx.Node) and is_tensor(outputs[0])
+    if len(program.graph_signature.user_inputs) != 1 or not is_one:
+        raise ValueError(f"{name} must take images and return one tensor, and change no buffers")
+    for node in program.graph.nodes:
+        values = tree_leaves(node.meta.get("val"))
+        if node.op == "get_attr" or any(has_free_unbacked_symbols(value) for value in values):
+            path, kind = place(node)
+            where = f"{path}: {kind}" if path else kind or name
+            raise ValueError(f"{where} has branches or sizes that depend on the data ({node.name})")
 
 
 _OTHER_DTYPES = (torch.float16, torch.bfloat16, torch.float64)

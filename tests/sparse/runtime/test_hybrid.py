@@ -171,7 +171,7 @@ def test_the_report_says_which_share_of_the_multiply_adds_torch_computes(
     assert report.active_macs == pytest.approx(left, abs=1)
     assert report.share == pytest.approx(of_torch / (of_torch + report.native_macs))
     assert report.active_share == pytest.approx(of_torch / (of_torch + left), rel=1e-4)
-    head = f"torch runs {report.share:.1%} of the multiply-adds, and {report.active_share:.1%} if"
+    head = f"torch runs {report.share:.1%} of the multiply-adds ({report.active_share:.1%} of those"
     assert str(report).startswith(head)
 
 
@@ -295,6 +295,11 @@ def test_later_changes_of_the_model_do_not_change_the_network(kernel_cache: Path
     [
         (Applied(lambda x: x if x.sum() > 0 else -x), "Applied cannot be exported"),
         (Applied(lambda x: x.view(2, -1)), "cannot be exported for batches of any size"),
+        (Applied(lambda x: x[x > 0]), "Applied has branches or sizes that depend on the data"),
+        (
+            Applied(lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))),
+            "Applied has branches or sizes that depend on the data",
+        ),
         (Applied(lambda x: (x, x.tanh())), "must take images and return one tensor"),  # type: ignore[arg-type,return-value]
         (nn.Conv2d(3, 4, 1).double(), "must be float32 on the CPU, 'weight' is torch.float64"),
         (nn.Conv2d(3, 4, 1, device="meta"), "must be float32 on the CPU, .* on meta"),
