@@ -56,8 +56,8 @@ class Report:
         if not self.parts:
             return "torch runs no part of this network"
         head = (
-            f"torch runs {self.share:.1%} of the multiply-adds ({self.active_share:.1%} of those that "
-            "are left without the zero weights of the runtime's layers):"
+            f"torch runs {self.share:.1%} of the multiply-adds ({self.active_share:.1%} of those "
+            "that are left without the zero weights of the runtime's layers):"
         )
         return "\n  ".join([head, *self.parts])
 
