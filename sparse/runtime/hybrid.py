@@ -88,7 +88,7 @@ class Hybrid:
                 f"images of {height}x{width} do not fit this network, which was traced for "
                 f"{side}x{side}: make another with image_size="
             )
-        with torch.inference_mode():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # the kernels read float32
             logits: Tensor = self._run(images)[0].clone()
         return logits
 

@@ -1,8 +1,8 @@
 """Cut a program of torch.export into parts that the runtime computes; the rest stays torch's.
 
 A part reads one value and gives one, as the graphs of the runtime do. From every value the largest
-such part is taken that multiplies by weights: to carry a value from torch to the runtime and back
-costs more than a part without weights gains.
+such part is taken that multiplies by weights. A part without weights has little to compute, and its
+values would have to be copied to the runtime and back.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping

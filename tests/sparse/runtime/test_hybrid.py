@@ -278,6 +278,17 @@ def test_images_are_those_of_any_network(kernel_cache: Path) -> None:
             found(wrong)
 
 
+def test_the_precision_of_a_surrounding_autocast_does_not_matter(kernel_cache: Path) -> None:
+    model = network(nn.PReLU(), first=nn.Sequential(nn.ConvTranspose2d(3, 3, 1), nn.Tanh()))
+    found = hybrid(model, kernel_cache)
+    images = torch.randn(1, 3, SIZE, SIZE)
+    before = found(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        after = found(images)
+    assert torch.equal(after, before)
+    assert not after.is_inference()
+
+
 def test_later_changes_of_the_model_do_not_change_the_network(kernel_cache: Path) -> None:
     model = network(nn.PReLU()).train()
     found = hybrid(model, kernel_cache)
