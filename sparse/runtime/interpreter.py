@@ -86,7 +86,7 @@ class Interpreter:
             The values that depend on it, in the order of the program.
         """
         self._nodes, self._channels, self._sizes = [], {}, {}
-        self._values = dict(self._constants)
+        self._values = dict(self._weights_alone)
         self._values[entry] = self._entry(entry, layout)
         found: dict[fx.Node, View | list[View]] = {}
         waiting, node = set(entry.users), entry
@@ -102,7 +102,7 @@ class Interpreter:
         return found
 
     @cached_property
-    def _constants(self) -> dict[fx.Node, Any]:
+    def _weights_alone(self) -> dict[fx.Node, Any]:
         """The values that do not depend on the images: weights, and views of them."""
         self._values = {}
         for node in self._graph.nodes:
