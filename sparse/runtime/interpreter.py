@@ -54,6 +54,11 @@ class Interpreter:
             **signature.inputs_to_parameters,
             **signature.inputs_to_buffers,
         }
+        self._images = signature.user_inputs
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what has been interpreted."""
         self._nodes: list[Node] = []
         self._values: dict[fx.Node, Any] = {}
         self._channels: dict[str, int] = {}
@@ -85,8 +90,9 @@ class Interpreter:
         Returns:
             The values that depend on it, in the order of the program.
         """
-        self._nodes, self._channels, self._sizes = [], {}, {}
-        self._values = dict(self._weights_alone)
+        weights = self._weights_alone
+        self._begin()
+        self._values |= weights
         self._values[entry] = self._entry(entry, layout)
         found: dict[fx.Node, View | list[View]] = {}
         waiting, node = set(entry.users), entry
@@ -104,10 +110,10 @@ class Interpreter:
     @cached_property
     def _weights_alone(self) -> dict[fx.Node, Any]:
         """The values that do not depend on the images: weights, and views of them."""
-        self._values = {}
+        self._begin()
         for node in self._graph.nodes:
-            is_entry = node.op == "placeholder" and node.name in self._entries
-            self._values[node] = self._placeholder(node) if is_entry else self._known(node)
+            is_fixed = node.op == "placeholder" and node.name not in self._images
+            self._values[node] = self._placeholder(node) if is_fixed else self._known(node)
         return self._values
 
     def _known(self, node: fx.Node) -> Any:
@@ -161,7 +167,7 @@ class Interpreter:
         if node.name in self._entries:
             whole = View(self._entries[node.name], (axis_of(WEIGHT, math.prod(shape)),))
             return whole.reshaped(shape)
-        if len(shape) != 4:
+        if node.name not in self._images or len(shape) != 4:
             return None  # a constant: whoever reads it is unknown
         return self._value(INPUT, shape[1], shape[2:])
 

@@ -218,6 +218,18 @@ class MultiHead(nn.Module):
         return y if self.attention.batch_first else y.transpose(0, 1)
 
 
+class Shifted(nn.Module):
+    """Add a constant that has the shape of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+        self.constant = torch.randn(1, 3, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + self.constant)
+
+
 class Gain(nn.Module):
     """Multiply by one learned number."""
 
@@ -262,6 +274,11 @@ def test_what_the_runtime_has_not_is_named_with_its_module(layer: nn.Module, mes
     with pytest.raises(ValueError, match=message) as error:
         trace(Tokens(layer).eval(), image_size=16)
     assert "\n" not in str(error.value)
+
+
+def test_a_constant_is_not_taken_for_the_images() -> None:
+    with pytest.raises(ValueError, match="the runtime does not know .*constant"):
+        trace(Shifted(), image_size=8)
 
 
 @pytest.mark.slow
