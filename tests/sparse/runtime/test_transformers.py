@@ -277,7 +277,7 @@ def test_what_the_runtime_has_not_is_named_with_its_module(layer: nn.Module, mes
 
 
 def test_a_constant_is_not_taken_for_the_images() -> None:
-    with pytest.raises(ValueError, match="the runtime does not know .*constant"):
+    with pytest.raises(ValueError, match=r"the runtime does not know .*constant"):
         trace(Shifted(), image_size=8)
 
 
