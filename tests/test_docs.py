@@ -310,7 +310,7 @@ def test_an_exported_network_is_run_as_runtime_says(
     logits = run_code(loaded, images=torch.randn(2, 3, 16, 16))["logits"]
     assert tuple(logits.shape) == (2, 3)
     convolution = torch.nn.Conv2d(3, 4, 8, stride=32)
-    model = torch.nn.Sequential(convolution, torch.nn.Tanh(), torch.nn.Flatten())
+    model = torch.nn.Sequential(convolution, torch.nn.Mish(), torch.nn.Flatten())
     logits = run_code(mixed, sparse=sparse, model=model, images=torch.randn(2, 3, 224, 224))[
         "logits"
     ]
