@@ -1,7 +1,8 @@
 """Classify images: `python classify.py --resume CHECKPOINT --image FILE`.
 
 Prints the most likely classes, one per line: rank, probability, class. A compact sparse file is run
-on the CPU, and timed: `python classify.py IMAGE ... --model FILE`.
+on the CPU, and timed: `python classify.py IMAGE ... --model FILE`. With `--fallback torch` the file
+is a checkpoint, also of a network that export.py refuses.
 """
 
 from image_classification import versions
@@ -13,11 +14,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from cli.predictions import from_checkpoint, from_compact, ranking
+from cli.predictions import from_both, from_checkpoint, from_compact, ranking
 from cli.program import Program
 from image_classification.flags import argument, flag
 
@@ -29,6 +30,10 @@ class Flags:
     images: list[Path] = argument("image files", [], nargs="*", metavar="IMAGE")
     resume: Path | None = flag(None, "the network: written by main.py", metavar="CHECKPOINT")
     model: Path | None = flag(None, "or the network: written by export.py", metavar="FILE")
+    fallback: Literal["torch"] | None = flag(
+        None,
+        "--model is a checkpoint; torch runs what the sparse runtime does not know of the network",
+    )
     image: Path | None = flag(None, "one more image", metavar="FILE")
     batch: bool = flag(False, "classify all images at once (with --model)")
     arch: str | None = flag(None, "what the file must hold; by default whatever it holds", "-a")
@@ -57,8 +62,14 @@ def report(given: Flags) -> str:
         raise ValueError("there is no image: name a file")
     if given.resume is not None and given.model is not None:
         raise ValueError("--resume and --model exclude each other: name one network")
+    if given.fallback is not None and given.model is None:
+        raise ValueError("--fallback has no effect without --model: name the checkpoint there")
     asked: dict[str, Any] = {"arch": given.arch, "image_size": given.image_size}
-    if given.model is not None:
+    told: list[str] = []
+    if given.model is not None and given.fallback is not None:
+        network, in_torch = from_both(given.model, **asked)
+        told.append(in_torch)
+    elif given.model is not None:
         network = from_compact(given.model, **asked)
     elif given.resume is None:
         raise ValueError("there is no network: name one with --resume or --model")
@@ -78,7 +89,7 @@ def report(given: Flags) -> str:
             lines += ranking(of_image, topk=given.topk, class_names=given.class_names)
         if given.model is not None:
             lines.append(f"{milliseconds:.2f} ms for {len(group)} image{'s' * (len(group) > 1)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *told])
 
 
 PROGRAM = Program("classify.py", Flags, report)

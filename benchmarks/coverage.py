@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sparse
 from benchmarks.inference import prunable
 from sparse import runtime
+from sparse.runtime.tracing import REMEDY
 
 SPARSITY = 0.9
 MAX_PARAMETERS = 250_000_000
@@ -108,7 +109,7 @@ def attempt(
         )
         found = runtime.load(path, backend="native", tune=False)(images)
     except ValueError as error:
-        return Result(name, reason=str(error))
+        return Result(name, reason=str(error).removesuffix(REMEDY))
     with torch.no_grad():
         wanted = model(images)
     largest = float(wanted.abs().max())
@@ -130,7 +131,7 @@ def trace_alone(name: str) -> Result:
     try:
         nodes = runtime.trace(model)
     except ValueError as error:
-        return Result(name, reason=str(error))
+        return Result(name, reason=str(error).removesuffix(REMEDY))
     millions = num_parameters // 10**6
     return Result(name, reason=f"{millions} M weights: traced ({len(nodes)} operations), not run")
 

@@ -63,6 +63,31 @@ def from_compact(file: Path, *, arch: str | None, image_size: int | None) -> Cla
     return Classifier(functools.partial(load, mean=header.mean, std=header.std), network)
 
 
+def from_both(file: Path, *, arch: str | None, image_size: int | None) -> tuple[Classifier, str]:
+    """Return the network of a checkpoint, which sparse.runtime and torch run; and what torch runs.
+
+    Raises:
+        ValueError: One line: the file cannot be used, or the network cannot be traced.
+    """
+    if networks.is_compact(file):
+        raise ValueError(
+            f"--fallback has no effect with {file}, which is no checkpoint: leave it out"
+        )
+    trained = networks.read_checkpoint(file, arch=arch)
+    size = image_size or trained.image_size
+    model = trained.model()
+    check_image_size(model, trained.arch, size)
+    try:
+        network = runtime.hybrid(model, image_size=size)
+    except runtime.BuildError as error:
+        raise ValueError(
+            f"--fallback needs the kernels of the runtime: {error}; --resume runs {file} in torch"
+        ) from error
+    network(torch.zeros(1, 3, size, size))  # plans and tunes it
+    load = functools.partial(load_image, image_size=size, interpolation=trained.interpolation)
+    return Classifier(load, network), str(network.report)
+
+
 def load_image(
     path: Path,
     *,

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 import classify
-from image_classification import checkpoint, data
+import export
+from image_classification import checkpoint, data, models
 from image_classification.config import Config
 from image_classification.models import create_model
 
@@ -164,3 +165,47 @@ def test_mistakes_are_one_line_and_status_2(
         assert message in err, change
         assert err.startswith("classify.py: error: "), change
         assert err.count("\n") == 1, err
+
+
+def curved(*, num_classes: int) -> nn.Module:
+    """Return a network with an activation that the sparse runtime does not know."""
+    first = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.PReLU(8)
+    second = nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+    pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*first, *second, *pool, nn.Linear(8, num_classes))
+
+
+def test_torch_runs_what_the_sparse_runtime_does_not_know(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(models.OWN, "curved", models.ModelSpec(create=curved, image_size=32))
+    path, _ = write_checkpoint(tmp_path, arch="curved")
+    output = tmp_path / "network"
+    for kind in ("compact", "plan"):
+        assert export.main([str(path), str(output), "--to", kind]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("export.py: error: the runtime does not know 2: PReLU (aten.prelu); ")
+        assert "classify.py --fallback torch" in err
+        assert err.count("\n") == 1
+        assert not output.exists()
+    plain = run(capsys, "--resume", path, "--image", photo, "--cpu")[1].splitlines()
+    status, out, err = run(capsys, photo, "--model", path, "--fallback", "torch")
+    assert (status, err) == (0, "")
+    *ranks, time, share, part = out.splitlines()
+    assert ranks == plain
+    assert time.endswith(" ms for 1 image")
+    assert share.startswith("torch runs 0.0% of the multiply-adds (")
+    assert part == "  2: PReLU (aten.prelu)"
+
+    known, _ = write_checkpoint(tmp_path)
+    assert export.main([str(known), str(output)]) == 0
+    capsys.readouterr()
+    for words, message in (
+        (("--model", output), f"--fallback has no effect with {output}, which is no checkpoint"),
+        (("--resume", path), "--fallback has no effect without --model"),
+        (("--model", tmp_path / "none"), "none cannot be read: No such file"),
+        (("--model", known, "--arch", "resnet50"), "holds small_cnn, --arch is resnet50"),
+    ):
+        status, out, err = run(capsys, photo, "--fallback", "torch", *words)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert message in err

@@ -306,8 +306,15 @@ def test_an_exported_network_is_run_as_runtime_says(
         masks={},
     )
     networks.write_compact(trained, Path("network.safetensors"), dtype="float32", fold=True)
-    logits = run_block("docs/runtime.md", images=torch.randn(2, 3, 16, 16))["logits"]
+    loaded, mixed = blocks((ROOT / "docs/runtime.md").read_text(), "python")
+    logits = run_code(loaded, images=torch.randn(2, 3, 16, 16))["logits"]
     assert tuple(logits.shape) == (2, 3)
+    convolution = torch.nn.Conv2d(3, 4, 8, stride=32)
+    model = torch.nn.Sequential(convolution, torch.nn.Mish(), torch.nn.Flatten())
+    logits = run_code(mixed, sparse=sparse, model=model, images=torch.randn(2, 3, 224, 224))[
+        "logits"
+    ]
+    assert tuple(logits.shape) == (2, 4 * 7 * 7)
 
 
 def test_gradients_are_compressed_as_training_says() -> None:

@@ -17,27 +17,41 @@ from torch.export import ExportedProgram
 
 from .aten import OPERATIONS
 from .graph import INPUT, Node
-from .interpreter import BATCH_SIZE, Interpreter
+from .interpreter import BATCH_SIZE, ExportError, Interpreter
 
 ODD = 33  # pixels that other images have more, to see what depends on their size
 
 
-def export(model: nn.Module, in_channels: int, image_size: int) -> ExportedProgram:
+def export(
+    model: nn.Module, in_channels: int, image_size: int, *, any_batch: bool = False
+) -> ExportedProgram:
     """Return what a model, which is in evaluation mode, computes for images of a size.
 
+    Args:
+        model: The model.
+        in_channels: Channels of the images.
+        image_size: Side of the images.
+        any_batch: For batches of any size, and not only of `BATCH_SIZE`.
+
     Raises:
-        ValueError: torch.export cannot trace the model; one line.
+        ExportError: torch.export cannot trace the model.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = torch.zeros(BATCH_SIZE, in_channels, image_size, image_size, device=device)
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
     with warnings.catch_warnings(), default_precision():
         warnings.simplefilter("ignore")  # of the exporter's own dependencies
         try:
-            program: ExportedProgram = torch.export.export(model, (images,))
+            program: ExportedProgram = torch.export.export(
+                model, (images,), dynamic_shapes=shapes if any_batch else None
+            )
             program = program.run_decompositions({})  # without operations that work in place
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{type(model).__name__} cannot be exported: {reason}") from error
+            batches = " for batches of any size" if any_batch else ""
+            raise ExportError(
+                f"{type(model).__name__} cannot be exported{batches}: {reason}"
+            ) from error
     return program
 
 
@@ -60,6 +74,12 @@ def default_precision() -> Iterator[None]:
             part.fp32_precision = precision
 
 
+def image_channels(model: nn.Module) -> int:
+    """Return the channels of the images: those of the first convolution; 3 if there is none."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels
+
+
 def trace(model: nn.Module, image_size: int) -> list[Node]:
     """Return the graph that a model computes for images of a size.
 
@@ -70,8 +90,7 @@ def trace(model: nn.Module, image_size: int) -> list[Node]:
         UnknownOperationError: Names the operation that the runtime does not have, and its module.
         ValueError: torch.export cannot trace the model, or the operation is outside of any module.
     """
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    in_channels = 3 if first is None else first.in_channels
+    in_channels = image_channels(model)
 
     def graph(size: int) -> list[Node]:
         return Interpreter(export(model, in_channels, size), OPERATIONS).nodes()

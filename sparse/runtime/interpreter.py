@@ -1,8 +1,9 @@
 """Turn a program of torch.export into a graph: which view every operation of it reads and gives."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,16 @@ BATCH_SIZE = 2
 
 _Size = tuple[int, int]
 
+LAYOUTS = {
+    "map": (0, 1, 2, 3),
+    "channels_last": (0, 3, 1, 2),
+    "tokens": (0, 2, 1),
+    "tokens_first": (1, 2, 0),
+    "vector": (0, 1),
+}
+"""How tensors of torch show a whole value: which dimensions are the batch, the channels, and the
+pixels."""
+
 _NO_MAP = "it reads no map (N, C, H, W)"
 
 
@@ -37,6 +48,10 @@ class UnknownOperationError(ValueError):
 
     Of torch.export it names the module, too.
     """
+
+
+class ExportError(ValueError):
+    """A model cannot be traced, or is not a classifier. The message is one line."""
 
 
 class Interpreter:
@@ -58,6 +73,11 @@ class Interpreter:
             node: program.constants[name]
             for node, name in signature.inputs_to_lifted_tensor_constants.items()
         }
+        self._images = signature.user_inputs
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what has been interpreted."""
         self._nodes: list[Node] = []
         self._values: dict[fx.Node, Any] = {}
         self._channels: dict[str, int] = {}
@@ -77,13 +97,100 @@ class Interpreter:
                 self._values[node] = self._call(node)
         raise AssertionError("a graph has an output")
 
+    def reach(
+        self, entry: fx.Node, layout: str, without: Collection[fx.Node]
+    ) -> dict[fx.Node, View | list[View]]:
+        """Follow a value as if it were the images: interpret what depends on it alone.
+
+        Operations that the runtime does not know are passed over, with all that depends on them.
+
+        Args:
+            entry: The value.
+            layout: One of `LAYOUTS`, which its dimensions have.
+            without: Further operations to pass over.
+
+        Returns:
+            The values that depend on it, in the order of the program.
+        """
+        weights = self._weights_alone
+        self._begin()
+        self._values |= weights
+        self._values[entry] = self._entry(entry, layout)
+        found: dict[fx.Node, View | list[View]] = {}
+        waiting, node = set(entry.users), entry
+        while waiting:
+            node = node.next
+            if node not in waiting:
+                continue
+            waiting.remove(node)
+            value = None if node in without else self._known(node)
+            if value is not None:
+                self._values[node] = found[node] = value
+                waiting.update(node.users)
+        return found
+
+    @cached_property
+    def _weights_alone(self) -> dict[fx.Node, Any]:
+        """The values that do not depend on the images: weights, and views of them."""
+        self._begin()
+        for node in self._graph.nodes:
+            is_fixed = node.op == "placeholder" and node.name not in self._images
+            self._values[node] = self._placeholder(node) if is_fixed else self._known(node)
+        return self._values
+
+    def _known(self, node: fx.Node) -> Any:
+        """Return the value of an operation; None if it is not known."""
+        sources = [source for source in node.all_input_nodes if is_tensor(source)]
+        if node.op != "call_function" or any(self._values.get(s) is None for s in sources):
+            return None
+        try:
+            return self._call(node)
+        except ValueError:
+            return None
+
+    def _entry(self, node: fx.Node, layout: str) -> View:
+        shape = self.shape(node)
+        _, channels, *pixels = (shape[axis] for axis in LAYOUTS[layout])
+        size = (1, *pixels)[-2:] if pixels else None
+        return replace(self._value(INPUT, channels, size), dims=self._laid_out(INPUT)[layout])
+
+    def layout(self, node: fx.Node, view: View) -> str | None:
+        """Return the layout in which a view shows a whole value; None if it does not.
+
+        Args:
+            node: Whose value it is.
+            view: The view.
+        """
+        try:
+            whole = self.whole(node, view)
+        except ValueError:
+            return None
+        alike = (name for name, dims in self._laid_out(whole.name).items() if dims == whole.dims)
+        return next(alike, None) if whole.shift == (0, 0) else None
+
+    def _laid_out(self, name: str) -> dict[str, tuple[Dim, ...]]:
+        """Return the dimensions of a whole value in every layout."""
+        batch, channels, rows, columns = self._plain(name)
+        pixels = merged([*rows, *columns])
+        return {
+            "map": (batch, channels, rows, columns),
+            "channels_last": (batch, rows, columns, channels),
+            "tokens": (batch, pixels, channels),
+            "tokens_first": (pixels, batch, channels),
+            "vector": (batch, channels),
+        }
+
+    def graph(self, name: str) -> list[Node]:
+        """Return the nodes on which a value depends."""
+        return needed(self._nodes, name)
+
     def _placeholder(self, node: fx.Node) -> View | Tensor | None:
         shape = tuple(node.meta["val"].shape) if "val" in node.meta else ()
         if node.name in self._entries:
             return self.weights(self._entries[node.name], shape)
         if node.name in self._constants:
             return self._constants[node.name]
-        if len(shape) != 4:
+        if node.name not in self._images or len(shape) != 4:
             return None  # a constant: whoever reads it is unknown
         return self._value(INPUT, shape[1], shape[2:])
 
@@ -107,7 +214,7 @@ class Interpreter:
     def _computed(self, node: fx.Node) -> list[Node]:
         outputs: Any = node.args[0]
         if not isinstance(outputs, Sequence) or len(outputs) != 1:
-            raise ValueError("a model with more than one output cannot be exported")
+            raise ExportError("a model with more than one output cannot be exported")
         found = self.whole(node, self._values.get(outputs[0]))
         is_map = self.size_of(found) is not None
         if found.dims != self._plain(found.name)[: 4 if is_map else 2] or found.shift != (0, 0):
@@ -375,14 +482,28 @@ def _evaluated(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
 
 
 def unknown(node: fx.Node, reason: str = "") -> ValueError:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path, kind = stack[-1] if stack else ("", "")
-    name = str(node.target).rpartition(".")[0] or str(node.target)
-    what = f"({name}{': ' + reason if reason else ''})"
+    path, kind = place(node)
+    what = f"({operation(node)}{': ' + reason if reason else ''})"
     if not path:
         return ValueError(f"the runtime does not know {what}")
-    kind = getattr(kind, "__name__", str(kind).rpartition(".")[2])
     return UnknownOperationError(f"the runtime does not know {path}: {kind} {what}")
+
+
+def operation(node: fx.Node) -> str:
+    """Return the name of what a node calls, such as "aten.relu"."""
+    return str(node.target).rpartition(".")[0] or str(node.target)
+
+
+def place(node: fx.Node) -> tuple[str, str]:
+    """Return the path of the module in which an operation is, and the name of its class."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path, kind = stack[-1] if stack else ("", "")
+    return path, getattr(kind, "__name__", str(kind).rpartition(".")[2])
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Tell whether the value of an operation consists of tensors; otherwise it is a size."""
+    return not isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
 Handler = Callable[[Interpreter, fx.Node], Any]

@@ -1,9 +1,10 @@
 """A network that runs: `load(path)(images)`."""
 
+import functools
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from . import bindings, graph, integers
 from .check import check_images, check_shapes, linear_columns
 from .execution_plan import ExecutionPlan
 from .format import Compact, read
+from .graph import Node
 from .header import Header
 from .int8 import integer_layers
 from .integers import IntegerNetwork
@@ -50,24 +52,20 @@ class Network:
         compact = read(path)
         self.header: Header = compact.header
         self.backend = "torch" if kernels is None else "native"
-        self._threads, self._kernels, self._tuner = threads, kernels, tuner
-        self._nodes = compact.header.nodes
-        self._state: dict[str, Tensor] | None = None
+        state, in_channels = compact.state_dict(), self.header.in_channels
+        self._check_size = size_check(self.header.nodes, state, in_channels)
+        self._engine: Engine | None = None
         self._integers: IntegerNetwork | None = None
-        self._layers: Sequence[Layer] = ()
-        self._programs: dict[tuple[int, int], Program] = {}
-        self._planning = threading.Lock()
-        state = compact.state_dict()
-        shapes = {name: tuple(value.shape) for name, value in state.items()}
-        self._columns = linear_columns(shapes)
-        self._channels = check_shapes(
-            self._nodes,
-            shapes,
-            in_channels=self.header.in_channels,
-            folded=False,
-        )
+        self._state: dict[str, Tensor] = {}
         if kernels is not None:
-            self._layers = layers_of(compact, state)
+            self._engine = Engine(
+                layers_of(compact, state),
+                self._check_size,
+                in_channels=in_channels,
+                threads=threads,
+                kernels=kernels,
+                tuner=tuner,
+            )
         elif self.header.activations:
             self._integers = compact.integers()
         else:
@@ -84,13 +82,7 @@ class Network:
             ValueError: The images are not float32, have a shape that the network does not take, or
                 are too small or too large.
         """
-        tensor = images if isinstance(images, Tensor) else torch.from_numpy(images)
-        tensor = tensor.detach()
-        self._check(tensor)
-        batch = tensor[None] if tensor.dim() == 3 else tensor
-        logits = self._run(batch)
-        logits = logits[0] if tensor.dim() == 3 else logits
-        return logits if isinstance(images, Tensor) else logits.numpy()
+        return classify(images, self.header.in_channels, self._run)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the dense state dict, read again from the file: the runtime keeps no copy."""
@@ -103,43 +95,99 @@ class Network:
             ValueError: The images are too small or too large, or the backend is torch, which has
                 no program of its own.
         """
-        if self._kernels is None:
+        if self._engine is None:
             raise ValueError("the torch backend has no program of its own")
+        return self._engine.program(height, width)
+
+    def _run(self, images: Tensor) -> Tensor:
+        if self._engine is not None:
+            return self._engine.program(*images.shape[2:]).run(images.contiguous())
+        self._check_size(*images.shape[2:])
+        with torch.inference_mode():
+            if self._integers is not None:
+                return integers.run(self._integers, images)
+            return graph.run(self.header.nodes, self._state, images).clone()
+
+
+def classify(images: Images, in_channels: int, run: Callable[[Tensor], Tensor]) -> Any:
+    """Return what `run` computes of a batch; the arguments and errors are those of `Network`."""
+    tensor = images if isinstance(images, Tensor) else torch.from_numpy(images)
+    tensor = tensor.detach()
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(
+            f"images must be float32 on the CPU, got {tensor.dtype} on {tensor.device}"
+        )
+    if tensor.dim() not in (3, 4) or tensor.shape[-3] != in_channels:
+        raise ValueError(f"images must be (N, {in_channels}, H, W), got {tuple(tensor.shape)}")
+    logits = run(tensor[None] if tensor.dim() == 3 else tensor)
+    logits = logits[0] if tensor.dim() == 3 else logits
+    return logits if isinstance(images, Tensor) else logits.numpy()
+
+
+def size_check(
+    nodes: Sequence[Node], state: Mapping[str, Tensor], in_channels: int
+) -> Callable[[int, int], None]:
+    """Return the check of `check_images` for a graph with its weights.
+
+    Raises:
+        ValueError: The weights do not fit the graph.
+    """
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    channels = check_shapes(nodes, shapes, in_channels=in_channels, folded=False)
+    return functools.partial(check_images, nodes, channels, linear_columns(shapes))
+
+
+class Engine:
+    """Layers that the kernels run. An image size is planned and tuned once.
+
+    Args:
+        layers: Those of a network.
+        check_size: Raises a ValueError for a height and width that the network does not take.
+        in_channels: Channels of the images.
+        threads: Between which the work of a call is split.
+        kernels: Run the graph.
+        tuner: Decides how layers are computed; None: a fixed rule does.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        check_size: Callable[[int, int], None],
+        *,
+        in_channels: int,
+        threads: int,
+        kernels: bindings.Kernels,
+        tuner: Tuner | None,
+    ) -> None:
+        self._threads, self._kernels, self._tuner = threads, kernels, tuner
+        self._in_channels = in_channels
+        self._layers, self._check_size = layers, check_size
+        self._programs: dict[tuple[int, int], Program] = {}
+        self._planning = threading.Lock()
+
+    def program(self, height: int, width: int) -> "Program":
+        """Return the program for images of a size. The first call plans and tunes it.
+
+        Raises:
+            ValueError: The images are too small or too large.
+        """
         found = self._programs.get((height, width))
         if found is not None:
             return found
         with self._planning:
             if (height, width) not in self._programs:
-                self._programs[height, width] = self._plan(self._kernels, height, width)
+                self._programs[height, width] = self._plan(height, width)
             return self._programs[height, width]
 
-    def _plan(self, kernels: bindings.Kernels, height: int, width: int) -> "Program":
-        check_images(self._nodes, self._channels, self._columns, height, width)
-        size = (self.header.in_channels, height, width)
-        plan = ExecutionPlan(self._layers, size, lanes=kernels.num_lanes, num_parts=self._threads)
+    def _plan(self, height: int, width: int) -> "Program":
+        self._check_size(height, width)
+        size = (self._in_channels, height, width)
+        plan = ExecutionPlan(
+            self._layers, size, lanes=self._kernels.num_lanes, num_parts=self._threads
+        )
         if self._tuner is not None:
-            self._tuner.tune(plan, kernels)
-        return Program(plan, kernels, self._threads)
-
-    def _check(self, images: Tensor) -> None:
-        if images.dtype != torch.float32 or images.device.type != "cpu":
-            raise ValueError(
-                f"images must be float32 on the CPU, got {images.dtype} on {images.device}"
-            )
-        if images.dim() not in (3, 4) or images.shape[-3] != self.header.in_channels:
-            raise ValueError(
-                f"images must be (N, {self.header.in_channels}, H, W), got {tuple(images.shape)}"
-            )
-
-    def _run(self, images: Tensor) -> Tensor:
-        if self._kernels is None:
-            check_images(self._nodes, self._channels, self._columns, *images.shape[2:])
-            with torch.inference_mode():
-                if self._integers is not None:
-                    return integers.run(self._integers, images)
-                assert self._state is not None
-                return graph.run(self._nodes, self._state, images).clone()
-        return self.program(*images.shape[2:]).run(images.contiguous())
+            self._tuner.tune(plan, self._kernels)
+        return Program(plan, self._kernels, self._threads)
 
 
 def layers_of(compact: Compact, state: dict[str, Tensor]) -> list[Layer]:
@@ -173,7 +221,7 @@ class Program:
             warnings.warn(
                 f"the system has started {self.threads} of {threads} threads: the network runs "
                 "on them",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def __del__(self) -> None:

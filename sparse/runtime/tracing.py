@@ -18,7 +18,10 @@ from torch.nn.utils import parametrize
 from . import exported
 from .check import check, check_shapes, in_channels
 from .graph import INPUT, Node, gelu, needed, pair
-from .interpreter import UnknownOperationError
+from .interpreter import ExportError, UnknownOperationError
+
+REMEDY = "; sparse.runtime.hybrid, or classify.py --fallback torch, runs such parts in torch"
+"""What the refusal of a network ends with, if torch.export might trace the network."""
 
 
 def trace(model: nn.Module, *, image_size: int = 224) -> list[Node]:
@@ -34,16 +37,21 @@ def trace(model: nn.Module, *, image_size: int = 224) -> list[Node]:
     Raises:
         ValueError: The model has another operation, or one that depends on the data.
     """
-    with _evaluation(model):
-        nodes = _nodes(model, image_size)
-    check(nodes)
+    try:
+        with evaluation(model):
+            nodes = _nodes(model, image_size)
+        check(nodes)
+    except ExportError:
+        raise
+    except ValueError as error:
+        raise type(error)(f"{error}{REMEDY}") from error
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_shapes(nodes, shapes, in_channels=in_channels(nodes, shapes), folded=False)
     return nodes
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Set a model to evaluation for a while."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -63,6 +71,8 @@ def _nodes(model: nn.Module, image_size: int) -> list[Node]:
             return exported.trace(model, image_size)
         except UnknownOperationError:
             raise  # it names a module, where torch.fx stopped at a reshape, or earlier
+        except ExportError:
+            raise ExportError(str(unknown)) from None
         except ValueError:
             raise unknown from None
 
@@ -122,12 +132,12 @@ class _Tracer:
                 self._module(node, self._modules[str(node.target)])
             else:
                 self._call(node)
-        raise ValueError("a model without output cannot be exported")
+        raise ExportError("a model without output cannot be exported")
 
     def _computed(self, output: Any) -> list[Node]:
         """Return the nodes on which the output depends; the last one computes the output."""
         if not isinstance(output, fx.Node) or output not in self._forms:
-            raise ValueError("a model with more than one output cannot be exported")
+            raise ExportError("a model with more than one output cannot be exported")
         self._require(output, "the output of the network", _Form.MAP, _Form.VECTOR)
         return needed(self._nodes, self._names[output])
 

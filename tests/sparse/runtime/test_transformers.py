@@ -247,6 +247,29 @@ class MultiHead(nn.Module):
         return y if self.attention.batch_first else y.transpose(0, 1)
 
 
+class Shifted(nn.Module):
+    """Add a constant that has the shape of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+        self.constant = torch.randn(1, 3, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + self.constant)
+
+
+class Gain(nn.Module):
+    """Multiply by one learned number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
 def test_attention_is_one_operation_however_it_is_written() -> None:
     for layer in (
         MultiHead(batch_first=True),
@@ -273,6 +296,7 @@ def test_attention_is_one_operation_however_it_is_written() -> None:
         (MultiHead(crossed=True, batch_first=True), "layer.attention: MultiheadAttention"),
         (Attention(12, 3, qk_norm=True, norm_layer=nn.LayerNorm), "layer.q_norm: LayerNorm"),
         (nn.Conv1d(16, 16, 1), "does not know layer: Conv1d .aten.conv1d"),
+        (Gain(), "does not know layer: Gain .aten.mul"),
     ],
 )
 def test_what_the_runtime_has_not_is_named_with_its_module(layer: nn.Module, message: str) -> None:
@@ -368,6 +392,11 @@ def test_cosines_are_those_of_heads(width: int) -> None:
         return
     with pytest.raises(ValueError, match=r"1: Cosine .*normalized otherwise than by head"):
         trace(model, image_size=16)
+
+
+def test_a_constant_is_not_taken_for_the_images() -> None:
+    with pytest.raises(ValueError, match=r"the runtime does not know .*constant"):
+        trace(Shifted(), image_size=8)
 
 
 @pytest.mark.slow
