@@ -145,7 +145,7 @@ struct Fast {
   static inline SPARSE_INLINE Weight split(Mask w) { return w; }
   static inline SPARSE_INLINE Mask dot(Mask sum, Mask x, const Weight& w) {
     const Mask less = x ^ int32_t(0x80808080u);
-    asm(".arch_extension dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(less), "w"(w));
+    asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(less), "w"(w));
     return sum;
   }
 };

@@ -13,6 +13,7 @@ from sparse.runtime import bindings, integers
 from sparse.runtime.network import Network
 from tests.sparse.runtime import integer_networks
 from tests.sparse.runtime.conftest import LEVELS, prune_
+from tests.sparse.runtime.plans import Api
 from tests.sparse.runtime.random_networks import RandomChoices, another_plan
 
 FEW, MANY = 25, 400
@@ -112,3 +113,20 @@ def test_a_network_with_blocks_is_tuned_and_runs(kernel_cache: Path, tmp_path: P
     layer = network.program(32, 32).plan.convolutions()[1].layer
     assert layer is not None
     assert layer.num_active == int(blocks.sum())  # four weights are one connection
+
+
+def test_a_plan_of_a_quantized_file_has_its_integers(
+    kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    compact = integer_networks.write(tmp_path / "network", Branches(3, 8), size=19)
+    images = torch.randn(2, 3, 19, 19)
+    wanted = integers.run(compact.integers(), images)
+    runtime.save_plan(tmp_path / "network", tmp_path / "plan", threads=2, tune=False)
+    api = Api(kernels.path)
+    for threads in (1, 2):
+        network = api.open(tmp_path / "plan", threads)
+        assert not isinstance(network, str), network
+        assert torch.equal(network.run(images)[..., 0, 0], wanted)
+        assert api.call("retune", network.handle) == "SPARSE_OK", api.error()
+        assert torch.equal(network.run(images)[..., 0, 0], wanted)

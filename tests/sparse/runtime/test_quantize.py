@@ -314,11 +314,3 @@ def test_sums_that_32_bits_do_not_hold_are_refused(tmp_path: Path) -> None:
     nn.init.constant_(model[1].weight, 1.0)
     with pytest.raises(ValueError, match=r"sums of '1\.weight' may be larger than"):
         write(tmp_path / "net", model, size=170, masks={})
-
-
-def test_a_quantized_file_runs_with_torch_alone(tmp_path: Path, kernel_cache: Path) -> None:
-    path = quantized_seed(tmp_path)
-    with pytest.raises(ValueError, match="is quantized: the kernels do not run it"):
-        runtime.load(path, cache=kernel_cache)
-    with pytest.raises(ValueError, match="is quantized: a plan computes in float32"):
-        runtime.save_plan(path, tmp_path / "plan", tune=False)
