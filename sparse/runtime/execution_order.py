@@ -198,6 +198,8 @@ def rows_read(operation: Operation, value: Value | None, begin: int, end: int) -
         read = range(min(read.start, start), max(read.stop, stop)) if read else range(start, stop)
     if value.grid.bands > 1:
         return read
+    if value.fill and read:  # the rows above and below are written with the first and the last one
+        read = range(min(read.start, value.rows - 1), max(read.stop, 1))
     return range(max(read.start, 0), min(read.stop, value.rows))
 
 

@@ -10,6 +10,10 @@ from torch import nn
 
 from sparse import runtime
 from sparse.runtime import bindings, integers
+from sparse.runtime.execution_order import rows_read
+from sparse.runtime.execution_plan import ExecutionPlan
+from sparse.runtime.int8 import integer_layers
+from sparse.runtime.layout import Map
 from sparse.runtime.network import Network
 from tests.sparse.runtime import integer_networks
 from tests.sparse.runtime.conftest import LEVELS, prune_
@@ -94,6 +98,19 @@ def test_sums_of_all_kinds_give_the_integers_of_the_reference(
     for threads in (1, 2):
         network = Network(path, threads=threads, kernels=each_kernels, tuner=None)
         assert torch.equal(network(images), wanted)
+
+
+def test_padding_is_written_before_rows_that_read_nothing_else(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, padding=2), nn.Conv2d(8, 8, 3)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    compact = integer_networks.write(tmp_path / "network", model, size=24)
+    plan = ExecutionPlan(integer_layers(compact.integers(), in_channels=3), (3, 24, 24), lanes=4)
+    padded = plan.convolutions()[1]
+    assert isinstance(padded.source, Map)
+    assert padded.source.fill > 0  # the zero point, which the padding is
+    rows = [rows_read(padded, padded.source, y, y + 1) for y in (0, 1, 2, 25, 26, 27)]
+    assert rows == [range(1), range(1), range(1), range(23, 24), range(23, 24), range(23, 24)]
 
 
 def test_a_network_with_blocks_is_tuned_and_runs(kernel_cache: Path, tmp_path: Path) -> None:
