@@ -34,7 +34,7 @@ def integer_layers(network: IntegerNetwork, *, in_channels: int) -> list[Layer]:
         in_channels: Channels of the images.
 
     Raises:
-        ValueError: The kernels cannot compute a unit in int8; names the unit.
+        ValueError: The groups of a convolution take too much memory.
     """
     return _Conversion(network, in_channels).layers
 
@@ -42,6 +42,7 @@ def integer_layers(network: IntegerNetwork, *, in_channels: int) -> list[Layer]:
 class _Conversion:
     def __init__(self, network: IntegerNetwork, in_channels: int) -> None:
         self._network = network
+        self._units = {unit.name: unit for unit in network.units}
         self._uses = Counter(name for unit in network.units for name in unit.node.inputs)
         self._channels = {INPUT: in_channels}
         self._values = {INPUT: INPUT}  # name of a unit -> name of the layer that computes its value
@@ -176,11 +177,10 @@ class _Conversion:
     def _open(self, name: str) -> Layer | None:
         """Return the convolution that computes a value if a sum may be folded into it."""
         layer = self.layers[self._index[self._values[name]]]
-        is_open = layer.kind == "conv" and layer.residual is None and self._uses[name] == 1
-        return layer if is_open and layer.name == name and self._is_linear(name) else None
-
-    def _is_linear(self, name: str) -> bool:
-        return next(u for u in self._network.units if u.name == name).activation is None
+        if layer.kind != "conv" or layer.name != name or layer.residual is not None:
+            return None
+        is_open = self._uses[name] == 1 and self._units[name].activation is None
+        return layer if is_open else None
 
     def _identity(self, unit: Unit, source: str) -> Layer:
         """Append a convolution that gives the bytes of its source."""

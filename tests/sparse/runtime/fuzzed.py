@@ -120,6 +120,11 @@ NO_KEYS = {"key_bias": False}
 PATCHES = {"kernel": (3, 3), "stride": (3, 3)}
 
 
+def _save(path: Path, *arguments: Any, **options: Any) -> None:
+    """Write a file of a network for images of 9 x 9."""
+    runtime.save(path, *arguments, image_size=9, mean=(0.5,) * 3, std=(0.2,) * 3, **options)
+
+
 def seeds(directory: Path) -> list[Path]:
     """Write valid files of all kinds."""
     torch.manual_seed(0)
@@ -132,16 +137,13 @@ def seeds(directory: Path) -> list[Path]:
     paths = []
     for fold, dtype in KINDS:
         paths.append(directory / f"{fold}-{dtype}")
-        runtime.save(
+        _save(
             paths[-1],
             model.state_dict(),
             masks,
             nodes=runtime.trace(model),
             arch="seed",
             model={"num_classes": 7},
-            image_size=9,
-            mean=(0.5,) * 3,
-            std=(0.2,) * 3,
             dtype=dtype,
             fold=fold,
         )
@@ -162,16 +164,13 @@ def block_seeds(directory: Path) -> list[Path]:
                 masks[name] = some.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
             weight *= masks[name]
         paths.append(directory / f"blocks-{dtype}")
-        runtime.save(
+        _save(
             paths[-1],
             model.state_dict(),
             masks,
             nodes=runtime.trace(model),
             arch="seed",
             model={"num_classes": 7},
-            image_size=9,
-            mean=(0.5,) * 3,
-            std=(0.2,) * 3,
             dtype=dtype,
             fold=fold,
             block=block,
@@ -188,16 +187,13 @@ def quantized_seed(directory: Path) -> Path:
         runtime.trace(model), model.state_dict(), [torch.randn(4, 3, 9, 9)]
     )
     path = directory / "quantized"
-    runtime.save(
+    _save(
         path,
         model.state_dict(),
         {"wide.weight": mask},
         nodes=nodes,
         arch="quantized",
         model={},
-        image_size=9,
-        mean=(0.5,) * 3,
-        std=(0.2,) * 3,
         dtype="int8",
         fold=True,
         activations=activations,
@@ -212,16 +208,13 @@ def transformer_seeds(directory: Path) -> list[Path]:
     paths = []
     for dtype in ("float32", "int8"):
         paths.append(directory / f"transformer-{dtype}")
-        runtime.save(
+        _save(
             paths[-1],
             state,
             {"qkv.weight": mask},
             nodes=nodes,
             arch="transformer",
             model={},
-            image_size=9,
-            mean=(0.5,) * 3,
-            std=(0.2,) * 3,
             dtype=dtype,
         )
     return paths
