@@ -4,7 +4,9 @@ A file may come from anybody, so nothing that it says is trusted. Types, names, 
 are checked here and in check.py before any tensor is used.
 """
 
+import base64
 import json
+import lzma
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -33,6 +35,10 @@ _OTHER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64,
 
 MAX_IMAGE_SIZE = 2**14
 MAX_DIMENSIONS = 8
+MAX_JSON = 2**22
+"""Bytes of JSON that a packed header may hold: a few bytes must not ask for much memory."""
+_MAX_MEMORY = 2**24
+"""Bytes that unpacking may take beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +85,27 @@ class Header:
 
 _OPTIONAL = {"activations", "blocks"}
 """Fields that the files of earlier versions do not have."""
+
+
+def packed(text: str) -> str:
+    """Return the JSON of a header in base64 of xz."""
+    return base64.b64encode(lzma.compress(text.encode(), check=lzma.CHECK_NONE)).decode()
+
+
+def unpacked(text: str) -> str:
+    """Return the JSON that `packed` was given.
+
+    Raises:
+        ValueError: It is none, or takes too much memory.
+    """
+    stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_MEMORY)
+    try:
+        found = stream.decompress(base64.b64decode(text, validate=True), MAX_JSON).decode()
+    except (ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"its header is no base64 of xz: {error}") from None
+    if not stream.eof or stream.unused_data:
+        raise ValueError(f"its header is not one whole xz stream of at most {MAX_JSON} bytes")
+    return found
 
 
 def parse(text: str) -> Header:
