@@ -50,11 +50,20 @@ _BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tra
 
 
 class Compact:
-    """The content of a file."""
+    """The content of a file.
+
+    Attributes:
+        header: What the file says about its network.
+        shapes: Of the entries that are stored.
+
+    Raises:
+        ValueError: The tensors do not fit the header.
+    """
 
     def __init__(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
         self.header = header
         self._tensors = tensors
+        self.shapes, self._integers = check_tensors(header, tensors)
 
     def masks(self) -> dict[str, Tensor]:
         """Return the masks (True = active) of the entries that have one."""
@@ -75,10 +84,9 @@ class Compact:
         Raises:
             ValueError: The network is not quantized.
         """
-        header = self.header
-        if not header.activations:
+        if self._integers is None:
             raise ValueError("the network is not quantized: its activations have no scales")
-        return integers.read_network(header.nodes, header.activations, self.masks(), self._tensors)
+        return self._integers
 
     def _dense(self, name: str) -> Tensor:
         shape = self.header.shapes.get(name)
@@ -212,11 +220,9 @@ def read(path: str | Path) -> Compact:
     if metadata.get("sha256") != digest(metadata.get("header", ""), tensors):
         raise ValueError(f"{path} is damaged: its content does not have the digest it was given")
     try:
-        header = _header(metadata)
-        check_tensors(header, tensors)
+        return Compact(_header(metadata), tensors)
     except ValueError as error:
         raise ValueError(f"{path} is no valid compact sparse network: {_line(error)}") from None
-    return Compact(header, tensors)
 
 
 def _header(metadata: Mapping[str, str]) -> Header:

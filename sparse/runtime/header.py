@@ -18,8 +18,9 @@ from torch import Tensor
 from ..topology.bits import unpack
 from ..topology.blocks import ONE, Block, divides, shape_in_blocks, spread_blocks
 from . import graph, integers, memory
-from .check import MAX_CHANNELS, check, check_shapes
+from .check import MAX_CHANNELS, Shape, check, check_shapes
 from .graph import Node
+from .integers import IntegerNetwork
 from .units import Quantization, check_activations, units
 
 DTYPES = {
@@ -198,13 +199,17 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    header: Header, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Shape], IntegerNetwork | None]:
     """Check that the tensors of a file are those that its header names, and fit its graph.
+
+    Return the shapes of all entries, and the integers of a quantized network.
 
     Raises:
         ValueError: Names the tensor that is missing, unknown or does not fit.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, Shape] = {}
     known: list[str] = []
     masked = {name for name in header.names if name in header.shapes}
     if len(masked) < len(header.shapes):
@@ -229,8 +234,10 @@ def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
     check_shapes(header.nodes, shapes, in_channels=header.in_channels, folded=header.folded)
     _check_types(header, tensors)
     _check_indices(header, shapes, tensors)
-    if header.activations:
-        integers.read_network(header.nodes, header.activations, header.masks(tensors), tensors)
+    if not header.activations:
+        return shapes, None
+    masks = header.masks(tensors)
+    return shapes, integers.read_network(header.nodes, header.activations, masks, tensors)
 
 
 def _surplus(known: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
