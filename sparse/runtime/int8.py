@@ -17,10 +17,9 @@ from . import memory
 from .arrays import Array
 from .graph import INPUT
 from .integers import IntegerNetwork, Parameters, add_scales, looked_up, top
-from .lower import Integers, Layer
+from .lower import PACKED, Integers, Layer
 from .units import Unit
 
-PACKED = 4  # kPacked of op.h
 SIGNED = 128  # what kernels that multiply signed bytes subtract from activations
 
 

@@ -18,6 +18,8 @@ from . import graph
 from .arrays import Array
 from .graph import ACTIVATIONS, INPUT, VECTORS, Node, entries
 
+PACKED = 4  # kPacked of op.h
+
 
 @dataclass(frozen=True, kw_only=True)
 class Integers:

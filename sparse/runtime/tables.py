@@ -6,7 +6,7 @@ import numpy as np
 
 from .arrays import Array
 from .layout import Map
-from .lower import Layer
+from .lower import PACKED, Layer
 from .windows import Windows
 
 DENSE_CHANNELS = 4  # kDenseChannels of conv.h
@@ -64,7 +64,9 @@ def sparse_table(
 
     Inside a part, output channels are ordered by their number of connections. Every block has the
     same share of each list of connections. The lengths of successive loops are thus predictable.
-    Lists are in the order of memory, so a block reads roughly one range of the input.
+    Lists are in the order of memory, so a block reads roughly one range of the input. In int8 the
+    channels of an output plane follow each other, because they are written together; a plane that
+    lacks channels is the last one.
 
     Args:
         layer: A convolution.
@@ -87,7 +89,10 @@ def sparse_table(
 
     bounds = split(channels, num_parts)
     part_of = np.repeat(np.arange(num_parts), np.diff(bounds))
-    order = np.lexsort((-np.bincount(out, minlength=channels), part_of))
+    together = 1 if layer.integers is None else PACKED
+    plane = np.arange(channels) // together
+    work = np.bincount(plane[out], minlength=plane[-1] + 1)[plane]
+    order = np.lexsort((plane, -work, plane >= channels // together, part_of))
     place = np.empty(channels, np.int32)
     place[order] = np.arange(channels)
 

@@ -229,6 +229,7 @@ class Checker {
     table(op_.row_channel, op_.channels);
     for (int64_t i = 0; i < op_.channels; ++i) {
       require(op_.row_channel[i] >= 0 && op_.row_channel[i] < op_.channels, "there is no channel");
+      if (op_.kind == kQuantConv) check_quad(i);
     }
     const int64_t patterns = (int64_t(1) << op_.group) - 1;
     table(op_.counts, Wide(op_.num_blocks) * patterns * groups(0, op_.channels));
@@ -236,6 +237,14 @@ class Checker {
     Span offsets = kNothing;
     for (int64_t part = 0; part < op_.num_parts; ++part) stream(part, patterns, offsets);
     reads_taps(offsets, op_.rows);
+  }
+
+  // The channels of a plane follow each other.
+  void check_quad(int64_t i) const {
+    const int64_t channel = op_.row_channel[i];
+    require(channel % kPacked == i % kPacked &&
+                (i % kPacked == 0 || channel == op_.row_channel[i - 1] + 1),
+            "channels of a plane are apart");
   }
 
   int64_t groups(int64_t first, int64_t end) const {

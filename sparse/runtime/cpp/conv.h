@@ -73,20 +73,23 @@ struct Float32 {
   static inline SPARSE_INLINE Weight weight(const float* p) { return broadcast(*p); }
   static inline SPARSE_INLINE void add(Sum& sum, const Weight& weight, Vec x) { sum += weight * x; }
   static inline SPARSE_INLINE void join(Sum& sum, Sum other) { sum += other; }
-  // Planes from the first channel of a map to channel c.
+  // Planes from the first channel of a map to channel c, and whether no channel before c is there.
   static inline int64_t plane(int64_t c) { return c; }
+  static inline bool begins_plane(int64_t) { return true; }
 
-  // Write the sums of channel c in a tile of VX vectors per row. `out` and `res` are in its plane.
+  // Writes the sums of a channel in a tile of VX vectors per row. `out` and `res` are in its plane.
   template <int VX, int kSize>
-  static inline SPARSE_INLINE void finish(const Op& op, int64_t, Sum (&sum)[kSize], float* out,
-                                          const float* res, const int32_t* mask) {
-    for_each<kSize>([&](auto i) SPARSE_INLINE {
-      if (res) sum[i] += load(res + (i / VX) * op.res_row + (i % VX) * kLanes);
-      if (op.activation == kRelu) sum[i] = maximum(sum[i], Vec{});
-      if (mask) sum[i] = keep(sum[i], load_mask(mask + (i / VX) * op.mask_row + (i % VX) * kLanes));
-      store(out + (i / VX) * op.out_row + (i % VX) * kLanes, sum[i]);
-    });
-  }
+  struct Writer {
+    inline SPARSE_INLINE void write(const Op& op, int64_t, Sum (&sum)[kSize], float* out,
+                                    const float* res, const int32_t* mask) {
+      for_each<kSize>([&](auto i) SPARSE_INLINE {
+        if (res) sum[i] += load(res + (i / VX) * op.res_row + (i % VX) * kLanes);
+        if (op.activation == kRelu) sum[i] = maximum(sum[i], Vec{});
+        if (mask) sum[i] = keep(sum[i], load_mask(mask + (i / VX) * op.mask_row + (i % VX) * kLanes));
+        store(out + (i / VX) * op.out_row + (i % VX) * kLanes, sum[i]);
+      });
+    }
+  };
 };
 
 // A tile of a group of P output channels by VX x VY vectors. The connections of a group are sorted
@@ -196,6 +199,7 @@ struct SparseTile {
     const float* p = op.connections + op.part_stream[part];
     const int32_t* count = op.counts + op.num_blocks * kPatterns * (first / P);
     const Strides strides{op.in_row * op.stride_y, (SX > 0 ? SX : op.stride_x) * kLanes};
+    typename A::template Writer<VX, kSize> writer;
     for (int64_t block = 0; block < op.num_blocks; ++block) {
       const bool is_first = block == 0, is_last = block + 1 == op.num_blocks;
       float* partial = scratch;
@@ -211,9 +215,12 @@ struct SparseTile {
           }
           if (is_last && c + kAhead * P < left) {
             // The processor cannot predict the order of the channels.
-            const int64_t next = A::plane(channel[(g + kAhead) * P + c]);
-            fetch(res ? res + next * op.res_plane : out + next * op.out_plane,
-                  res ? op.res_row : op.out_row);
+            const int64_t next = channel[(g + kAhead) * P + c];
+            if (A::begins_plane(next)) {
+              const int64_t plane = A::plane(next);
+              fetch(res ? res + plane * op.res_plane : out + plane * op.out_plane,
+                    res ? op.res_row : op.out_row);
+            }
           }
         });
         if constexpr (P == 1 || A::kByPattern) {
@@ -228,8 +235,8 @@ struct SparseTile {
             for_each<kSize>([&](auto i) SPARSE_INLINE { store(partial + (c * kSize + i) * kLanes, reinterpret_cast<Vec>(sum[c][i])); });
           } else if (c < left) {
             const int64_t to = channel[g * P + c], plane = A::plane(to);
-            A::template finish<VX>(op, to, sum[c], out + plane * op.out_plane,
-                                   res ? res + plane * op.res_plane : nullptr, mask);
+            writer.write(op, to, sum[c], out + plane * op.out_plane,
+                         res ? res + plane * op.res_plane : nullptr, mask);
           }
         });
         if (is_last && op.activation > kRelu) {

@@ -34,12 +34,13 @@ inline Mask plus(Mask a, Mask b) {
 }
 inline int32_t plus(int32_t a, int32_t b) { return int32_t(uint32_t(a) + uint32_t(b)); }
 
-// The nearest integers, the even one of two; |v| is below 2^22.
-inline Mask round(Vec v) {
-  const Vec shift = broadcast(12582912.0f);  // 1.5 * 2^23: the integer is in the low bits
-  const Vec shifted = v + shift;
-  return bits(shifted) - bits(shift);
-}
+// A number below 2^22 that is added to this is rounded, to the even one of two integers, and the
+// integer is in the low bits of the sum: 1.5 * 2^23.
+constexpr float kRounder = 12582912.0f;
+constexpr int32_t kRounderBits = 0x4b400000;
+
+inline Vec rounded_bits(Vec v) { return v + broadcast(kRounder); }
+inline Mask round(Vec v) { return bits(rounded_bits(v)) - spread(kRounderBits); }
 
 // Limit to a range; a NaN becomes `low`.
 inline Vec clamp(Vec v, float low, float high) {
@@ -168,39 +169,78 @@ inline Vec fused(Vec x, Vec factor, Vec added) {
 #endif
 }
 
-// Return what a convolution and the value that is added to it give.
-inline Mask added(const Rescale& r, Mask own, Mask res) {
-  const bool own_last = r.own_last != 0;
-  const Mask last = own_last ? own : res, first = own_last ? res : own;
-  const Vec last_scale = broadcast(own_last ? r.own_scale : r.res_scale);
-  const Vec first_scale = broadcast(own_last ? r.res_scale : r.own_scale);
-  Vec sum = fused(to_float(first), first_scale, broadcast(r.shift));
-  sum = fused(to_float(last), last_scale, sum);
-  return round(clamp(sum, 0.0f, r.sum_high));
-}
+// The same byte for each of 4 channels.
+inline int32_t four_times(uint32_t byte) { return int32_t(byte * 0x01010101u); }
 
-// Write the sums of channel c in a tile: one byte of every lane. The others belong to other channels.
-// `out` and `res` are in the plane of the channel. One function serves tiles of all sizes, which
-// keeps the code short.
-__attribute__((noinline)) void write_bytes(const Op& op, int64_t c, const Mask* sums,
-                                           int64_t vectors, int64_t rows, float* out,
-                                           const float* res, const int32_t* mask) {
-  const Rescale r = *op.rescale;
-  const Vec scale = broadcast(op.scales[c]);
-  const int shift = int(c % kPacked) * kBits;
-  const Mask zero = spread(int32_t(r.zero)), fill = spread(int32_t(op.fill));
-  const Mask others = spread(int32_t(~(uint32_t(kByte) << shift)));
-  for (int64_t y = 0; y < rows; ++y) {
-    for (int64_t i = 0; i < vectors * kLanes; i += kLanes) {
-      Mask q = round(clamp(to_float(*sums++) * scale, r.low, r.high)) + zero;
-      if (res) q = added(r, q, (bits(load(res + y * op.res_row + i)) >> shift) & kByte);
-      if (mask) {
-        const Mask valid = load_mask(mask + y * op.mask_row + i);
-        q = (q & valid) | (fill & ~valid);
-      }
-      float* p = out + y * op.out_row + i;
-      store(p, as_vec((bits(load(p)) & others) | (q << shift)));
+// The values of 4 channels from their sums of products, in one word per lane.
+struct Quad {
+  Rescale r;
+  Vec scale[kPacked];
+
+  Quad(const Op& op, int64_t plane) : r(*op.rescale) {
+    for (int64_t j = 0; j < kPacked; ++j) {
+      scale[j] = broadcast(op.scales[std::min(plane * kPacked + j, op.channels - 1)]);
     }
+  }
+
+  // The convolution's own value of channel j, less the zero point.
+  inline SPARSE_INLINE Vec own(Mask sum, int j) const {
+    return clamp(to_float(sum) * scale[j], r.low, r.high);
+  }
+
+  // Sum number j is at sums[j * distance]. Bytes are added up, because what is below zero, or in the
+  // upper bits of rounded_bits, is made good for in the bytes above by what is added once.
+  inline SPARSE_INLINE Vec pack(const Mask* sums, int64_t distance) const {
+    Mask packed = spread(four_times(uint32_t(int32_t(r.zero)) - kRounderBits));
+    for_each<kPacked>([&](auto j) SPARSE_INLINE {
+      packed = plus(packed, bits(rounded_bits(own(sums[j * distance], j))) << (j * kBits));
+    });
+    return as_vec(packed);
+  }
+
+  // The same, after the bytes of `res` are added. The later operand is multiplied last.
+  template <bool kOwnLast>
+  inline SPARSE_INLINE Vec pack_sum(const Mask* sums, int64_t distance, Mask res) const {
+    Mask packed = spread(four_times(-uint32_t(kRounderBits)));
+    for_each<kPacked>([&](auto j) SPARSE_INLINE {
+      const Vec q = rounded_bits(own(sums[j * distance], j)) - broadcast(kRounder - r.zero);
+      const Vec other = to_float((res >> (j * kBits)) & kByte);
+      const Vec first = fused(kOwnLast ? other : q, broadcast(kOwnLast ? r.res_scale : r.own_scale),
+                              broadcast(r.shift));
+      const Vec sum = fused(kOwnLast ? q : other, broadcast(kOwnLast ? r.own_scale : r.res_scale),
+                            first);
+      packed = plus(packed, bits(rounded_bits(clamp(sum, 0.0f, r.sum_high))) << (j * kBits));
+    });
+    return as_vec(packed);
+  }
+};
+
+// Write a tile of 4 channels, the lanes outside the image as the zero point. `out` and `res` are in
+// the plane of the channels. One function serves tiles of all sizes, which keeps the code short.
+__attribute__((noinline)) void write_quad(const Op& op, int64_t plane, const Mask* sums,
+                                          int64_t vectors, int64_t rows, float* out,
+                                          const float* res, const int32_t* mask) {
+  const Quad quad(op, plane);
+  const int64_t size = vectors * rows;
+  const auto write = [&](auto pack) SPARSE_INLINE {
+    for (int64_t y = 0; y < rows; ++y) {
+      for (int64_t i = 0; i < vectors * kLanes; i += kLanes) {
+        Vec packed = pack(sums++, y * op.res_row + i);
+        if (mask) packed = choose(load_mask(mask + y * op.mask_row + i), packed, filler(op.fill));
+        store(out + y * op.out_row + i, packed);
+      }
+    }
+  };
+  if (!res) {
+    write([&](const Mask* s, int64_t) SPARSE_INLINE { return quad.pack(s, size); });
+  } else if (quad.r.own_last != 0) {
+    write([&](const Mask* s, int64_t at) SPARSE_INLINE {
+      return quad.pack_sum<true>(s, size, bits(load(res + at)));
+    });
+  } else {
+    write([&](const Mask* s, int64_t at) SPARSE_INLINE {
+      return quad.pack_sum<false>(s, size, bits(load(res + at)));
+    });
   }
 }
 
@@ -226,14 +266,27 @@ struct Int8 {
   }
   static inline SPARSE_INLINE void join(Sum& sum, Sum other) { sum = plus(sum, other); }
   static inline int64_t plane(int64_t c) { return c / kPacked; }
+  static inline bool begins_plane(int64_t c) { return c % kPacked == 0; }
 
+  // The 4 channels of a plane come one after the other.
   template <int VX, int kSize>
-  static inline SPARSE_INLINE void finish(const Op& op, int64_t c, Sum (&sum)[kSize], float* out,
-                                          const float* res, const int32_t* mask) {
-    Mask sums[kSize];
-    for_each<kSize>([&](auto i) SPARSE_INLINE { sums[i] = sum[i]; });
-    write_bytes(op, c, sums, VX, kSize / VX, out, res, mask);
-  }
+  struct Writer {
+    Mask sums[kPacked][kSize];
+
+    inline SPARSE_INLINE void write(const Op& op, int64_t c, Sum (&sum)[kSize], float* out,
+                                    const float* res, const int32_t* mask) {
+      int64_t member = c % kPacked;
+      for_each<kSize>([&](auto i) SPARSE_INLINE { sums[member][i] = sum[i]; });
+      if (c + 1 == op.channels) {
+        for (; member + 1 < kPacked; ++member) {
+          for_each<kSize>([&](auto i) SPARSE_INLINE { sums[member + 1][i] = Mask{}; });
+        }
+      }
+      if (member + 1 == kPacked) {
+        write_quad(op, c / kPacked, sums[0], VX, kSize / VX, out, res, mask);
+      }
+    }
+  };
 };
 
 int32_t sum_lanes(Mask m) {

@@ -71,7 +71,7 @@ struct Rescale {
 
 // The version of plan files. Raise it when the meaning of a member or of a table changes: older plans
 // are then refused. (A change of the size of Op is noticed without it.)
-constexpr int64_t kPlanVersion = 2;
+constexpr int64_t kPlanVersion = 3;
 
 // Positions are in floats from the start of the arena. Every member is 8 bytes wide. The pointers
 // come last, from `mask` on: plan files have the numbers of tables in their place (plan.cpp).
@@ -102,7 +102,8 @@ struct Op {
   const int32_t* mask;              // [vectors][lanes] valid output columns, null if all are valid
   const int32_t* moves;             // [4][lanes] Grid.moves of the output, null with one band
   const int32_t* row_begin;         // sparse linear: [channels + 1] into connections
-  const int32_t* row_channel;       // [channels] in the order of computation, part by part;
+  const int32_t* row_channel;       // [channels] in the order of computation, part by part; int8:
+                                    // those of a plane follow each other;
                                     // repack: the channel that each one copies, null for the same
   const int32_t* counts;            // [parts][blocks][groups][2^group - 1] connections by pattern;
                                     // dense, of 2 rows: [4] terms of each product; attention:

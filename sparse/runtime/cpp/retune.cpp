@@ -140,12 +140,26 @@ class Connections {
     return op;
   }
 
-  void add_part(int64_t first, int64_t end, int64_t group, int64_t blocks, ConvTables& to) const {
+  // The channels of a part as sparse_table orders them.
+  std::vector<int32_t> order_of(int64_t first, int64_t end) const {
+    const int64_t together = op_.kind == kQuantConv ? kPacked : 1;
+    std::vector<int64_t> work(size_t(ceil_div(op_.channels, together)), 0);
+    for (int64_t c = first; c < end; ++c) {
+      work[size_t(c / together)] += int64_t(by_channel_[size_t(c)].size());
+    }
     std::vector<int32_t> order;
     for (int64_t c = first; c < end; ++c) order.push_back(int32_t(c));
+    const int64_t whole = op_.channels / together;  // planes that lack no channel
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-      return by_channel_[size_t(a)].size() > by_channel_[size_t(b)].size();
+      const int64_t plane_a = a / together, plane_b = b / together;
+      if ((plane_a < whole) != (plane_b < whole)) return plane_a < whole;
+      return work[size_t(plane_a)] > work[size_t(plane_b)];
     });
+    return order;
+  }
+
+  void add_part(int64_t first, int64_t end, int64_t group, int64_t blocks, ConvTables& to) const {
+    const std::vector<int32_t> order = order_of(first, end);
     to.row_channel.insert(to.row_channel.end(), order.begin(), order.end());
     const int64_t patterns = (int64_t(1) << group) - 1;
     std::vector<std::vector<Entry>> lists;  // by group and pattern
