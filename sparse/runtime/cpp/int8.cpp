@@ -293,8 +293,7 @@ struct Int8 {
     sum = D::dot(sum, bits(x), weight);
   }
   static inline SPARSE_INLINE void join(Sum& sum, Sum other) { sum = plus(sum, other); }
-  static inline int64_t plane(int64_t c) { return c / kPacked; }
-  static inline bool begins_plane(int64_t c) { return c % kPacked == 0; }
+  static constexpr int kInPlane = kPacked;
 
   // The 4 channels of a plane come one after the other.
   template <int VX, int kSize>
