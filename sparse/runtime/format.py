@@ -9,7 +9,8 @@ A file is a safetensors container. It loads without pickle, and any reader of sa
 - `<name>.scale`: float32 (out,), only with int8 values: weight = value * scale of its channel;
 - `<name>`: an entry that is stored whole: dense weights, biases, BatchNorm;
 - metadata: `format`, `header` (JSON: architecture, graph, normalization) and `sha256`, the digest
-  of the header and all tensors.
+  of the header and all tensors. Files with blocks or activations, which earlier versions do not
+  read, have the header compressed: JSON in xz in base64.
 
 A file holds BatchNorm either folded, as one bias per channel, or as trained. In either case the
 state dict comes back bit for bit: the folded network's in the first case, the trained one's in the
@@ -39,21 +40,30 @@ from ..topology.blocks import (
 )
 from . import graph, integers
 from .graph import Node
-from .header import DTYPES, Header, check_tensors, parse
+from .header import DTYPES, Header, check_tensors, packed, parse, unpacked
 from .integers import IntegerNetwork
 from .units import Quantization, units
 
-FORMAT = "compact-sparse-1"
+FORMAT, PACKED = "compact-sparse-1", "compact-sparse-2"  # with the header as it is, and compressed
 MAX_REASON = 300  # characters
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class Compact:
-    """The content of a file."""
+    """The content of a file.
+
+    Attributes:
+        header: What the file says about its network.
+        shapes: Of the entries that are stored.
+
+    Raises:
+        ValueError: The tensors do not fit the header.
+    """
 
     def __init__(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
         self.header = header
         self._tensors = tensors
+        self.shapes, self._integers = check_tensors(header, tensors)
 
     def masks(self) -> dict[str, Tensor]:
         """Return the masks (True = active) of the entries that have one."""
@@ -74,10 +84,9 @@ class Compact:
         Raises:
             ValueError: The network is not quantized.
         """
-        header = self.header
-        if not header.activations:
+        if self._integers is None:
             raise ValueError("the network is not quantized: its activations have no scales")
-        return integers.read_network(header.nodes, header.activations, self.masks(), self._tensors)
+        return self._integers
 
     def _dense(self, name: str) -> Tensor:
         shape = self.header.shapes.get(name)
@@ -177,9 +186,11 @@ def save(
     }
     if activations:
         header["activations"] = {name: list(pair) for name, pair in activations.items()}
-    text = json.dumps(header, separators=(",", ":"))
-    check_tensors(parse(text), tensors)
-    metadata = {"format": FORMAT, "header": text, "sha256": digest(text, tensors)}
+    text, version = json.dumps(header, separators=(",", ":")), FORMAT
+    if blocks or activations:
+        text, version = packed(text), PACKED
+    metadata = {"format": version, "header": text, "sha256": digest(text, tensors)}
+    check_tensors(_header(metadata), tensors)
     write_whole(Path(path), safetensors.torch.save(tensors, metadata))
 
 
@@ -201,17 +212,22 @@ def read(path: str | Path) -> Compact:
         raise ValueError(
             f"{path} is damaged or not a compact sparse network: {_line(error)}"
         ) from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a compact sparse network: write one with export.py")
-    text = metadata.get("header", "")
-    if metadata.get("sha256") != digest(text, tensors):
+    if metadata.get("format") not in (FORMAT, PACKED):
+        raise ValueError(
+            f"{path} is not a compact sparse network of the formats {FORMAT} and {PACKED}: "
+            "write one with export.py"
+        )
+    if metadata.get("sha256") != digest(metadata.get("header", ""), tensors):
         raise ValueError(f"{path} is damaged: its content does not have the digest it was given")
     try:
-        header = parse(text)
-        check_tensors(header, tensors)
+        return Compact(_header(metadata), tensors)
     except ValueError as error:
         raise ValueError(f"{path} is no valid compact sparse network: {_line(error)}") from None
-    return Compact(header, tensors)
+
+
+def _header(metadata: Mapping[str, str]) -> Header:
+    text = metadata.get("header", "")
+    return parse(unpacked(text) if metadata["format"] == PACKED else text)
 
 
 def _line(error: Exception) -> str:

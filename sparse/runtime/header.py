@@ -4,7 +4,9 @@ A file may come from anybody, so nothing that it says is trusted. Types, names, 
 are checked here and in check.py before any tensor is used.
 """
 
+import base64
 import json
+import lzma
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -16,8 +18,9 @@ from torch import Tensor
 from ..topology.bits import unpack
 from ..topology.blocks import ONE, Block, divides, shape_in_blocks, spread_blocks
 from . import graph, integers, memory
-from .check import MAX_CHANNELS, check, check_shapes
+from .check import MAX_CHANNELS, Shape, check, check_shapes
 from .graph import Node
+from .integers import IntegerNetwork
 from .units import Quantization, check_activations, units
 
 DTYPES = {
@@ -33,6 +36,10 @@ _OTHER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64,
 
 MAX_IMAGE_SIZE = 2**14
 MAX_DIMENSIONS = 8
+MAX_JSON = 2**22
+"""Bytes of JSON that a packed header may hold: a few bytes must not ask for much memory."""
+_MAX_MEMORY = 2**24
+"""Bytes that unpacking may take beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,27 @@ class Header:
 
 _OPTIONAL = {"activations", "blocks"}
 """Fields that the files of earlier versions do not have."""
+
+
+def packed(text: str) -> str:
+    """Return the JSON of a header in base64 of xz."""
+    return base64.b64encode(lzma.compress(text.encode(), check=lzma.CHECK_NONE)).decode()
+
+
+def unpacked(text: str) -> str:
+    """Return the JSON that `packed` was given.
+
+    Raises:
+        ValueError: It is none, or takes too much memory.
+    """
+    stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_MEMORY)
+    try:
+        found = stream.decompress(base64.b64decode(text, validate=True), MAX_JSON).decode()
+    except (ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"its header is no base64 of xz: {error}") from None
+    if not stream.eof or stream.unused_data:
+        raise ValueError(f"its header is not one whole xz stream of at most {MAX_JSON} bytes")
+    return found
 
 
 def parse(text: str) -> Header:
@@ -171,13 +199,17 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    header: Header, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Shape], IntegerNetwork | None]:
     """Check that the tensors of a file are those that its header names, and fit its graph.
+
+    Return the shapes of all entries, and the integers of a quantized network.
 
     Raises:
         ValueError: Names the tensor that is missing, unknown or does not fit.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, Shape] = {}
     known: list[str] = []
     masked = {name for name in header.names if name in header.shapes}
     if len(masked) < len(header.shapes):
@@ -202,8 +234,10 @@ def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
     check_shapes(header.nodes, shapes, in_channels=header.in_channels, folded=header.folded)
     _check_types(header, tensors)
     _check_indices(header, shapes, tensors)
-    if header.activations:
-        integers.read_network(header.nodes, header.activations, header.masks(tensors), tensors)
+    if not header.activations:
+        return shapes, None
+    masks = header.masks(tensors)
+    return shapes, integers.read_network(header.nodes, header.activations, masks, tensors)
 
 
 def _surplus(known: Iterable[str], tensors: Mapping[str, Tensor]) -> str:

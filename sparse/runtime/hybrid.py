@@ -180,7 +180,8 @@ class _Native(nn.Module):
         self._out_axes = LAYOUTS[part.exit_layout]
         shape = part.entry.meta["val"].shape
         channels = shape[self._axes[1]]
-        check_size = size_check(part.nodes, state, channels)
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        check_size = size_check(part.nodes, shapes, channels)
         layers = lower(part.nodes, dict(state), in_channels=channels)
         self._engine = Engine(layers, check_size, in_channels=channels, **options)
         self._out_pixels = [part.exit.meta["val"].shape[axis] for axis in self._out_axes[2:]]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..native.library import BuildError, check_level, cpu_level, default_cache
 from . import bindings, graph, integers
-from .check import check_images, check_shapes, linear_columns
+from .check import Shape, check_images, check_shapes, linear_columns
 from .execution_plan import ExecutionPlan
 from .format import Compact, read
 from .graph import Node
@@ -52,14 +52,16 @@ class Network:
         compact = read(path)
         self.header: Header = compact.header
         self.backend = "torch" if kernels is None else "native"
-        state, in_channels = compact.state_dict(), self.header.in_channels
-        self._check_size = size_check(self.header.nodes, state, in_channels)
+        in_channels = self.header.in_channels
+        self._check_size = size_check(
+            self.header.nodes, compact.shapes, in_channels, folded=self.header.folded
+        )
         self._engine: Engine | None = None
         self._integers: IntegerNetwork | None = None
         self._state: dict[str, Tensor] = {}
         if kernels is not None:
             self._engine = Engine(
-                layers_of(compact, state),
+                layers_of(compact),
                 self._check_size,
                 in_channels=in_channels,
                 threads=threads,
@@ -69,7 +71,7 @@ class Network:
         elif self.header.activations:
             self._integers = compact.integers()
         else:
-            self._state = state
+            self._state = compact.state_dict()
 
     def __call__(self, images: Images) -> Any:
         """Return the logits (N, K) of images (N, C, H, W) or of one image (C, H, W).
@@ -125,15 +127,14 @@ def classify(images: Images, in_channels: int, run: Callable[[Tensor], Tensor]) 
 
 
 def size_check(
-    nodes: Sequence[Node], state: Mapping[str, Tensor], in_channels: int
+    nodes: Sequence[Node], shapes: Mapping[str, Shape], in_channels: int, *, folded: bool = False
 ) -> Callable[[int, int], None]:
-    """Return the check of `check_images` for a graph with its weights.
+    """Return the check of `check_images` for a graph whose weights have the shapes.
 
     Raises:
         ValueError: The weights do not fit the graph.
     """
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    channels = check_shapes(nodes, shapes, in_channels=in_channels, folded=False)
+    channels = check_shapes(nodes, shapes, in_channels=in_channels, folded=folded)
     return functools.partial(check_images, nodes, channels, linear_columns(shapes))
 
 
@@ -190,17 +191,12 @@ class Engine:
         return Program(plan, self._kernels, self._threads)
 
 
-def layers_of(compact: Compact, state: dict[str, Tensor]) -> list[Layer]:
-    """Return the layers of a network, in int8 if the network is quantized.
-
-    Args:
-        compact: The content of a file that is checked.
-        state: Its dense state dict. Weights are removed from it (`lower`).
-    """
+def layers_of(compact: Compact) -> list[Layer]:
+    """Return the layers of a network, in int8 if the network is quantized."""
     header = compact.header
     if header.activations:
         return integer_layers(compact.integers(), in_channels=header.in_channels)
-    return lower(header.nodes, state, in_channels=header.in_channels)
+    return lower(header.nodes, compact.state_dict(), in_channels=header.in_channels)
 
 
 class Program:

@@ -141,9 +141,10 @@ def _runs(part: Part, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> bo
     """Tell whether a part is a graph that obeys all rules of the runtime."""
     _, channels, *pixels = (shape[axis] for axis in LAYOUTS[part.entry_layout])
     height, width = (1, 1, *pixels)[-2:]
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
     try:
         check(part.nodes)
-        size_check(part.nodes, state, channels)(height, width)
+        size_check(part.nodes, shapes, channels)(height, width)
     except ValueError:
         return False
     return True

@@ -14,11 +14,10 @@ import numpy as np
 from ..native.library import LEVELS, check_known, cpu_level, default_cache, family, num_registers
 from . import bindings
 from .arrays import Array
-from .check import check_images, check_shapes, linear_columns
 from .execution_plan import ExecutionPlan
 from .format import Compact, read, write_whole
 from .header import MAX_IMAGE_SIZE
-from .network import layers_of
+from .network import layers_of, size_check
 from .tune import Tuner
 
 VERSION = 3
@@ -81,11 +80,9 @@ def save_plan(
 
 
 def _plan(compact: Compact, size: Size, *, lanes: int, threads: int) -> ExecutionPlan:
-    header, state = compact.header, compact.state_dict()
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    channels = check_shapes(header.nodes, shapes, in_channels=header.in_channels, folded=False)
-    check_images(header.nodes, channels, linear_columns(shapes), *size[1:])
-    return ExecutionPlan(layers_of(compact, state), size, lanes=lanes, num_parts=threads)
+    header = compact.header
+    size_check(header.nodes, compact.shapes, size[0], folded=header.folded)(*size[1:])
+    return ExecutionPlan(layers_of(compact), size, lanes=lanes, num_parts=threads)
 
 
 def to_bytes(

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from sparse import runtime
 from sparse.runtime import bindings, memory
-from sparse.runtime.format import FORMAT, digest
+from sparse.runtime.format import FORMAT, PACKED, digest
 from sparse.runtime.graph import Node
+from sparse.runtime.header import packed, unpacked
 from sparse.runtime.network import Network
 
 MEMORY = 2**26  # bytes: what a case may take
@@ -224,13 +225,22 @@ def content(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """Return the header and the tensors of a file."""
     with safetensors.safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return json.loads(file.metadata()["header"]), tensors
+        metadata = file.metadata()
+    text = metadata["header"]
+    return json.loads(unpacked(text) if metadata["format"] == PACKED else text), tensors
 
 
-def rewrite(path: Path, header: Any, tensors: dict[str, Tensor]) -> None:
+def rewrite(path: Path, header: Any, tensors: dict[str, Tensor], *, packs: bool = False) -> None:
     """Write a file with a digest that fits whatever it holds."""
     text = header if isinstance(header, str) else json.dumps(header)
-    metadata = {"format": FORMAT, "header": text, "sha256": digest(text, tensors)}
+    if packs:
+        text = packed(text)
+    sign(path, text, tensors, PACKED if packs else FORMAT)
+
+
+def sign(path: Path, text: str, tensors: dict[str, Tensor], version: str) -> None:
+    """Write a file with the text as its header."""
+    metadata = {"format": version, "header": text, "sha256": digest(text, tensors)}
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
@@ -319,7 +329,7 @@ def fuzz(kernels: bindings.Kernels, count: int, directory: Path, seed: int = 0) 
             header, tensors = json.loads(json.dumps(original)), dict(stored)
             for _ in range(rng.choice([1, 1, 1, 2, 3])):
                 mutate(rng, header, tensors)
-            rewrite(path, header, tensors)
+            rewrite(path, header, tensors, packs=case % 2 == 1)
             try:
                 attempt(path, kernels, threads=rng.choice([1, 2]))
                 outcomes["right"] += 1

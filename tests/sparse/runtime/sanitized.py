@@ -1,24 +1,29 @@
 """Run random networks on kernels given on the command line; a sanitizer watches.
 
 Not a test by itself: test_sanitizers.py starts it, with the sanitizer's library preloaded. Weights
-and images come from NumPy, and torch computes nothing: its threads are not under suspicion.
+and images come from NumPy, and torch only converts the weights of int8, in one thread: its threads
+are not under suspicion.
 """
 
 import ctypes
 import itertools
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 
 from sparse.runtime import bindings, execution_plan
 from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.execution_plan import Choice, ExecutionPlan, can_share, dense_choices
-from sparse.runtime.graph import ACTIVATIONS
-from sparse.runtime.layout import Map
+from sparse.runtime.graph import ACTIVATIONS, Node
+from sparse.runtime.int8 import integer_layers
+from sparse.runtime.integers import read_network
+from sparse.runtime.layout import Grid, Map
 from sparse.runtime.lower import Layer
 from sparse.runtime.tune import Tuner
 
@@ -108,56 +113,116 @@ def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[
     ]
 
 
+def integers_of(generator: np.random.Generator, stride: int, groups: int) -> list[Layer]:
+    """Return the layers of a small quantized network with every operation of int8."""
+    window = {"kernel": (3, 3), "padding": (1, 1)}
+    step = {"stride": (stride, stride)}
+
+    def node(op: str, name: str, *inputs: str, **options: object) -> Node:
+        return Node(name=name, op=op, inputs=inputs, parameters=name + ".", **options)
+
+    nodes = [
+        node("conv", "a", "input", kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
+        node("relu", "b", "a"),
+        node("max_pool", "c", "b", kernel=(3, 3), stride=(2, 2), padding=(1, 1)),
+        node("conv", "d", "c", groups=groups, **window, **step),
+        node("relu6", "e", "d"),
+        node("conv", "f", "e", kernel=(3, 3), padding=(2, 2), dilation=(2, 2)),
+        node("conv", "g", "c", **step),
+        node("add", "h", "f", "g"),  # the sum is part of a convolution
+        node("relu", "i", "h"),
+        node("relu", "j", "g"),  # looked up, as another node reads its operand
+        node("add", "k", "i", "j"),  # of two values that are read as they are
+        node("conv", "l", "k", **window),
+        node("mean_pool", "m", "l"),
+        node("linear", "n", "m"),
+        node("relu", "o", "n"),
+        node("linear", "p", "o"),
+    ]
+    shapes = {
+        "a": (12, 3, 7, 7),
+        "d": (24, 12 // groups, 3, 3),
+        "f": (18, 24, 3, 3),
+        "g": (18, 12, 1, 1),
+        "l": (33, 18, 3, 3),
+        "n": (9, 33),
+        "p": (5, 9),
+    }
+    tensors = {}
+    for name, shape in shapes.items():
+        weight = generator.integers(-127, 128, shape, np.int8)
+        weight[generator.random(shape) < 0.7] = 0
+        numbers = {"weight": weight, "bias": generator.standard_normal(shape[0], np.float32)}
+        numbers["weight.scale"] = np.full(shape[0], 2**-9, np.float32)
+        tensors |= {f"{name}.{kind}": torch.from_numpy(value) for kind, value in numbers.items()}
+    zero_points = {"input": 128, "f": 120, "g": 130, "l": 100, "m": 90}
+    values = ("input", "b", "c", "e", "f", "g", "i", "j", "k", "l", "m", "o")
+    activations = {name: (2**-5, zero_points.get(name, 0)) for name in values}
+    network = read_network(nodes, activations, {}, tensors)
+    return integer_layers(network, in_channels=3)
+
+
 def main(library: str) -> None:
     """Compare one thread with several, for many sizes, kernels and batches."""
     kernels = bindings.Kernels(Path(library))
     generator = np.random.default_rng(0)
     sizes = {(17, 26): None, (40, 49): None, (61, 70): None}
     sizes |= {(48, 64): banded_grids(48, 64, lanes=kernels.num_lanes)[0]}
-    for ((height, width), grid), stride, groups in itertools.product(
-        sizes.items(), (1, 2, 3), (1, 2, 12)
-    ):
+    for (size, grid), stride, groups in itertools.product(sizes.items(), (1, 2, 3), (1, 2, 12)):
         layers = layers_of(generator, stride, groups)
-        images = generator.standard_normal((5, 3, height, width)).astype(np.float32)
-        for dense, threads in itertools.product((False, True), (1, 3)):
-            with mock.patch.object(execution_plan, "arrange", partial(Arrangement, grid=grid)):
-                plan = ExecutionPlan(
-                    layers, (3, height, width), lanes=kernels.num_lanes, num_parts=threads
-                )
-            for operation in plan.convolutions():
-                assert isinstance(operation.target, Map)
-                if dense and dense_choices(operation):
-                    plan.choose(operation, dense_choices(operation)[-1])
-                elif not dense:
-                    group = max(kernels.max_tiles) if can_share(operation) else 1
-                    rows = min(3, kernels.max_tiles[group]) if operation.stride[1] <= 2 else 1
-                    plan.choose(operation, Choice(group=group, tile_rows=rows, num_blocks=2))
-            handle = plan.create(kernels, threads=threads)
-            assert handle is not None
-            logits = np.full((5, 5), np.nan, np.float32)
-            for count in (1, 5):
-                failed = kernels.run(
-                    ctypes.c_void_p(handle),
-                    images.ctypes.data,
-                    images[0].size,
-                    logits.ctypes.data,
-                    5,
-                    count,
-                )
-                assert not failed
-            kernels.destroy(ctypes.c_void_p(handle))
-            if threads == 1:
-                wanted = logits.copy()
-            assert np.allclose(logits, wanted, rtol=1e-4, atol=1e-4)
+        images = generator.standard_normal((5, 3, *size)).astype(np.float32)
+        found = list(computed(kernels, layers, images, grid))
+        for one, several in zip(found[::2], found[1::2], strict=True):
+            assert np.allclose(one, several, rtol=1e-4, atol=1e-4)
+        layers, found = integers_of(generator, stride, groups), []
+        for is_fast in (0, 1):
+            kernels.fast_int8(is_fast)
+            found += computed(kernels, layers, images, grid)
+        assert all(np.array_equal(logits, found[0]) for logits in found)
+        assert len(np.unique(found[0])) > 5
     tune(kernels, generator)
     print("clean")
 
 
+def computed(
+    kernels: bindings.Kernels, layers: list[Layer], images: np.ndarray, grid: Grid | None
+) -> Iterator[np.ndarray]:
+    """Yield the logits that kernels of two kinds compute, each with one thread and with several."""
+    size = images.shape[1:]
+    for dense, threads in itertools.product((False, True), (1, 3)):
+        with mock.patch.object(execution_plan, "arrange", partial(Arrangement, grid=grid)):
+            plan = ExecutionPlan(layers, size, lanes=kernels.num_lanes, num_parts=threads)
+        for operation in plan.convolutions():
+            assert isinstance(operation.target, Map)
+            if dense and dense_choices(operation):
+                plan.choose(operation, dense_choices(operation)[-1])
+            elif not dense:
+                group = max(kernels.max_tiles) if can_share(operation) else 1
+                rows = min(3, kernels.max_tiles[group]) if operation.stride[1] <= 2 else 1
+                plan.choose(operation, Choice(group=group, tile_rows=rows, num_blocks=2))
+        handle = plan.create(kernels, threads=threads)
+        assert handle is not None
+        logits = np.full((5, 5), np.nan, np.float32)
+        for count in (1, 5):
+            failed = kernels.run(
+                ctypes.c_void_p(handle),
+                images.ctypes.data,
+                images[0].size,
+                logits.ctypes.data,
+                5,
+                count,
+            )
+            assert not failed
+        kernels.destroy(ctypes.c_void_p(handle))
+        yield logits
+
+
 def tune(kernels: bindings.Kernels, generator: np.random.Generator) -> None:
     """Measure layers whose default kernel is another than some that are tried."""
-    plan = ExecutionPlan(layers_of(generator, 1, 1), (3, 17, 26), lanes=kernels.num_lanes)
-    with tempfile.TemporaryDirectory() as directory:
-        Tuner(Path(directory)).tune(plan, kernels)
+    for layers in (layers_of(generator, 1, 1), integers_of(generator, 1, 1)):
+        plan = ExecutionPlan(layers, (3, 17, 26), lanes=kernels.num_lanes)
+        with tempfile.TemporaryDirectory() as directory:
+            Tuner(Path(directory)).tune(plan, kernels)
 
 
 if __name__ == "__main__":

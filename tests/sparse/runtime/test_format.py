@@ -136,7 +136,7 @@ def write(path: Path, model: nn.Module, masks: dict[str, Tensor], **options: obj
         path,
         model.state_dict(),
         masks,
-        nodes=runtime.trace(model.eval()),
+        nodes=options.pop("nodes", None) or runtime.trace(model.eval()),
         arch="resnet50",
         model={},
         image_size=224,
@@ -174,6 +174,40 @@ def test_folded_files_have_the_published_size(
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     normalization = 3 * 4 * 26_560
     assert path.stat().st_size - header - normalization == pytest.approx(published, rel=0.001)
+
+
+def test_a_quantized_file_of_blocks_is_what_its_integers_take(tmp_path: Path) -> None:
+    model = torchvision.models.resnet50(weights=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks = sparse.static(model, optimizer, sparsity=0.95, block=(1, 4)).masks
+    nodes, activations = runtime.calibrate(
+        runtime.trace(model.eval()), model.state_dict(), [torch.randn(1, 3, 64, 64)]
+    )
+    path = tmp_path / "network"
+    options = {"dtype": "int8", "fold": True, "block": (1, 4), "activations": activations}
+    write(path, model, masks, nodes=nodes, **options)
+    num_weights = sum(int(mask.sum()) for mask in masks.values())
+    # The first layer has 3 inputs and a bit per weight.
+    partial = [mask for mask in masks.values() if not mask.all()]
+    num_bits = sum(mask.numel() // (4 if mask.shape[1] > 3 else 1) for mask in partial)
+    num_channels = 26_560 + 1000  # a scale and a bias each
+    wanted = num_weights + num_bits / 8 + 8 * num_channels
+    assert wanted < path.stat().st_size < 1.01 * wanted
+
+
+def test_files_that_earlier_versions_read_have_the_first_version(tmp_path: Path) -> None:
+    model, masks = network_of_blocks((1, 4))
+    for block, version in ((None, 1), ((1, 4), 2)):
+        write(tmp_path / "file", model, masks, block=block)
+        with safetensors.safe_open(tmp_path / "file", "pt") as file:
+            assert file.metadata()["format"] == f"compact-sparse-{version}"
+
+
+def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    safetensors.torch.save_file({"x": torch.zeros(3)}, path, {"format": "compact-sparse-3"})
+    with pytest.raises(ValueError, match=r"is not a compact sparse network .* compact-sparse-2"):
+        runtime.read(path)
 
 
 def test_other_readers_of_safetensors_find_the_documented_entries(save: Save) -> None:

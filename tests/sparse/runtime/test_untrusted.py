@@ -1,6 +1,8 @@
 """Compact files of strangers: whatever they hold, they load right or are refused in one line."""
 
+import base64
 import copy
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,16 @@ import export
 from image_classification.models import create_model
 from sparse import runtime
 from sparse.runtime import bindings, memory
+from sparse.runtime.format import PACKED
+from sparse.runtime.header import MAX_JSON
 from tests.sparse.runtime.fuzzed import (
     block_seeds,
     content,
     fuzz,
+    quantized_seed,
     rewrite,
     seeds,
+    sign,
     transformer_seeds,
 )
 
@@ -269,10 +275,68 @@ def test_images_that_do_not_fit_the_tokens_are_refused(
 @pytest.mark.parametrize("text", ["", "3", "null", "[" * 100_000, "{", '{"a": 1}', "9" * 10_000])
 def test_headers_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
     path = seeds(tmp_path)[0]
-    rewrite(path, text, content(path)[1])
-    with pytest.raises(ValueError, match="no valid compact sparse network: its header") as error:
+    tensors = content(path)[1]
+    for packs in (False, True):
+        rewrite(path, text, tensors, packs=packs)
+        with pytest.raises(
+            ValueError, match="no valid compact sparse network: its header"
+        ) as error:
+            runtime.read(path)
+        assert len(str(error.value)) < 600
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+WIDE = [{"id": lzma.FILTER_LZMA2, "dict_size": 2**28}]
+PACKED_HEADERS = {
+    "JSON": ("{}", "no base64 of xz: "),
+    "no ASCII": ("\u00e9", "no base64 of xz: "),
+    "no xz": (base64_of(b"{}" * 50), "no base64 of xz: "),
+    "no UTF-8": (base64_of(lzma.compress(b"{}\xff")), "no base64 of xz: "),
+    "cut": (base64_of(lzma.compress(b"{}")[:-4]), "not one whole xz stream of at most"),
+    "twice": (base64_of(2 * lzma.compress(b"{}")), "not one whole xz stream of at most"),
+    "large": (
+        base64_of(lzma.compress(bytes(MAX_JSON + 1))),
+        f"not one whole xz stream of at most {MAX_JSON} bytes",
+    ),
+    "large dictionary": (
+        base64_of(lzma.compress(b"{}", filters=WIDE)),
+        "no base64 of xz: Memory usage limit",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), PACKED_HEADERS.values(), ids=list(PACKED_HEADERS))
+def test_packed_headers_that_are_none_or_large_are_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = seeds(tmp_path)[0]
+    sign(path, text, content(path)[1], PACKED)
+    with pytest.raises(ValueError, match=f"no valid .* network: its header is {message}") as error:
         runtime.read(path)
-    assert len(str(error.value)) < 600
+    assert str(error.value).isprintable()
+
+
+def test_a_header_too_large_to_be_read_is_not_written(tmp_path: Path) -> None:
+    seed = runtime.read(block_seeds(tmp_path)[0])
+    options: dict[str, Any] = {"image_size": 9, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    options |= {"arch": "seed", "model": {"text": "x" * MAX_JSON}, "block": (1, 4)}
+    path = tmp_path / "large"
+    with pytest.raises(ValueError, match="its header is not one whole xz stream of at most"):
+        runtime.save(path, seed.state_dict(), seed.masks(), nodes=seed.header.nodes, **options)
+    assert not path.exists()
+
+
+def test_quantized_files_and_blocks_of_the_first_version_are_read(tmp_path: Path) -> None:
+    for path in (*block_seeds(tmp_path), quantized_seed(tmp_path)):
+        wanted = runtime.read(path)
+        rewrite(tmp_path / "first", *content(path))
+        found = runtime.read(tmp_path / "first")
+        assert found.header == wanted.header
+        state = wanted.state_dict()
+        assert all(torch.equal(value, state[n]) for n, value in found.state_dict().items())
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
