@@ -77,7 +77,17 @@ class Compact:
         header = self.header
         if not header.activations:
             raise ValueError("the network is not quantized: its activations have no scales")
-        return integers.read_network(header.nodes, header.activations, self.masks(), self._tensors)
+        found, activations = units(header.nodes), header.activations
+        return IntegerNetwork(
+            units=found,
+            activations=activations,
+            parameters=integers.read_parameters(found, activations, self.masks(), self._tensors),
+            state={
+                name: self._dense(name)
+                for name in integers.float_entries(found)
+                if name in header.names
+            },
+        )
 
     def _dense(self, name: str) -> Tensor:
         shape = self.header.shapes.get(name)
@@ -135,8 +145,8 @@ def save(
             recovered. A BatchNorm that follows no convolution of its own stays.
         block: Outputs and inputs of the blocks with which the network was trained. A mask that
             consists of whole blocks takes a bit per block; any other takes a bit per weight.
-        activations: Scales and zero points of all values (`calibrate`), with which the network is
-            computed in int8. Needs `fold` and the dtype int8.
+        activations: Scales and zero points of the values that int8 reads (`calibrate`), with which
+            the network is computed in int8. Needs `fold` and the dtype int8.
 
     Raises:
         ValueError: A weight is not 0 where its mask is False, a mask or a weight does not fit, the

@@ -61,7 +61,7 @@ class Header:
     blocks: Mapping[str, Block] = field(default_factory=dict)
     """Outputs and inputs of the blocks of the masks that are stored at a bit per block."""
     activations: Mapping[str, Quantization] = field(default_factory=dict)
-    """Scale and zero point of each value of a quantized network; empty for all others."""
+    """Scale and zero point of each value that int8 reads; empty if the network is not quantized."""
 
     def bits(self, name: str) -> tuple[int, ...]:
         """Return the shape of the mask of an entry as it is stored."""
@@ -203,7 +203,8 @@ def check_tensors(header: Header, tensors: Mapping[str, Tensor]) -> None:
     _check_types(header, tensors)
     _check_indices(header, shapes, tensors)
     if header.activations:
-        integers.read_network(header.nodes, header.activations, header.masks(tensors), tensors)
+        found = units(header.nodes)
+        integers.read_parameters(found, header.activations, header.masks(tensors), tensors)
 
 
 def _surplus(known: Iterable[str], tensors: Mapping[str, Tensor]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sparse import runtime
@@ -17,10 +18,12 @@ from sparse.runtime.layout import Map
 from sparse.runtime.network import Network
 from tests.sparse.runtime import integer_networks
 from tests.sparse.runtime.conftest import LEVELS, prune_
-from tests.sparse.runtime.plans import Api
+from tests.sparse.runtime.plans import NETWORKS, Api
 from tests.sparse.runtime.random_networks import RandomChoices, another_plan
 
-FEW, MANY = 25, 400
+FEW, FEW_MIXED, MANY = 25, 8, 400
+TOLERANCE = 1e-3
+"""Of networks with float32 between units of int8: bytes may differ by one step, and rarely do."""
 
 
 @pytest.fixture(params=["fast", "plain"])
@@ -66,6 +69,117 @@ def test_many_random_networks_give_the_integers_of_the_reference(
         kernels.fast_int8(i % 2)
         compare(1000 * num_lanes + i, kernels, tmp_path / "network")
     kernels.fast_int8(1)
+
+
+def compare_mixed(seed: int, kernels: bindings.Kernels, path: Path) -> int:
+    """Compare a random network of all operations with the reference; return its float32 units."""
+    rng = random.Random(seed)
+    nodes, state, images = integer_networks.draw_mixed(seed)
+    found = integer_networks.write_graph(path, nodes, state, {}, shape=images.shape[1:]).integers()
+    wanted = integers.run(found, images)
+    for threads in (1, 3):
+        tuner = RandomChoices(rng) if rng.random() < 0.7 else None
+        network = Network(path, threads=threads, kernels=kernels, tuner=tuner)
+        with another_plan(rng, *images.shape[2:], kernels.num_lanes):
+            assert_close(network(images), wanted, seed)
+    return sum(not unit.is_int8 for unit in found.units)
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, what: object) -> None:
+    assert found.shape == wanted.shape, what
+    error = float((found - wanted).abs().max())
+    assert error <= TOLERANCE * max(1e-3, float(wanted.abs().max())), (what, error)
+
+
+def test_random_networks_of_all_operations_are_about_the_reference(
+    int8_kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    counts = [compare_mixed(seed, int8_kernels, tmp_path / "net") for seed in range(FEW_MIXED)]
+    assert sum(counts) > 2 * FEW_MIXED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_lanes", LEVELS)
+def test_many_random_networks_of_all_operations_are_about_the_reference(
+    num_lanes: int, libraries: dict[int, Path], tmp_path: Path
+) -> None:
+    kernels = bindings.Kernels(libraries[num_lanes])
+    for i in range(MANY):
+        kernels.fast_int8(i % 2)
+        compare_mixed(1000 * num_lanes + i, kernels, tmp_path / "network")
+    kernels.fast_int8(1)
+
+
+class FloatEnd(nn.Module):
+    """Int8 layers, and float32 after the last of them only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 9, 1)
+        self.third, self.norm = nn.Conv2d(9, 9, 3, 2, 1), nn.BatchNorm2d(9)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        y = F.hardswish(self.third(x))
+        return self.norm(y + F.gelu(y)).mean((2, 3))
+
+
+@pytest.mark.parametrize("channels", [4, 7, 33])
+def test_bytes_before_the_first_unit_of_float32_are_those_of_the_reference(
+    channels: int, each_kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    torch.manual_seed(channels)
+    compact = integer_networks.write(tmp_path / "network", FloatEnd(channels), size=19)
+    images = 2 * torch.randn(2, 3, 19, 19)
+    wanted = integers.run(compact.integers(), images)
+    for threads in (1, 2):
+        network = Network(tmp_path / "network", threads=threads, kernels=each_kernels, tuner=None)
+        assert torch.allclose(network(images), wanted, rtol=1e-5, atol=1e-6)
+
+
+class PreActivation(nn.Module):
+    """BatchNorm and ReLU before the convolutions, as in Wide ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.short = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 1, 2)
+        self.first = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+        self.convs = nn.Sequential(
+            *(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()),
+            nn.Conv2d(16, 16, 3, padding=1),
+        )
+        self.last, self.fc = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()), nn.Linear(16, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(self.stem(x))
+        return self.fc(self.last(self.convs(x) + self.short(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["vit", "concat", "pre-activation"])
+def test_a_network_with_float32_between_is_a_file_and_a_plan_and_near_float32(
+    name: str, kernels: bindings.Kernels, kernel_cache: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = (PreActivation if name == "pre-activation" else NETWORKS[name])().eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # torchvision's heads are zero
+            nn.init.normal_(parameter, std=0.3)
+    path = tmp_path / "network"
+    compact = integer_networks.write(path, model, size=32)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        floats = model(images)
+    wanted = integers.run(compact.integers(), images)
+    assert 0 < float((wanted - floats).norm() / floats.norm()) < 0.05
+    assert_close(runtime.load(path, cache=kernel_cache)(images), wanted, name)
+    runtime.save_plan(path, tmp_path / "plan", threads=2, tune=False)
+    api = Api(kernels.path)
+    network = api.open(tmp_path / "plan")
+    assert not isinstance(network, str), network
+    assert_close(network.run(images)[..., 0, 0], wanted, name)
+    assert api.call("retune", network.handle) == "SPARSE_OK", api.error()
+    assert_close(network.run(images)[..., 0, 0], wanted, name)
 
 
 class Branches(nn.Module):
