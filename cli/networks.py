@@ -220,7 +220,7 @@ def write_quantized(
         method: One of `runtime.METHODS`.
 
     Raises:
-        ValueError: int8 cannot compute the network, or an image cannot be read.
+        ValueError: The network cannot be quantized, or an image cannot be read.
     """
     traced = runtime.trace(trained.model(), image_size=trained.image_size)
     nodes, activations = runtime.calibrate(traced, trained.state, batches, method=method)

@@ -38,8 +38,16 @@ def to_onnx(network: IntegerNetwork, *, in_channels: int) -> Any:
 
     Raises:
         ImportError: The package onnx is not installed.
+        ValueError: Some of the network runs in float32.
     """
     import onnx
+
+    for unit in network.units:
+        if not unit.is_int8:
+            raise ValueError(
+                f"--to onnx of a quantized file needs a network that is int8 throughout, the "
+                f"{unit.node.op} {unit.name!r} runs in float32: export the checkpoint to onnx"
+            )
 
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     writer = Writer(network)

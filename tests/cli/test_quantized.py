@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import classify
 import export
 from cli import networks, qdq
 from cli.predictions import load_image
@@ -145,14 +146,29 @@ def test_a_quantized_file_is_no_source_of_float_networks(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_operation_that_int8_lacks_is_named(tmp_path: Path, images: Path) -> None:
+def test_a_network_with_operations_that_int8_lacks_is_quantized_and_classifies(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
     model = create_model("shufflenet_v2_x0_5", num_classes=4)
-    config = {"num_classes": 4, "image_size": 32}
-    path = tmp_path / "net.pth"
-    networks.write_checkpoint(path, "shufflenet_v2_x0_5", model.state_dict(), config=config)
-    flags = "--quantize", "int8", "--calibration", images, "--num-images", 2
-    with pytest.raises(ValueError, match=r"int8 cannot compute the (chunk|concat) '.*': export fl"):
-        convert(path, tmp_path / "out", *flags)
+    for _ in range(3):
+        model(torch.randn(8, 3, 32, 32))
+    config = {"num_classes": 4, "image_size": 32, "interpolation": "bicubic"}
+    source, net = tmp_path / "net.pth", tmp_path / "net"
+    networks.write_checkpoint(source, "shufflenet_v2_x0_5", model.state_dict(), config=config)
+    convert(source, net, "--quantize", "int8", "--calibration", images, "--num-images", 8)
+    compact = runtime.read(net)
+    assert {unit.is_int8 for unit in compact.integers().units} == {True, False}
+    pictures = sorted(images.rglob("*.png"))
+    batch = torch.cat([load_image(p, image_size=32, interpolation="bicubic") for p in pictures])
+    found = runtime.load(net, backend="torch")(batch)
+    with torch.no_grad():
+        logits = model.eval()(batch)
+    assert float((found - logits).norm() / logits.norm()) < 0.1
+    assert classify.main([str(pictures[0]), "--model", str(net), "--topk", "1"]) == 0
+    _, share, number, *_ = capsys.readouterr().out.split()
+    assert int(number) == int(found[0].argmax())
+    assert float(share) == pytest.approx(float(found[0].softmax(0).max()), abs=1e-3)
 
 
 def values_of_onnxruntime(

@@ -3,10 +3,19 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import coverage
+from sparse import runtime
+from sparse.runtime import bindings, integers
+from sparse.runtime.network import Network
+from tests.sparse.runtime import integer_networks
 
 TOLERANCE = 1e-4
+INT8_TOLERANCE = 0.02
+"""Of int8 against its reference: a byte may differ by one step after a unit of float32."""
+INT8_ERROR = 0.5
+"""Of int8 against float32, for random weights and inputs."""
 
 SMALL = {
     "mnasnet0_5": 64,
@@ -51,3 +60,26 @@ def test_a_member_of_every_family_computes_what_torch_computes(
     assert result.reason == ""
     assert result.error is not None
     assert result.error < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "image_size"),
+    [*SMALL.items(), *LARGE.items(), ("convnext_tiny", 64), ("vit_b_16", 224)],
+)
+def test_a_member_of_every_family_is_quantized_and_computes_what_the_reference_computes(
+    name: str, image_size: int, kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = coverage.build(name, num_classes=10)
+    images = torch.randn(4, 3, image_size, image_size)
+    masks = coverage.prune_(model, images)
+    nodes = runtime.trace(model, image_size=image_size)
+    path, shape = tmp_path / "network", (3, image_size, image_size)
+    compact = integer_networks.write_graph(path, nodes, model.state_dict(), masks, shape=shape)
+    wanted = integers.run(compact.integers(), images[:2])
+    found = Network(path, threads=1, kernels=kernels, tuner=None)(images[:2])
+    assert float((found - wanted).abs().max()) <= INT8_TOLERANCE * float(wanted.abs().max())
+    with torch.no_grad():
+        floats = model(images[:2])
+    assert float((wanted - floats).norm() / floats.norm()) < INT8_ERROR
