@@ -325,7 +325,7 @@ def write_onnx(trained: Trained, output: Path) -> None:
     size = trained.image_size
     try:
         if trained.integers is not None:
-            model = qdq.to_onnx(trained.integers, in_channels=len(MEAN))
+            model = qdq.to_onnx(trained.integers, in_channels=len(MEAN), image_size=size)
             output.write_bytes(model.SerializeToString())
             return
         with warnings.catch_warnings(), default_precision():

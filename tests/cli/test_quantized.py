@@ -17,7 +17,8 @@ from image_classification.models import create_model
 from sparse import runtime
 from sparse.runtime import integers
 from sparse.runtime.integers import IntegerNetwork
-from tests.sparse.runtime.integer_networks import draw, write
+from tests.sparse.runtime.integer_networks import draw, draw_mixed, write, write_graph
+from tests.sparse.runtime.plans import NETWORKS
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +225,47 @@ def test_onnx_runtime_computes_the_same_integers(tmp_path: Path, seed: int) -> N
 def test_onnx_runtime_computes_the_same_integers_of_many_networks(tmp_path: Path) -> None:
     for seed in range(1000, 1300):
         compare(seed, tmp_path / "net")
+
+
+def compare_mixed(network: IntegerNetwork, images: Tensor, what: object) -> None:
+    """Compare a network with float32 between units of int8 with ONNX Runtime."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs the graph")
+    pytest.importorskip("onnx", reason="writes the graph")
+    channels, size = images.shape[1:3]
+    model = qdq.to_onnx(network, in_channels=channels, image_size=size)
+    wanted = integers.run(network, images)
+    (found,) = run_onnxruntime(onnxruntime, model, images)
+    assert found.shape == wanted.shape, what
+    error = float((found - wanted).abs().max())
+    assert error <= 1e-2 * max(1e-3, float(wanted.abs().max())), (what, error)
+
+
+def test_onnx_runtime_computes_about_the_same_with_float32_between(tmp_path: Path) -> None:
+    for seed in range(8):
+        nodes, state, images = draw_mixed(seed, is_square=True)
+        compact = write_graph(tmp_path / "net", nodes, state, {}, shape=images.shape[1:])
+        compare_mixed(compact.integers(), images, seed)
+
+
+@pytest.mark.slow
+def test_onnx_runtime_computes_about_the_same_for_many_networks(tmp_path: Path) -> None:
+    for seed in range(1000, 1200):
+        nodes, state, images = draw_mixed(seed, is_square=True)
+        compact = write_graph(tmp_path / "net", nodes, state, {}, shape=images.shape[1:])
+        compare_mixed(compact.integers(), images, seed)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_runtime_computes_about_the_same_for_networks_of_every_kind(
+    tmp_path: Path, name: str
+) -> None:
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # torchvision's heads are zero
+            nn.init.normal_(parameter, std=0.3)
+    compact = write(tmp_path / "net", model, size=32)
+    compare_mixed(compact.integers(), torch.randn(3, 3, 32, 32), name)
 
 
 def resnet(arch: str) -> nn.Module:

@@ -104,12 +104,15 @@ def draw(seed: int) -> tuple[Integers, Tensor, dict[str, Any]]:
     return model, torch.randn(3, 3, size, size) * 1.5, how
 
 
-def draw_mixed(seed: int) -> tuple[Sequence[Node], dict[str, Tensor], Tensor]:
+def draw_mixed(
+    seed: int, *, is_square: bool = False
+) -> tuple[Sequence[Node], dict[str, Tensor], Tensor]:
     """Return a random graph of all operations of the runtime, its state, and images for it."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     while True:
         size = rng.randint(1, 4), rng.choice([5, 8, 13, 24, 32]), rng.choice([7, 16, 33])
+        size = (size[0], *[min(size[1], 24)] * 2) if is_square else size
         if rng.random() < 0.5:
             drawn = RandomGraph(rng, size)
             nodes, state = drawn.nodes, drawn.state
