@@ -248,7 +248,7 @@ def _rescale(
     sum_high: int = 255,
 ) -> Array:
     """Return the members of Rescale in op.h."""
-    numbers = (-zero, high - zero, zero, own_last, own_scale, res_scale, shift, sum_high)
+    numbers = (zero, high - zero, own_last, own_scale, res_scale, shift, sum_high)
     return np.array(numbers, np.float32)
 
 

@@ -140,7 +140,7 @@ class Checker {
     table(op_.rescale, 1);
     const Rescale& r = *op_.rescale;
     require(r.zero >= 0 && r.zero <= 255 && r.sum_high >= 0 && r.sum_high <= 255 &&
-                r.low >= -r.zero && r.low <= r.high && r.high <= 255 - r.zero,
+                r.high >= -r.zero && r.high <= 255 - r.zero,
             "integers are out of range");
   }
 

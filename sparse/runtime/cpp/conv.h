@@ -74,9 +74,7 @@ struct Float32 {
   static inline SPARSE_INLINE Weight weight(const float* p) { return broadcast(*p); }
   static inline SPARSE_INLINE void add(Sum& sum, const Weight& weight, Vec x) { sum += weight * x; }
   static inline SPARSE_INLINE void join(Sum& sum, Sum other) { sum += other; }
-  // Planes from the first channel of a map to channel c, and whether no channel before c is there.
-  static inline int64_t plane(int64_t c) { return c; }
-  static inline bool begins_plane(int64_t) { return true; }
+  static constexpr int kInPlane = 1;  // channels of a plane of the output
 
   // Writes the sums of a channel in a tile of VX vectors per row. `out` and `res` are in its plane.
   template <int VX, int kSize>
@@ -101,6 +99,7 @@ struct SparseTile {
   using Sum = typename A::Sum;
   static constexpr int kSize = VX * VY;
   static constexpr int kPatterns = (1 << P) - 1;
+  static constexpr int kFetch = kAhead * std::max(P, A::kInPlane);  // channels before their use
   // An FMA takes 4 cycles, and two start in each cycle: 8 independent sums keep the units busy.
   static constexpr int kSums = P > 1 ? 1 : kSize <= 2 ? 4 : kSize <= 6 ? 2 : 1;
   using Sums = Sum[P][kSize];
@@ -214,11 +213,11 @@ struct SparseTile {
           } else {
             for_each<kSize>([&](auto i) SPARSE_INLINE { sum[c][i] = reinterpret_cast<Sum>(load(partial + (c * kSize + i) * kLanes)); });
           }
-          if (is_last && c + kAhead * P < left) {
+          if (is_last && c + kFetch < left) {
             // The processor cannot predict the order of the channels.
-            const int64_t next = channel[(g + kAhead) * P + c];
-            if (A::begins_plane(next)) {
-              const int64_t plane = A::plane(next);
+            const int64_t next = channel[g * P + c + kFetch];
+            if (next % A::kInPlane == 0) {
+              const int64_t plane = next / A::kInPlane;
               fetch(res ? res + plane * op.res_plane : out + plane * op.out_plane,
                     res ? op.res_row : op.out_row);
             }
@@ -235,7 +234,7 @@ struct SparseTile {
           if (!is_last) {
             for_each<kSize>([&](auto i) SPARSE_INLINE { store(partial + (c * kSize + i) * kLanes, reinterpret_cast<Vec>(sum[c][i])); });
           } else if (c < left) {
-            const int64_t to = channel[g * P + c], plane = A::plane(to);
+            const int64_t to = channel[g * P + c], plane = to / A::kInPlane;
             writer.write(op, to, sum[c], out + plane * op.out_plane,
                          res ? res + plane * op.res_plane : nullptr, mask);
           }

@@ -37,16 +37,21 @@ inline int32_t plus(int32_t a, int32_t b) { return int32_t(uint32_t(a) + uint32_
 // A number below 2^22 that is added to this is rounded, to the even one of two integers, and the
 // integer is in the low bits of the sum: 1.5 * 2^23.
 constexpr float kRounder = 12582912.0f;
-constexpr int32_t kRounderBits = 0x4b400000;
 
-inline Vec rounded_bits(Vec v) { return v + broadcast(kRounder); }
-inline Mask round(Vec v) { return bits(rounded_bits(v)) - spread(kRounderBits); }
+inline Mask round(Vec v) {
+  const Vec rounder = broadcast(kRounder);
+  return bits(v + rounder) - bits(rounder);
+}
+
+inline Vec at_most(Vec v, float high) {
+  const Vec most = broadcast(high);
+  return v < most ? v : most;
+}
 
 // Limit to a range; a NaN becomes `low`.
 inline Vec clamp(Vec v, float low, float high) {
-  const Vec least = broadcast(low), most = broadcast(high);
-  v = v > least ? v : least;
-  return v < most ? v : most;
+  const Vec least = broadcast(low);
+  return at_most(v > least ? v : least, high);
 }
 
 inline int32_t word_at(const float* p) { return offset_at(p); }
@@ -169,10 +174,38 @@ inline Vec fused(Vec x, Vec factor, Vec added) {
 #endif
 }
 
-// The same byte for each of 4 channels.
-inline int32_t four_times(uint32_t byte) { return int32_t(byte * 0x01010101u); }
+// Return the bytes of 4 channels, one word per lane: v rounded, plus `zero`, and 0 instead of less.
+// No v is above 255 - zero.
+inline SPARSE_INLINE Vec packed(const Vec (&v)[kPacked], int32_t zero) {
+#if defined(__AVX512BW__) && SPARSE_LANES == 16
+  // Packing saturates and leaves the lanes of a channel side by side, 4 at a time.
+  const __m512i by_lane = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1]));
+  const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3]));
+  const __m512i added = _mm512_set1_epi16(int16_t(zero));
+  const __m512i bytes = _mm512_packus_epi16(_mm512_adds_epi16(low, added),
+                                            _mm512_adds_epi16(high, added));
+  return _mm512_castsi512_ps(_mm512_shuffle_epi8(bytes, by_lane));
+#elif defined(__AVX2__) && SPARSE_LANES == 8
+  const __m256i by_lane = _mm256_set_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400,
+                                           0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+  const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+  const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(v[2]), _mm256_cvtps_epi32(v[3]));
+  const __m256i added = _mm256_set1_epi16(int16_t(zero));
+  const __m256i bytes = _mm256_packus_epi16(_mm256_adds_epi16(low, added),
+                                            _mm256_adds_epi16(high, added));
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(bytes, by_lane));
+#else
+  const Vec least = broadcast(float(-zero));
+  Mask words{};
+  for (int j = 0; j < kPacked; ++j) {
+    words |= (round(v[j] > least ? v[j] : least) + zero) << (j * kBits);
+  }
+  return as_vec(words);
+#endif
+}
 
-// The values of 4 channels from their sums of products, in one word per lane.
+// The values of 4 channels from their sums of products.
 struct Quad {
   Rescale r;
   Vec scale[kPacked];
@@ -183,35 +216,30 @@ struct Quad {
     }
   }
 
-  // The convolution's own value of channel j, less the zero point.
-  inline SPARSE_INLINE Vec own(Mask sum, int j) const {
-    return clamp(to_float(sum) * scale[j], r.low, r.high);
-  }
-
-  // Sum number j is at sums[j * distance]. Bytes are added up, because what is below zero, or in the
-  // upper bits of rounded_bits, is made good for in the bytes above by what is added once.
+  // Sum number j is at sums[j * distance].
   inline SPARSE_INLINE Vec pack(const Mask* sums, int64_t distance) const {
-    Mask packed = spread(four_times(uint32_t(int32_t(r.zero)) - kRounderBits));
+    Vec v[kPacked];
     for_each<kPacked>([&](auto j) SPARSE_INLINE {
-      packed = plus(packed, bits(rounded_bits(own(sums[j * distance], j))) << (j * kBits));
+      v[j] = at_most(to_float(sums[j * distance]) * scale[j], r.high);
     });
-    return as_vec(packed);
+    return packed(v, int32_t(r.zero));
   }
 
   // The same, after the bytes of `res` are added. The later operand is multiplied last.
   template <bool kOwnLast>
   inline SPARSE_INLINE Vec pack_sum(const Mask* sums, int64_t distance, Mask res) const {
-    Mask packed = spread(four_times(-uint32_t(kRounderBits)));
+    Vec v[kPacked];
     for_each<kPacked>([&](auto j) SPARSE_INLINE {
-      const Vec q = rounded_bits(own(sums[j * distance], j)) - broadcast(kRounder - r.zero);
+      const Vec steps = clamp(to_float(sums[j * distance]) * scale[j], -r.zero, r.high);
+      const Vec own = (steps + broadcast(kRounder)) - broadcast(kRounder - r.zero);
       const Vec other = to_float((res >> (j * kBits)) & kByte);
-      const Vec first = fused(kOwnLast ? other : q, broadcast(kOwnLast ? r.res_scale : r.own_scale),
+      const Vec first = fused(kOwnLast ? other : own, broadcast(kOwnLast ? r.res_scale : r.own_scale),
                               broadcast(r.shift));
-      const Vec sum = fused(kOwnLast ? q : other, broadcast(kOwnLast ? r.own_scale : r.res_scale),
+      const Vec sum = fused(kOwnLast ? own : other, broadcast(kOwnLast ? r.own_scale : r.res_scale),
                             first);
-      packed = plus(packed, bits(rounded_bits(clamp(sum, 0.0f, r.sum_high))) << (j * kBits));
+      v[j] = at_most(sum, r.sum_high);
     });
-    return as_vec(packed);
+    return packed(v, 0);
   }
 };
 
@@ -287,8 +315,7 @@ struct Int8 {
     sum = D::dot(sum, bits(x), weight);
   }
   static inline SPARSE_INLINE void join(Sum& sum, Sum other) { sum = plus(sum, other); }
-  static inline int64_t plane(int64_t c) { return c / kPacked; }
-  static inline bool begins_plane(int64_t c) { return c % kPacked == 0; }
+  static constexpr int kInPlane = kPacked;
 
   // The 4 channels of a plane come one after the other.
   template <int VX, int kSize>
@@ -324,7 +351,7 @@ int32_t sum_lanes(Mask m) {
 
 // The integer of one sum of products.
 uint8_t rescaled(const Rescale& r, int32_t sum, float scale) {
-  const Vec v = clamp(broadcast(float(sum) * scale), r.low, r.high);
+  const Vec v = clamp(broadcast(float(sum) * scale), -r.zero, r.high);
   return uint8_t(plus(round(v)[0], int32_t(r.zero)));
 }
 

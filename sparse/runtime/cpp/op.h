@@ -63,10 +63,10 @@ enum Activation : int64_t {
 constexpr int64_t kPacked = 4;  // channels per plane of an int8 map
 
 // How the integers of an int8 operation are turned into those of its output. A sum of products s of
-// channel c is first clamp(round(s * scales[c]), low, high) + zero. What is added then gives
+// channel c is first clamp(round(s * scales[c]), -zero, high) + zero. What is added then gives
 // clamp(round(fma(last, last_scale, fma(first, first_scale, shift))), 0, sum_high).
 struct Rescale {
-  float low, high, zero;
+  float zero, high;
   float own_last;               // 1 if the convolution's value is the last operand, else 0
   float own_scale, res_scale;   // of the convolution and of what is added
   float shift, sum_high;

@@ -18,7 +18,7 @@ from sparse.runtime.layout import Map
 from sparse.runtime.network import Network
 from tests.sparse.runtime import integer_networks
 from tests.sparse.runtime.conftest import LEVELS, prune_
-from tests.sparse.runtime.plans import NETWORKS, Api
+from tests.sparse.runtime.plans import NETWORKS, Api, number_at, replaced, table
 from tests.sparse.runtime.random_networks import RandomChoices, another_plan
 
 FEW, FEW_MIXED, MANY = 25, 8, 400
@@ -261,3 +261,17 @@ def test_a_plan_of_a_quantized_file_has_its_integers(
         assert torch.equal(network.run(images)[..., 0, 0], wanted)
         assert api.call("retune", network.handle) == "SPARSE_OK", api.error()
         assert torch.equal(network.run(images)[..., 0, 0], wanted)
+
+
+def test_channels_of_a_plane_that_are_apart_are_refused(
+    kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    integer_networks.write(tmp_path / "network", Branches(3, 8), size=19)
+    runtime.save_plan(tmp_path / "network", tmp_path / "plan", tune=False)
+    plan = (tmp_path / "plan").read_bytes()
+    place = table(plan, bindings.QUANT_CONV, "row_channel")
+    second, first = divmod(number_at(plan, place), 2**32)
+    assert second == first + 1
+    refused = Api(kernels.path).open(replaced(plan, {place: first * 2**32 + second}))
+    assert isinstance(refused, str)
+    assert refused.endswith("channels of a plane are apart")
