@@ -1,6 +1,7 @@
 """Networks in int8: the kernels compute the integers of the reference, in every way they can."""
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from sparse.runtime.layout import Map
 from sparse.runtime.network import Network
 from tests.sparse.runtime import integer_networks
 from tests.sparse.runtime.conftest import LEVELS, prune_
-from tests.sparse.runtime.plans import NETWORKS, Api, number_at, replaced, table
+from tests.sparse.runtime.plans import NETWORKS, Api, member, number_at, replaced, table
 from tests.sparse.runtime.random_networks import RandomChoices, another_plan
 
 FEW, FEW_MIXED, MANY = 25, 8, 400
@@ -275,3 +276,38 @@ def test_channels_of_a_plane_that_are_apart_are_refused(
     refused = Api(kernels.path).open(replaced(plan, {place: first * 2**32 + second}))
     assert isinstance(refused, str)
     assert refused.endswith("channels of a plane are apart")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "told"),
+    [
+        (bindings.QUANTIZE, "in_channels", 10**6, "the planes have other channels"),
+        (bindings.QUANTIZE, "channels", 1, "the planes have other channels"),
+        (bindings.QUANTIZE, "num_parts", 1, "a part is no plane"),
+        (bindings.QUANTIZE, "in_", 2**20, "a member is out of range|outside the arena"),
+        (bindings.QUANTIZE, "in_plane", 2**20, "outside the arena"),
+        (bindings.QUANTIZE, "rescale", 0, "a table is missing"),
+        (bindings.QUANTIZE_VECTOR, "in_channels", 1, "the planes have other channels"),
+        (bindings.QUANTIZE_VECTOR, "out", -1, "the output is no vector of bytes"),
+        (bindings.QUANTIZE_VECTOR, "scales", 0, "a table is missing"),
+        (bindings.QUANT_CONV, "scales", 0, "a table is missing"),
+        (bindings.QUANT_CONV, "out_row", 64, "the planes or rows of the output overlap"),
+    ],
+)
+def test_a_plan_with_float32_between_that_does_not_fit_is_refused(
+    kind: int, name: str, value: int, told: str, kernels: bindings.Kernels, mixed_plan: bytes
+) -> None:
+    refused = Api(kernels.path).open(replaced(mixed_plan, {member(mixed_plan, kind, name): value}))
+    assert isinstance(refused, str)
+    assert refused.startswith("SPARSE_BAD_PLAN: the plan is damaged: operation ")
+    assert re.search(told, refused), refused
+
+
+@pytest.fixture(scope="module")
+def mixed_plan(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return the plan of a small transformer in int8 and float32."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("plan") / "network"
+    integer_networks.write(path, NETWORKS["vit"]().eval(), size=32)
+    runtime.save_plan(path, path.with_suffix(".plan"), tune=False)
+    return path.with_suffix(".plan").read_bytes()
