@@ -220,7 +220,7 @@ def write_quantized(
         method: One of `runtime.METHODS`.
 
     Raises:
-        ValueError: int8 cannot compute the network, or an image cannot be read.
+        ValueError: The network cannot be quantized, or an image cannot be read.
     """
     traced = runtime.trace(trained.model(), image_size=trained.image_size)
     nodes, activations = runtime.calibrate(traced, trained.state, batches, method=method)
@@ -325,7 +325,7 @@ def write_onnx(trained: Trained, output: Path) -> None:
     size = trained.image_size
     try:
         if trained.integers is not None:
-            model = qdq.to_onnx(trained.integers, in_channels=len(MEAN))
+            model = qdq.to_onnx(trained.integers, in_channels=len(MEAN), image_size=size)
             output.write_bytes(model.SerializeToString())
             return
         with warnings.catch_warnings(), default_precision():

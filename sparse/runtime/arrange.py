@@ -58,9 +58,9 @@ class Arrangement:
         self._places = places_in_concats(layers, size[0])
         self._channels = {layer.name: layer.channels for layer in layers}
         self._wholes: dict[str, Map] = {}
-        self._wishes = self._wished_vectors(layers)
-        quantize = layers[0] if layers[0].kind == "quantize" else None
+        quantize = layers[0] if layers[0].name == INPUT else None
         layers = layers[1:] if quantize else layers
+        self._wishes = self._wished_vectors(layers)
         self._read_image(quantize, layers[0], grid)
         for layer in layers:
             self._add(layer)
@@ -140,7 +140,10 @@ class Arrangement:
         """
         first, connections = name, 0
         while (maker := makers.get(first)) is not None and maker.residual is None:
-            if maker.kind not in ("conv", "scale") or widths[maker.source] != widths[first]:
+            if (
+                maker.kind not in ("conv", "scale", "quantize")
+                or widths[maker.source] != widths[first]
+            ):
                 return first
             connections += maker.num_active
             if (MAX_GROWTH - 1) * connections > self._lanes * makers[name].channels:
@@ -370,8 +373,7 @@ class Arrangement:
             self.out_shape: tuple[int, ...] = (last.channels, last.height, last.width)
             self.operations.append(Operation(kind=bindings.OUTPUT, source=last, target=None))
         else:
-            integers = self.operations[-1].layer and self.operations[-1].layer.integers
-            self.out_shape = (integers.channels if integers else last.channels,)
+            self.out_shape = (last.channels,)
             self.operations[-1].target = None
 
 
@@ -383,10 +385,12 @@ _INT8_VECTORS = {
     "linear": bindings.QUANT_LINEAR,
     "mean_pool": bindings.QUANT_MEAN_POOL,
     "lookup": bindings.QUANT_LOOKUP,
+    "quantize": bindings.QUANTIZE_VECTOR,
 }
 # Layers without a window whose value is a map, if they read one.
 _MAP_KINDS = {
     "lookup": bindings.QUANT_LOOKUP,
+    "quantize": bindings.QUANTIZE,
     "layer_norm": bindings.LAYER_NORM,
     "tokens": bindings.TOKENS,
     "attention": bindings.ATTENTION,

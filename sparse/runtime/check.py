@@ -325,7 +325,7 @@ def check_images(
         first = max(read) if node.op == "mul" else read[0]  # the map, and not the vector
         if misfit := _misfit(node, first, read, channels, columns):
             raise ValueError(f"{images} do not fit this network{misfit}")
-        size = _made_size(node, first)
+        size = made_size(node, first)
         if node.op == "adaptive_avg_pool":
             windows += channels[node.name] * first[0] * first[1] // (size[0] * size[1])
         if windows > MAX_WINDOWS:
@@ -388,7 +388,7 @@ def _misfit(
     return ""
 
 
-def _made_size(node: Node, first: Size) -> Size:
+def made_size(node: Node, first: Size) -> Size:
     """Return height and width of a node's value; a vector has 1x1."""
     if node.op in VECTORS:
         return 1, 1

@@ -160,6 +160,12 @@ class ExecutionPlan:
         self._fill_input(operation)
         operation.op.in_channels = self._size[0]
 
+    def _fill_quantize(self, operation: Operation) -> None:
+        if isinstance(operation.source, Vector):
+            operation.op.in_channels = operation.source.channels
+        else:
+            operation.op.num_parts = operation.op.channels
+
     def _fill_lookup(self, operation: Operation) -> None:
         assert operation.layer is not None
         assert operation.layer.weight is not None
@@ -371,6 +377,8 @@ _FILL: dict[int, Callable[[ExecutionPlan, Operation], None]] = {
     bindings.QUANT_MEAN_POOL: ExecutionPlan._fill_mean_pool,
     bindings.QUANT_LINEAR: ExecutionPlan._fill_quant_linear,
     bindings.QUANT_LOOKUP: ExecutionPlan._fill_lookup,
+    bindings.QUANTIZE: ExecutionPlan._fill_quantize,
+    bindings.QUANTIZE_VECTOR: ExecutionPlan._fill_quantize,
 }
 
 

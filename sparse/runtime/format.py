@@ -63,7 +63,7 @@ class Compact:
     def __init__(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
         self.header = header
         self._tensors = tensors
-        self.shapes, self._integers = check_tensors(header, tensors)
+        self.shapes, self._parameters = check_tensors(header, tensors)
 
     def masks(self) -> dict[str, Tensor]:
         """Return the masks (True = active) of the entries that have one."""
@@ -84,9 +84,19 @@ class Compact:
         Raises:
             ValueError: The network is not quantized.
         """
-        if self._integers is None:
+        if self._parameters is None:
             raise ValueError("the network is not quantized: its activations have no scales")
-        return self._integers
+        found = units(self.header.nodes)
+        return IntegerNetwork(
+            units=found,
+            activations=self.header.activations,
+            parameters=self._parameters,
+            state={
+                name: self._dense(name)
+                for name in integers.float_entries(found)
+                if name in self.header.names
+            },
+        )
 
     def _dense(self, name: str) -> Tensor:
         shape = self.header.shapes.get(name)
@@ -144,8 +154,8 @@ def save(
             recovered. A BatchNorm that follows no convolution of its own stays.
         block: Outputs and inputs of the blocks with which the network was trained. A mask that
             consists of whole blocks takes a bit per block; any other takes a bit per weight.
-        activations: Scales and zero points of all values (`calibrate`), with which the network is
-            computed in int8. Needs `fold` and the dtype int8.
+        activations: Scales and zero points of the values that int8 reads (`calibrate`), with which
+            the network is computed in int8. Needs `fold` and the dtype int8.
 
     Raises:
         ValueError: A weight is not 0 where its mask is False, a mask or a weight does not fit, the

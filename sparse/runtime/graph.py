@@ -284,11 +284,16 @@ def values(
     last_use = {name: i for i, node in enumerate(nodes) for name in node.inputs}
     known = {INPUT: images}
     for i, node in enumerate(nodes):
-        known[node.name] = _TORCH[node.op](node, state, *(known[name] for name in node.inputs))
+        known[node.name] = value(node, state, *(known[name] for name in node.inputs))
         yield node.name, known[node.name]
         for name in set(node.inputs):
             if last_use[name] == i:
                 del known[name]
+
+
+def value(node: Node, state: Mapping[str, Tensor], *inputs: Tensor) -> Tensor:
+    """Return the value of a node from those that it reads, computed by torch."""
+    return _TORCH[node.op](node, state, *inputs)
 
 
 def _run_conv(node: Node, state: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..topology.blocks import ONE, Block, divides, shape_in_blocks, spread_block
 from . import graph, integers, memory
 from .check import MAX_CHANNELS, Shape, check, check_shapes
 from .graph import Node
-from .integers import IntegerNetwork
+from .integers import Parameters
 from .units import Quantization, check_activations, units
 
 DTYPES = {
@@ -68,7 +68,7 @@ class Header:
     blocks: Mapping[str, Block] = field(default_factory=dict)
     """Outputs and inputs of the blocks of the masks that are stored at a bit per block."""
     activations: Mapping[str, Quantization] = field(default_factory=dict)
-    """Scale and zero point of each value of a quantized network; empty for all others."""
+    """Scale and zero point of each value that int8 reads; empty if the network is not quantized."""
 
     def bits(self, name: str) -> tuple[int, ...]:
         """Return the shape of the mask of an entry as it is stored."""
@@ -201,7 +201,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def check_tensors(
     header: Header, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Shape], IntegerNetwork | None]:
+) -> tuple[dict[str, Shape], dict[str, Parameters] | None]:
     """Check that the tensors of a file are those that its header names, and fit its graph.
 
     Return the shapes of all entries, and the integers of a quantized network.
@@ -236,8 +236,8 @@ def check_tensors(
     _check_indices(header, shapes, tensors)
     if not header.activations:
         return shapes, None
-    masks = header.masks(tensors)
-    return shapes, integers.read_network(header.nodes, header.activations, masks, tensors)
+    found, masks = units(header.nodes), header.masks(tensors)
+    return shapes, integers.read_parameters(found, header.activations, masks, tensors)
 
 
 def _surplus(known: Iterable[str], tensors: Mapping[str, Tensor]) -> str:

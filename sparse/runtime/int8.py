@@ -1,4 +1,4 @@
-"""Turn the units of a quantized network into layers that the kernels compute in int8.
+"""Turn the units of a quantized network into layers: in int8, and in float32 (units.py).
 
 Four neighboring channels lie where one channel lies in float32. Such a plane is what the plan of an
 int8 network calls a channel, and four int8 weights are what it calls a weight. A weight is thus
@@ -6,7 +6,6 @@ active if one of the four is not zero.
 """
 
 import math
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,19 @@ from . import memory
 from .arrays import Array
 from .graph import INPUT
 from .integers import IntegerNetwork, Parameters, add_scales, looked_up, top
-from .lower import PACKED, Integers, Layer
-from .units import Unit
+from .lower import PACKED, Integers, Layer, Lowering
+from .units import CLAMPS, Quantization, Unit
 
 SIGNED = 128  # what kernels that multiply signed bytes subtract from activations
 
 
 def integer_layers(network: IntegerNetwork, *, in_channels: int) -> list[Layer]:
-    """Return the layers of a quantized network, after one that quantizes the images.
+    """Return the layers of a quantized network.
 
-    A sum becomes part of the convolution that computes its later operand, if only the sum reads it.
+    A value that is read as bytes is quantized once: the images by the first layer, or else a
+    float32 value by a layer before the first one that reads it so. A sum becomes part of the
+    convolution that computes its later operand, if only the sum reads it. Units that compute in
+    float32 become layers as those of a float32 network do.
 
     Args:
         network: The quantized network.
@@ -35,119 +37,155 @@ def integer_layers(network: IntegerNetwork, *, in_channels: int) -> list[Layer]:
     Raises:
         ValueError: The groups of a convolution take too much memory.
     """
-    return _Conversion(network, in_channels).layers
+    with np.errstate(all="ignore"):
+        conversion = _Conversion(network, in_channels)
+        for unit in network.units:
+            if unit.is_int8:
+                conversion.add_int8(unit)
+            else:
+                conversion.add(unit.node)
+        return conversion.layers
 
 
-class _Conversion:
+class _Conversion(Lowering):
     def __init__(self, network: IntegerNetwork, in_channels: int) -> None:
+        super().__init__([unit.node for unit in network.units], dict(network.state), in_channels)
         self._network = network
         self._units = {unit.name: unit for unit in network.units}
-        self._uses = Counter(name for unit in network.units for name in unit.node.inputs)
-        self._channels = {INPUT: in_channels}
-        self._values = {INPUT: INPUT}  # name of a unit -> name of the layer that computes its value
-        self._vectors = set[str]()
-        self.layers = [self._image(in_channels)]
-        self._index = {INPUT: 0}
-        for unit in network.units:
-            kind = "lookup" if unit.node.op in ("relu", "relu6") else unit.node.op
-            getattr(self, "_" + kind)(unit)
+        self._bytes: dict[
+            str, str
+        ] = {}  # name of a value -> name of the layer that gives its bytes
+        if all(unit.is_int8 for unit in network.units if INPUT in unit.node.inputs):
+            self._quantize(INPUT, INPUT)
 
-    def _image(self, channels: int) -> Layer:
-        scale, zero_point = self._network.activations[INPUT]
+    def add_int8(self, unit: Unit) -> None:
+        """Add a unit that computes in int8."""
+        kind = "lookup" if unit.node.op in CLAMPS else unit.node.op
+        getattr(self, "_int8_" + kind)(unit)
+
+    def _quantize(self, name: str, layer_name: str) -> None:
+        """Append the layer that quantizes a float32 value."""
+        scale, zero_point = self._network.activations[name]
+        value = self._values[name]
         integers = Integers(
-            channels=channels,
+            channels=self._channels[value],
             zero_point=zero_point,
             scales=np.array([scale], np.float32),
             rescale=_rescale(zero=zero_point),
         )
-        planes = -(-channels // PACKED)
-        return Layer(name=INPUT, kind="quantize", source=INPUT, channels=planes, integers=integers)
+        planes = -(-integers.channels // PACKED)
+        layer = Layer(
+            name=layer_name, kind="quantize", source=value, channels=planes, integers=integers
+        )
+        self._append(name, layer)
+        self._values[name] = value  # still float32 for those that read it so
+        self._bytes[name] = layer_name
 
-    def _append(self, unit: Unit, kind: str, integers: Integers, **values: Any) -> Layer:
-        node = unit.node
+    def _read(self, name: str) -> str:
+        """Return the name of the layer that gives the bytes of a value."""
+        if name not in self._bytes:
+            layer_name = f"{name} (bytes)"
+            while layer_name in self._units:
+                layer_name += "'"
+            self._quantize(name, layer_name)
+        return self._bytes[name]
+
+    def _append_int8(self, unit: Unit, kind: str, integers: Integers, **values: Any) -> Layer:
+        node, channels = unit.node, integers.channels
         layer = Layer(
             name=unit.name,
             kind=kind,
-            source=self._values[node.inputs[0]],
-            channels=-(-integers.channels // PACKED),
+            source=self._read(node.inputs[0]),
+            channels=-(-channels // PACKED) if unit.gives_bytes else channels,
             kernel=node.kernel,
             stride=node.stride,
             padding=node.padding,
             dilation=node.dilation,
             ceil_mode=node.ceil_mode,
             integers=integers,
+            activation=None if unit.gives_bytes else unit.activation,
             **values,
         )
-        self._values[unit.name] = layer.name
-        self._channels[unit.name] = integers.channels
-        self._index[layer.name] = len(self.layers)
-        self.layers.append(layer)
+        self._append(unit.name, layer)
+        if unit.gives_bytes:
+            self._bytes[unit.name] = layer.name
         return layer
 
-    def _zero_point(self, name: str) -> int:
-        return self._network.activations.get(name, (1.0, 0))[1]
+    def _own(self, unit: Unit) -> Quantization | None:
+        """Return scale and zero point of a unit's value; None if it is float32."""
+        return self._network.activations[unit.name] if unit.gives_bytes else None
 
-    def _max_pool(self, unit: Unit) -> None:
-        channels = self._channels[unit.node.inputs[0]]
-        zero_point = self._zero_point(unit.name)
-        self._append(unit, "max_pool", Integers(channels=channels, zero_point=zero_point))
+    def _zero_point(self, unit: Unit) -> int:
+        own = self._own(unit)
+        return 0 if own is None else own[1]
 
-    def _mean_pool(self, unit: Unit) -> None:
+    def _num_channels(self, name: str) -> int:
+        return self._channels[self._values[name]]
+
+    def _is_vector(self, name: str) -> bool:
+        return self._values[name] in self._vectors
+
+    def _int8_max_pool(self, unit: Unit) -> None:
+        channels, zero_point = self._num_channels(unit.node.inputs[0]), self._zero_point(unit)
+        self._append_int8(unit, "max_pool", Integers(channels=channels, zero_point=zero_point))
+
+    def _int8_mean_pool(self, unit: Unit) -> None:
         source = unit.node.inputs[0]
         (scale, zero), (own_scale, own_zero) = (
             self._network.activations[name] for name in (source, unit.name)
         )
         integers = Integers(
-            channels=self._channels[source],
+            channels=self._num_channels(source),
             scales=np.array([scale, own_scale], np.float32),
             rescale=_rescale(zero=own_zero),
         )
-        self._append(unit, "mean_pool", integers, bias=_as_floats([zero]))
-        self._vectors.add(unit.name)
+        self._append_int8(unit, "mean_pool", integers, bias=_as_floats([zero]))
 
-    def _lookup(self, unit: Unit) -> None:
+    def _int8_lookup(self, unit: Unit) -> None:
         source = unit.node.inputs[0]
-        integers = Integers(channels=self._channels[source], zero_point=self._zero_point(unit.name))
+        integers = Integers(channels=self._num_channels(source), zero_point=self._zero_point(unit))
         table = looked_up(unit, *(self._network.activations[n] for n in (source, unit.name)))
-        self._append(unit, "lookup", integers, weight=table.numpy().view(np.float32))
-        if source in self._vectors:
-            self._vectors.add(unit.name)
+        self._append_int8(unit, "lookup", integers, weight=table.numpy().view(np.float32))
 
-    def _conv(self, unit: Unit) -> None:
-        if unit.node.inputs[0] in self._vectors:
-            self._linear(unit)
+    def _int8_conv(self, unit: Unit) -> None:
+        if self._is_vector(unit.node.inputs[0]):
+            self._int8_linear(unit)
             return
         values, groups = _regrouped(self._given(unit).weight.numpy(), unit.node.groups)
         self._products(unit, "conv", _packed(values), groups=groups)
 
-    def _linear(self, unit: Unit) -> None:
+    def _int8_linear(self, unit: Unit) -> None:
         weight = self._given(unit).weight.flatten(1).numpy()
         if unit.node.op == "conv":
             weight = _merged(weight, unit.node.groups, unit.node.groups)
-        channels = self._channels[unit.node.inputs[0]]
+        channels = self._num_channels(unit.node.inputs[0])
         by_pixel = weight.reshape(len(weight), channels, -1)  # a vector has one pixel
         self._products(unit, "linear", _packed(by_pixel).reshape(len(weight), -1))
-        self._vectors.add(unit.name)
+
+    def _int8_pixel_linear(self, unit: Unit) -> None:
+        weight = self._given(unit).weight.numpy()
+        self._products(unit, "conv", _packed(weight[:, :, None, None]))
 
     def _given(self, unit: Unit) -> Parameters:
         return self._network.parameters[unit.name]
 
     def _products(self, unit: Unit, kind: str, weight: Array, *, groups: int = 1) -> None:
         """Append a layer of sums of products, with packed weights (out, planes / groups, ...)."""
-        given, own = self._given(unit), self._network.activations.get(unit.name)
+        given, own = self._given(unit), self._own(unit)
         integers = Integers(
             channels=len(weight),
-            zero_point=self._zero_point(unit.name),
+            zero_point=self._zero_point(unit),
             scales=given.multiplier.numpy(),
             rescale=None if own is None else _rescale(zero=own[1], high=top(unit, own)),
         )
-        bias = _bias(given.weight, given.bias, self._zero_point(unit.node.inputs[0]))
-        self._append(unit, kind, integers, weight=weight, bias=bias, groups=groups)
+        zero_point = self._network.activations[unit.node.inputs[0]][1]
+        bias = _bias(given.weight, given.bias, zero_point)
+        self._append_int8(unit, kind, integers, weight=weight, bias=bias, groups=groups)
 
-    def _add(self, unit: Unit) -> None:
+    def _int8_add(self, unit: Unit) -> None:
         first, second = unit.node.inputs
         early, late = sorted(unit.node.inputs, key=lambda name: self._index[self._values[name]])
-        layer = self._open(late)
+        layer = self._open_sum(late)
         if layer is None:
             early, late = second, first
             layer = self._identity(unit, late)
@@ -170,10 +208,9 @@ class _Conversion:
                 sum_high=top(unit, value),
             ),
         )
-        self._values[unit.name] = layer.name
-        self._channels[unit.name] = self._channels[first]
+        self._values[unit.name] = self._bytes[unit.name] = layer.name
 
-    def _open(self, name: str) -> Layer | None:
+    def _open_sum(self, name: str) -> Layer | None:
         """Return the convolution that computes a value if a sum may be folded into it."""
         layer = self.layers[self._index[self._values[name]]]
         if layer.kind != "conv" or layer.name != name or layer.residual is not None:
@@ -183,20 +220,20 @@ class _Conversion:
 
     def _identity(self, unit: Unit, source: str) -> Layer:
         """Append a convolution that gives the bytes of its source."""
-        channels = self._channels[source]
+        channels = self._num_channels(source)
         weight = torch.ones(channels, 1, 1, 1, dtype=torch.int8, device="cpu")
         bias = torch.zeros(channels, dtype=torch.int32, device="cpu")
         values, groups = _regrouped(weight.numpy(), channels)
         integers = Integers(channels=channels, scales=np.ones(channels, np.float32))
-        layer = self._append(
+        layer = self._append_int8(
             unit,
             "conv",
             integers,
             weight=_packed(values),
-            bias=_bias(weight, bias, self._zero_point(source)),
+            bias=_bias(weight, bias, self._network.activations[source][1]),
             groups=groups,
         )
-        layer.source = self._values[source]
+        layer.source = self._bytes[source]
         return layer
 
 

@@ -2,7 +2,8 @@
 
 What is quantized is described in docs/runtime.md. Integers are those that ONNX Runtime computes for
 the same network. Sums are exact, because float64 holds all of them exactly; everything else is in
-float32, in the order that is written here.
+float32, in the order that is written here. Units that compute in float32 do so in any order: where
+a byte depends on one, it may differ by one step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import graph
 from .graph import INPUT, Node
-from .units import MAX_SCALE, Quantization, Unit, units
+from .units import MAX_SCALE, Quantization, Unit
 
 MAX_WEIGHT = 127
 MAX_BIAS = 2**30
@@ -37,7 +39,7 @@ class Parameters:
     multiplier: Tensor
     """float32 (out,): a sum, as float32, times this is the value in units of its scale.
 
-    For the logits, whose scale is 1, it gives the value itself.
+    For a value that is float32, whose scale is 1, it gives the value itself.
     """
 
 
@@ -47,21 +49,23 @@ class IntegerNetwork:
 
     units: Sequence[Unit]
     activations: Mapping[str, Quantization]
-    """Of every value between units, and of the images."""
+    """Of every value that a unit of int8 reads."""
     parameters: Mapping[str, Parameters]
     """Of the units with weights, by the name of the unit."""
+    state: Mapping[str, Tensor]
+    """What units of float32 read (`float_entries`)."""
 
 
-def read_network(
-    nodes: Sequence[Node],
+def read_parameters(
+    found: Sequence[Unit],
     activations: Mapping[str, Quantization],
     masks: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
-) -> IntegerNetwork:
-    """Return the integers of a quantized file.
+) -> dict[str, Parameters]:
+    """Return the numbers of the units with weights of a quantized file, by the name of the unit.
 
     Args:
-        nodes: The graph.
+        found: The units.
         activations: Scales and zero points that `check_activations` accepts.
         masks: Masks of the entries that are stored as mask and values.
         tensors: The tensors of the file.
@@ -70,13 +74,16 @@ def read_network(
         ValueError: A weight is no int8 with a scale in range, a bias is not finite, or sums may
             exceed 32 bits; names the weight.
     """
-    found = units(nodes)
-    parameters = {
+    return {
         unit.name: _parameters(unit, activations, masks, tensors)
         for unit in found
         if unit.is_weighted
     }
-    return IntegerNetwork(units=found, activations=activations, parameters=parameters)
+
+
+def float_entries(found: Sequence[Unit]) -> set[str]:
+    """Return the names of the entries of the state dict that units of float32 may read."""
+    return {name for unit in found if not unit.is_int8 for name in graph.entries(unit.node)}
 
 
 def _parameters(
@@ -98,13 +105,13 @@ def _parameters(
     largest = 255 * weight.flatten(1).double().abs().sum(1) + steps.abs()
     if bool((largest > MAX_SUM).any()):
         raise ValueError(f"sums of {name!r} may be larger than 32 bits hold")
-    own = activations.get(unit.name)
+    own_scale = _float32(activations[unit.name][0] if unit.gives_bytes else 1.0)
     return Parameters(
         weight=weight,
         scale=scale,
         bias=steps.to(torch.int32),
         bias_scale=bias_scale,
-        multiplier=bias_scale if own is None else bias_scale / _float32(own[0]),
+        multiplier=bias_scale / own_scale,
     )
 
 
@@ -172,7 +179,7 @@ def bias_of(unit: Unit, tensors: Mapping[str, Tensor], channels: int) -> Tensor:
             if not tensors[name].is_floating_point():
                 raise ValueError(f"{name!r} is {tensors[name].dtype}: biases are torch.float32")
             total = total + tensors[name].double()
-    return total.float()
+    return (total if unit.node.key_bias else graph.without_key_bias(total)).float()
 
 
 def input_scale(unit: Unit, activations: Mapping[str, Quantization]) -> Tensor:
@@ -188,19 +195,23 @@ def run(
     Args:
         network: A quantized network.
         images: float32, normalized.
-        values: Receives the uint8 value of the images and of every unit but the last, by its name.
+        values: Receives the uint8 value of everything that a unit of int8 reads, by its name.
     """
-    known = {} if values is None else values
-    known[INPUT] = quantized(images, network.activations[INPUT])
+    known = {INPUT: images}  # uint8 or float32
     uses = {name: i for i, unit in enumerate(network.units) for name in unit.node.inputs}
-    for i, unit in enumerate(network.units[:-1]):
-        known[unit.name] = _value(network, unit, [known[name] for name in unit.node.inputs])
-        if values is None:
-            for name in set(unit.node.inputs):
-                if uses[name] == i:
-                    del known[name]
-    last = network.units[-1]
-    return _scaled(network, last, known[last.node.inputs[0]])
+    for i, unit in enumerate(network.units):
+        inputs = [known[name] for name in unit.node.inputs]
+        if unit.is_int8:
+            for j, name in enumerate(unit.node.inputs):
+                if inputs[j].dtype != torch.uint8:
+                    inputs[j] = quantized(inputs[j], network.activations[name])
+                if values is not None:
+                    values[name] = inputs[j]
+        known[unit.name] = _value(network, unit, inputs)
+        for name in set(unit.node.inputs):
+            if uses[name] == i:
+                del known[name]
+    return known[network.units[-1].name]
 
 
 def quantized(x: Tensor, quantization: Quantization) -> Tensor:
@@ -211,6 +222,11 @@ def quantized(x: Tensor, quantization: Quantization) -> Tensor:
 
 
 def _value(network: IntegerNetwork, unit: Unit, inputs: Sequence[Tensor]) -> Tensor:
+    if not unit.is_int8:
+        return graph.value(unit.node, network.state, *inputs)
+    if not unit.gives_bytes:
+        found = _scaled(network, unit, inputs[0])
+        return found if unit.activation is None else clamped(unit.activation, found)
     read = [network.activations[name] for name in unit.node.inputs]
     own = network.activations[unit.name]
     if unit.node.op == "max_pool":
@@ -228,7 +244,12 @@ def _value(network: IntegerNetwork, unit: Unit, inputs: Sequence[Tensor]) -> Ten
 def looked_up(unit: Unit, read: Quantization, own: Quantization) -> Tensor:
     """Return the uint8 (256,) that a lone activation makes of every uint8."""
     x = (torch.arange(256, device="cpu").float() - read[1]) * _float32(read[0])
-    return quantized(x.clamp(0, 6 if unit.activation == "relu6" else torch.inf), own)
+    return quantized(clamped(unit.activation or "", x), own)
+
+
+def clamped(activation: str, x: Tensor) -> Tensor:
+    """Return the ReLU or ReLU6 of float32 values."""
+    return x.clamp(0, 6 if activation == "relu6" else torch.inf)
 
 
 def top(unit: Unit, own: Quantization) -> int:
@@ -248,6 +269,8 @@ def _scaled(network: IntegerNetwork, unit: Unit, x: Tensor) -> Tensor:
     node, given = unit.node, network.parameters[unit.name]
     zero_point = network.activations[node.inputs[0]][1]
     x, weight, bias = x.double() - zero_point, given.weight.double(), given.bias.double()
+    if node.op == "pixel_linear":
+        weight = weight[:, :, None, None]
     if node.op == "linear" or x.dim() == 2:
         found = F.linear(x.flatten(1), weight.flatten(1), bias)
         return found.float() * given.multiplier

@@ -7,7 +7,7 @@ happens to each channel of a vector becomes a linear layer with one group per ch
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,13 +20,16 @@ from .graph import ACTIVATIONS, INPUT, VECTORS, Node, entries
 
 PACKED = 4  # kPacked of op.h
 
+_KEEPING = ("layer_norm", "quantize", "lookup")
+"""Kinds of layers that give a vector if they read one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Integers:
     """How a layer computes in int8; op.h explains the numbers."""
 
     channels: int
-    """Output channels. Those of the layer are planes of 4 of them."""
+    """Output channels. Those of a layer whose value is bytes are planes of 4 of them."""
     zero_point: int = 0
     """Of the layer's value."""
     scales: Array | None = None
@@ -115,10 +118,15 @@ def lower(nodes: Sequence[Node], state: dict[str, Tensor], *, in_channels: int) 
     Non-finite weights and statistics give non-finite results, as in torch, without a warning.
     """
     with np.errstate(all="ignore"):
-        return _Lowering(nodes, state, in_channels).layers
+        lowering = Lowering(nodes, state, in_channels)
+        for node in nodes:
+            lowering.add(node)
+        return lowering.layers
 
 
-class _Lowering:
+class Lowering:
+    """Turns nodes into layers, one after the other. int8.py adds those that compute in int8."""
+
     def __init__(self, nodes: Sequence[Node], state: dict[str, Tensor], in_channels: int) -> None:
         self.layers: list[Layer] = []
         self._state = state
@@ -130,16 +138,20 @@ class _Lowering:
         self._channels = {INPUT: in_channels}
         self._index = {INPUT: -1}
         self._vectors = set[str]()  # names of the layers whose value is a vector
-        for node in nodes:
-            getattr(self, "_activation" if node.op in ACTIVATIONS else "_" + node.op)(node)
 
-    def _append(self, node: Node, layer: Layer) -> None:
+    def add(self, node: Node) -> None:
+        """Add a node that computes in float32 to the layers."""
+        getattr(self, "_activation" if node.op in ACTIVATIONS else "_" + node.op)(node)
+
+    def _append(self, name: str, layer: Layer) -> None:
+        """Append the layer that computes the value of a node."""
+        integers = layer.integers
         self._index[layer.name] = len(self.layers)
-        self._channels[layer.name] = layer.channels
-        is_vector_norm = layer.kind == "layer_norm" and layer.source in self._vectors
-        if layer.kind in VECTORS or is_vector_norm:
+        self._channels[layer.name] = layer.channels if integers is None else integers.channels
+        is_vector = layer.kind in _KEEPING and layer.source in self._vectors
+        if layer.kind in VECTORS or is_vector:
             self._vectors.add(layer.name)
-        self._values[node.name] = layer.name
+        self._values[name] = layer.name
         self.layers.append(layer)
 
     def _source(self, node: Node) -> str:
@@ -168,7 +180,7 @@ class _Lowering:
             weight = weight.reshape(len(weight), -1)  # of a 1x1 convolution
         layer = self._convolution(node, weight, self._bias(node, len(weight)))
         layer.kind = "conv" if weight.ndim == 4 else "linear"
-        self._append(node, layer)
+        self._append(node.name, layer)
 
     def _bias(self, node: Node, channels: int) -> Array:
         bias = self._state.get(node.parameters + "bias")
@@ -206,7 +218,7 @@ class _Lowering:
         layer.groups = len(weight)
         if self._source(node) in self._vectors:
             layer.kind, layer.weight = "linear", window[:, :, 0, 0].astype(np.float32)
-        self._append(node, layer)
+        self._append(node.name, layer)
         return layer
 
     def _ones(self, node: Node) -> Array:
@@ -226,15 +238,20 @@ class _Lowering:
     def _affine(self, node: Node, scale: Array, shift: Array) -> None:
         """Multiply the channels by a scale and add a shift, in the layer before if that is open."""
         conv = self._open(node.inputs[0], "conv", "linear")
-        if conv is None or conv.residual is not None:
+        if conv is None or conv.residual is not None or (conv.integers is not None and shift.any()):
             self._depthwise(node, scale, shift)
+            return
+        self._values[node.name] = conv.name
+        if conv.integers is not None:
+            assert conv.integers.scales is not None
+            scales = (conv.integers.scales * scale).astype(np.float32)
+            conv.integers = replace(conv.integers, scales=scales)
             return
         assert conv.weight is not None
         assert conv.bias is not None
         scales = scale.reshape(-1, *[1] * (conv.weight.ndim - 1))
         np.multiply(conv.weight, scales, out=conv.weight, casting="same_kind")
         conv.bias = (conv.bias * scale + shift).astype(np.float32)
-        self._values[node.name] = conv.name
 
     def _activation(self, node: Node) -> None:
         layer = self._open(node.inputs[0], "conv", "linear")
@@ -259,7 +276,7 @@ class _Lowering:
             source, factor = factor, source
         channels = self._channels[source]
         layer = Layer(name=node.name, kind="scale", source=source, factor=factor, channels=channels)
-        self._append(node, layer)
+        self._append(node.name, layer)
 
     def _avg_pool(self, node: Node) -> None:
         self._depthwise(node, self._ones(node) / (node.kernel[0] * node.kernel[1]))
@@ -274,7 +291,7 @@ class _Lowering:
         """Append a layer that is no convolution; by default with the channels of its source."""
         own = self._channels[self._source(node)] if channels is None else channels
         layer = self._layer(node, kind, own)
-        self._append(node, layer)
+        self._append(node.name, layer)
         return layer
 
     def _pixel_linear(self, node: Node) -> None:
@@ -282,7 +299,7 @@ class _Lowering:
         bias = self._bias(node, len(weight))
         if not node.key_bias:
             bias[len(bias) // 3 : len(bias) // 3 * 2] = 0
-        self._append(node, self._convolution(node, weight[:, :, None, None], bias))
+        self._append(node.name, self._convolution(node, weight[:, :, None, None], bias))
 
     def _layer_norm(self, node: Node) -> None:
         layer = self._other(node, "layer_norm")

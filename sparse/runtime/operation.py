@@ -61,10 +61,10 @@ class Operation:
     def num_rows(self) -> int:
         """Return the rows of the output, or its channels if the output has no rows.
 
-        An attention has the windows of all heads instead. A norm or a lookup of a vector is one
-        whole.
+        An attention has the windows of all heads instead. A norm, a lookup or a quantization of a
+        vector is one whole.
         """
-        if self.kind == bindings.VECTOR_NORM:
+        if self.kind in (bindings.VECTOR_NORM, bindings.QUANTIZE_VECTOR):
             return 1
         if self.kind == bindings.ATTENTION:
             assert self.layer is not None

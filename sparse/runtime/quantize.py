@@ -10,7 +10,7 @@ from torch.ao.quantization.observer import HistogramObserver
 
 from . import graph
 from .graph import INPUT, Node
-from .units import Quantization, units
+from .units import Quantization, quantized_values, units
 
 METHODS = ("mse", "percentile", "minmax")
 """How the range of a value is chosen; what lies outside is saturated."""
@@ -25,7 +25,7 @@ def calibrate(
     *,
     method: str = "mse",
 ) -> tuple[list[Node], dict[str, Quantization]]:
-    """Return the graph to be quantized, and the scale and zero point of each of its values.
+    """Return the graph to be quantized, and scale and zero point of each value that int8 reads.
 
     With both, `save(..., dtype="int8", fold=True)` writes a quantized network. The graph lacks the
     adaptive pools that change nothing for images of this size.
@@ -38,8 +38,8 @@ def calibrate(
             "percentile" the range of 99.99% of the values, "minmax" that of all of them.
 
     Raises:
-        ValueError: int8 cannot compute an operation, there are no images, a value is not finite, or
-            the method is unknown.
+        ValueError: The network has nothing to compute in int8, there are no images, a value is not
+            finite, or the method is unknown.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -50,8 +50,9 @@ def calibrate(
     with torch.inference_mode():
         nodes = _without_identities(nodes, state, first[:1])
         found = units(nodes)
-        names = [INPUT, *(unit.name for unit in found[:-1] if unit.node.op != "max_pool")]
-        observers = {name: HistogramObserver() for name in names}
+        pools = {unit.name: unit for unit in found if unit.is_int8 and unit.node.op == "max_pool"}
+        names = quantized_values(found)
+        observers = {name: HistogramObserver() for name in names if name not in pools}
         for images in itertools.chain([first], batches):
             for name, value in itertools.chain(
                 [(INPUT, images)], graph.values(nodes, state, images)
@@ -59,10 +60,9 @@ def calibrate(
                 if name in observers:
                     _observe(name, observers[name], value)
         chosen = {name: _choose(observer, method) for name, observer in observers.items()}
-    for unit in found[:-1]:
-        if unit.node.op == "max_pool":
-            chosen[unit.name] = chosen[unit.node.inputs[0]]
-    return nodes, chosen
+    for name, unit in pools.items():
+        chosen[name] = chosen[unit.node.inputs[0]]
+    return nodes, {name: chosen[name] for name in names}
 
 
 def _without_identities(

@@ -203,11 +203,14 @@ def _key(operation: Operation) -> str:
     assert layer.weight is not None
     assert isinstance(source, Map)
     assert isinstance(target, Map)
+    precision = "" if layer.integers is None else " int8"
+    if layer.integers is not None and layer.integers.rescale is None:
+        precision = " int8 to float32"
     return (
         f"{'x'.join(map(str, layer.weight.shape))} groups {layer.groups} stride {operation.stride} "
         f"dilation {layer.dilation} in {source.vectors}+{source.halo} "
         f"out {target.rows}x{target.vectors} add {operation.residual is not None} "
-        f"density {density(layer):.2g}{' int8' if layer.integers is not None else ''}"
+        f"density {density(layer):.2g}{precision}"
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import classify
 import export
 from cli import networks, qdq
 from cli.predictions import load_image
@@ -16,7 +17,8 @@ from image_classification.models import create_model
 from sparse import runtime
 from sparse.runtime import integers
 from sparse.runtime.integers import IntegerNetwork
-from tests.sparse.runtime.integer_networks import draw, write
+from tests.sparse.runtime.integer_networks import draw, draw_mixed, write, write_graph
+from tests.sparse.runtime.plans import NETWORKS
 
 
 @pytest.fixture(scope="module")
@@ -145,14 +147,29 @@ def test_a_quantized_file_is_no_source_of_float_networks(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_operation_that_int8_lacks_is_named(tmp_path: Path, images: Path) -> None:
+def test_a_network_with_operations_that_int8_lacks_is_quantized_and_classifies(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
     model = create_model("shufflenet_v2_x0_5", num_classes=4)
-    config = {"num_classes": 4, "image_size": 32}
-    path = tmp_path / "net.pth"
-    networks.write_checkpoint(path, "shufflenet_v2_x0_5", model.state_dict(), config=config)
-    flags = "--quantize", "int8", "--calibration", images, "--num-images", 2
-    with pytest.raises(ValueError, match=r"int8 cannot compute the (chunk|concat) '.*': export fl"):
-        convert(path, tmp_path / "out", *flags)
+    for _ in range(3):
+        model(torch.randn(8, 3, 32, 32))
+    config = {"num_classes": 4, "image_size": 32, "interpolation": "bicubic"}
+    source, net = tmp_path / "net.pth", tmp_path / "net"
+    networks.write_checkpoint(source, "shufflenet_v2_x0_5", model.state_dict(), config=config)
+    convert(source, net, "--quantize", "int8", "--calibration", images, "--num-images", 8)
+    compact = runtime.read(net)
+    assert {unit.is_int8 for unit in compact.integers().units} == {True, False}
+    pictures = sorted(images.rglob("*.png"))
+    batch = torch.cat([load_image(p, image_size=32, interpolation="bicubic") for p in pictures])
+    found = runtime.load(net, backend="torch")(batch)
+    with torch.no_grad():
+        logits = model.eval()(batch)
+    assert float((found - logits).norm() / logits.norm()) < 0.1
+    assert classify.main([str(pictures[0]), "--model", str(net), "--topk", "1"]) == 0
+    _, share, number, *_ = capsys.readouterr().out.split()
+    assert int(number) == int(found[0].argmax())
+    assert float(share) == pytest.approx(float(found[0].softmax(0).max()), abs=1e-3)
 
 
 def values_of_onnxruntime(
@@ -208,6 +225,47 @@ def test_onnx_runtime_computes_the_same_integers(tmp_path: Path, seed: int) -> N
 def test_onnx_runtime_computes_the_same_integers_of_many_networks(tmp_path: Path) -> None:
     for seed in range(1000, 1300):
         compare(seed, tmp_path / "net")
+
+
+def compare_mixed(network: IntegerNetwork, images: Tensor, what: object) -> None:
+    """Compare a network with float32 between units of int8 with ONNX Runtime."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs the graph")
+    pytest.importorskip("onnx", reason="writes the graph")
+    channels, size = images.shape[1:3]
+    model = qdq.to_onnx(network, in_channels=channels, image_size=size)
+    wanted = integers.run(network, images)
+    (found,) = run_onnxruntime(onnxruntime, model, images)
+    assert found.shape == wanted.shape, what
+    error = float((found - wanted).abs().max())
+    assert error <= 1e-2 * max(1e-3, float(wanted.abs().max())), (what, error)
+
+
+def test_onnx_runtime_computes_about_the_same_with_float32_between(tmp_path: Path) -> None:
+    for seed in range(8):
+        nodes, state, images = draw_mixed(seed, is_square=True)
+        compact = write_graph(tmp_path / "net", nodes, state, {}, shape=images.shape[1:])
+        compare_mixed(compact.integers(), images, seed)
+
+
+@pytest.mark.slow
+def test_onnx_runtime_computes_about_the_same_for_many_networks(tmp_path: Path) -> None:
+    for seed in range(1000, 1200):
+        nodes, state, images = draw_mixed(seed, is_square=True)
+        compact = write_graph(tmp_path / "net", nodes, state, {}, shape=images.shape[1:])
+        compare_mixed(compact.integers(), images, seed)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_runtime_computes_about_the_same_for_networks_of_every_kind(
+    tmp_path: Path, name: str
+) -> None:
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # torchvision's heads are zero
+            nn.init.normal_(parameter, std=0.3)
+    compact = write(tmp_path / "net", model, size=32)
+    compare_mixed(compact.integers(), torch.randn(3, 3, 32, 32), name)
 
 
 def resnet(arch: str) -> nn.Module:

@@ -69,6 +69,8 @@ class Checker {
       case kQuantMeanPool: return quant_mean_pool();
       case kQuantLinear: return quant_linear();
       case kQuantLookup: return quant_lookup();
+      case kQuantize: return quantize();
+      case kQuantizeVector: return quantize_vector();
       default: throw Damage("kind " + std::to_string(op_.kind) + " is unknown");
     }
   }
@@ -95,7 +97,8 @@ class Checker {
     require(op_.activation >= kNone && op_.activation <= kTanh, "there is no such activation");
     // Threads share parts. They would else compute the same.
     const bool has_parts = op_.kind == kSparseConv || op_.kind == kDenseConv ||
-                           op_.kind == kQuantConv || op_.kind == kLayerNorm;
+                           op_.kind == kQuantConv || op_.kind == kLayerNorm ||
+                           op_.kind == kQuantize;
     require(op_.num_parts >= 1 && (has_parts || op_.num_parts == 1), "it has other parts");
   }
 
@@ -125,9 +128,10 @@ class Checker {
     return limits_.table_bytes.at(start) / int64_t(sizeof(T));
   }
 
-  // Planes of the output: 4 channels of an int8 convolution share one.
+  // Planes of the output: 4 channels of an int8 convolution share one if they are bytes.
   int64_t planes() const {
-    return op_.kind == kQuantConv ? (op_.channels + kPacked - 1) / kPacked : op_.channels;
+    const bool packs = op_.kind == kQuantConv && op_.rescale;
+    return packs ? (op_.channels + kPacked - 1) / kPacked : op_.channels;
   }
 
   // How integers are turned into others.
@@ -138,6 +142,12 @@ class Checker {
     require(r.zero >= 0 && r.zero <= 255 && r.sum_high >= 0 && r.sum_high <= 255 &&
                 r.high >= -r.zero && r.high <= 255 - r.zero,
             "integers are out of range");
+  }
+
+  // How sums of products become bytes, or float32 without a rescale.
+  void sums() const {
+    if (op_.rescale) return rescale(op_.channels);
+    table(op_.scales, op_.channels);
   }
 
   // A map that is written, with its borders.
@@ -197,7 +207,7 @@ class Checker {
     require(op_.stride_y >= 1 && op_.stride_x >= 1, "a stride is not positive");
     require(op_.tile_rows >= 1, "there are no tiles");
     aligned({op_.in, op_.in_row, op_.in_plane});
-    if (op_.kind == kQuantConv) rescale(op_.channels);
+    if (op_.kind == kQuantConv) sums();
     table(op_.bias, Wide(op_.channels) * (op_.kind == kQuantConv ? 2 : 1));
     if (op_.res >= 0) {
       aligned({op_.res, op_.res_row, op_.res_plane});
@@ -484,9 +494,33 @@ class Checker {
     in_arena(op_.in, {0, Wide(op_.depth) - 1});
     table(op_.weights, Wide(op_.channels) * op_.depth);
     table(op_.bias, 2 * Wide(op_.channels));
-    table(op_.scales, op_.channels);
-    if (op_.rescale) rescale(op_.channels);
+    sums();
     writes_floats(op_.rescale ? (Wide(op_.channels) + kPacked - 1) / kPacked : op_.channels);
+  }
+
+  // Planes of 4 channels each; the last one may have less.
+  void packs() const {
+    rescale(1);
+    require(op_.channels >= 1 && op_.in_channels > (op_.channels - 1) * kPacked &&
+                op_.in_channels <= op_.channels * kPacked,
+            "the planes have other channels");
+  }
+
+  void quantize() const {
+    writes_map();
+    packs();
+    require(op_.num_parts == op_.channels, "a part is no plane");
+    aligned({op_.in, op_.in_row, op_.in_plane});
+    in_arena(op_.in, Span{0, Wide(op_.vectors) * kLanes - 1}
+                         .repeat(op_.rows, op_.in_row)
+                         .repeat(op_.in_channels, op_.in_plane));
+  }
+
+  void quantize_vector() const {
+    packs();
+    require(op_.out >= 0, "the output is no vector of bytes");
+    in_arena(op_.in, {0, Wide(op_.in_channels) - 1});
+    in_arena(op_.out, {0, Wide(op_.channels) - 1});
   }
 
   void quant_lookup() const {

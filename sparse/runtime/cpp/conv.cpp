@@ -100,7 +100,7 @@ void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0,
       }
     }
     // A plane of an int8 map has 4 channels. Only the last part may end between them.
-    const int64_t channels = op.kind == kQuantConv ? kPacked : 1;
+    const int64_t channels = op.kind == kQuantConv && op.rescale ? kPacked : 1;
     fill_halo(op, out, y, y_end, op.part_begin[p0] / channels,
               (op.part_begin[p1] + channels - 1) / channels);
   }

@@ -68,6 +68,7 @@ struct Float32 {
   using Sum = Vec;
   using Weight = Vec;
   static constexpr bool kByPattern = true;  // whether every pattern of channels has its own code
+  static constexpr bool kActivates = true;  // whether activations above kRelu follow the writer
 
   static inline SPARSE_INLINE Sum start(const Op& op, int64_t c) { return broadcast(op.bias[c]); }
   static inline SPARSE_INLINE Weight weight(const float* p) { return broadcast(*p); }
@@ -238,7 +239,7 @@ struct SparseTile {
                          res ? res + plane * op.res_plane : nullptr, mask);
           }
         });
-        if (is_last && op.activation > kRelu) {
+        if (A::kActivates && is_last && op.activation > kRelu) {
           for (int64_t c = 0; c < std::min<int64_t>(P, left); ++c) {
             activate_tile(op, out + channel[g * P + c] * op.out_plane, mask, VY, VX);
           }

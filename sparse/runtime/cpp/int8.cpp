@@ -243,11 +243,32 @@ struct Quad {
   }
 };
 
+// Write a tile of 4 channels as float32, one plane each. `out` and `res` are as in write_quad.
+void write_floats(const Op& op, int64_t plane, const Mask* sums, int64_t vectors, int64_t rows,
+                  float* out, const float* res, const int32_t* mask) {
+  const int64_t first = plane * kPacked, count = std::min(kPacked, op.channels - first);
+  for (int64_t j = 0; j < count; ++j, sums += vectors * rows) {
+    const Vec scale = broadcast(op.scales[first + j]);
+    float* to = out + (first - plane + j) * op.out_plane;
+    const float* other = res ? res + (first - plane + j) * op.res_plane : nullptr;
+    for (int64_t y = 0; y < rows; ++y) {
+      for (int64_t i = 0; i < vectors; ++i) {
+        Vec v = to_float(sums[y * vectors + i]) * scale;
+        if (other) v += load(other + y * op.res_row + i * kLanes);
+        if (mask) v = keep(v, load_mask(mask + y * op.mask_row + i * kLanes));
+        store(to + y * op.out_row + i * kLanes, v);
+      }
+    }
+    if (op.activation) activate_tile(op, to, mask, rows, vectors);
+  }
+}
+
 // Write a tile of 4 channels, the lanes outside the image as the zero point. `out` and `res` are in
 // the plane of the channels. One function serves tiles of all sizes, which keeps the code short.
 __attribute__((noinline)) void write_quad(const Op& op, int64_t plane, const Mask* sums,
                                           int64_t vectors, int64_t rows, float* out,
                                           const float* res, const int32_t* mask) {
+  if (!op.rescale) return write_floats(op, plane, sums, vectors, rows, out, res, mask);
   const Quad quad(op, plane);
   const int64_t size = vectors * rows;
   const auto write = [&](auto pack) SPARSE_INLINE {
@@ -284,6 +305,7 @@ struct Int8 {
   using Weight = typename D::Weight;
   // All processors run Plain. Those for which it matters have an instruction of their own.
   static constexpr bool kByPattern = !std::is_same_v<D, Plain>;
+  static constexpr bool kActivates = false;  // write_floats does it
 
   static inline SPARSE_INLINE Sum start(const Op& op, int64_t c) {
     return spread(first_sum<D>(op, c));
@@ -315,6 +337,11 @@ struct Int8 {
     }
   };
 };
+
+// Quantize a vector of floats; the integers are in its lanes.
+inline Mask steps_of(Vec v, Vec scale, float zero) {
+  return round(clamp(v / scale, -zero, float(kByte) - zero)) + int32_t(zero);
+}
 
 int32_t sum_lanes(Mask m) {
   int32_t sum = 0;
@@ -355,14 +382,43 @@ void quant_input(const Op& op, const float* image, float* arena, int64_t y0, int
         place |= place >= left;  // -1 below the image
         Mask packed{};
         for (int64_t j = 0; j < count; ++j) {
-          const Vec v = clamp(gather(in + j * pixels, place) / scale, -zero, float(kByte) - zero);
-          packed |= (round(v) + int32_t(zero)) << int(j * kBits);
+          packed |= steps_of(gather(in + j * pixels, place), scale, zero) << int(j * kBits);
         }
         store(out + i, choose(place >= 0, as_vec(packed), fill));
       }
     }
   }
   fill_halo(op, arena + op.out, y0, y1, 0, op.channels);
+}
+
+void quantize(const Op& op, float* arena, int64_t c0, int64_t c1, int64_t y0, int64_t y1) {
+  const float zero = op.rescale->zero;
+  const Vec scale = broadcast(op.scales[0]), fill = filler(op.fill);
+  for (int64_t y = y0; y < y1; ++y) {
+    const int32_t* mask = op.mask ? op.mask + y * op.mask_row : nullptr;
+    for (int64_t c = c0; c < c1; ++c) {
+      const float* in = arena + op.in + y * op.in_row + c * kPacked * op.in_plane;
+      float* out = arena + op.out + y * op.out_row + c * op.out_plane;
+      const int64_t count = std::min(kPacked, op.in_channels - c * kPacked);
+      for (int64_t i = 0; i < op.vectors * kLanes; i += kLanes) {
+        Mask packed{};
+        for (int64_t j = 0; j < count; ++j) {
+          packed |= steps_of(load(in + j * op.in_plane + i), scale, zero) << int(j * kBits);
+        }
+        store(out + i, mask ? choose(load_mask(mask + i), as_vec(packed), fill) : as_vec(packed));
+      }
+    }
+  }
+  fill_halo(op, arena + op.out, y0, y1, c0, c1);
+}
+
+void quantize_vector(const Op& op, float* arena) {
+  const float zero = op.rescale->zero;
+  const Vec scale = broadcast(op.scales[0]);
+  auto* out = reinterpret_cast<uint8_t*>(arena + op.out);
+  for (int64_t c = 0; c < op.in_channels; ++c) {
+    out[c] = uint8_t(steps_of(broadcast(arena[op.in + c]), scale, zero)[0]);
+  }
 }
 
 void quant_max_pool(const Op& op, float* arena, int64_t y0, int64_t y1) {
@@ -451,6 +507,7 @@ void linear(const Op& op, const float* arena, float* out, int64_t c0, int64_t c1
     if (op.rescale) to[c] = rescaled(*op.rescale, sum, op.scales[c]);
     else out[c] = float(sum) * op.scales[c];
   }
+  if (!op.rescale) activate(op.activation, out + c0, c1 - c0);
 }
 
 }  // namespace

@@ -79,10 +79,10 @@ bool is_vector(const Op& op) {
 }
 
 // What slices of an operation are counted in. An attention counts the windows of all heads; a norm
-// of a vector is one whole.
+// or a quantization of a vector is one whole.
 int64_t extent(const Op& op) {
   if (op.kind == kAttention) return op.heads * op.num_windows;
-  if (op.kind == kVectorNorm) return 1;
+  if (op.kind == kVectorNorm || op.kind == kQuantizeVector) return 1;
   return is_vector(op) ? op.channels : op.rows;
 }
 
@@ -109,6 +109,9 @@ void run_slice(const Op& op, const Image& image, const Slice& s, float* scratch)
     case kQuantInput: return quant_input(op, image.pixels, image.arena, s.begin, s.end);
     case kQuantMaxPool: return quant_max_pool(op, image.arena, s.begin, s.end);
     case kQuantLookup: return quant_lookup(op, image.arena, s.begin, s.end);
+    case kQuantize:
+      return quantize(op, image.arena, s.begin_part, s.end_part, s.begin, s.end);
+    case kQuantizeVector: return quantize_vector(op, image.arena);
     case kQuantMeanPool: return quant_mean_pool(op, image.arena, out, s.begin, s.end);
     case kQuantLinear: return quant_linear(op, image.arena, out, s.begin, s.end);
     default: return linear(op, image.arena, out, s.begin, s.end);

@@ -41,6 +41,9 @@ enum Kind : int64_t {
   kQuantMeanPool = 18,
   kQuantLinear = 19,
   kQuantLookup = 20,
+  // Of float32, where an operation in int8 reads it.
+  kQuantize = 21,
+  kQuantizeVector = 22,
 };
 
 // In the order of ACTIVATIONS of graph.py.
@@ -85,10 +88,12 @@ struct Op {
   int64_t rows, vectors, channels;  // of the output
   int64_t halo;                     // of the output, vectors on each side
   int64_t stride_y, stride_x;       // input rows per output row, input vectors per output vector
-  int64_t activation;               // an Activation, of convolutions and linear layers
+  int64_t activation;               // an Activation, of convolutions and linear layers whose value
+                                    // is float32
   int64_t tile_rows, tile_vectors;  // of a convolution; dense: 1 row, or 2 by F(2, 3)
   int64_t group;                    // output channels computed together: 1, 2 or 4
-  int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections
+  int64_t num_parts, num_blocks;    // ranges of output channels, blocks of connections; quantize: a
+                                    // part is a plane
   int64_t depth;                    // terms per output: dense convolution, linear, mean; repack: 1
                                     // if whole vectors are copied; attention: channels of a head
   int64_t width, height, in_channels;  // of the input; max-pool: columns from -pad_x to the last read
@@ -128,8 +133,9 @@ struct Op {
                                     // [vectors of num_tokens][lanes] queries, null without; int8:
                                     // integers, then what is added for signed bytes; mean: the zero
                                     // point of the input
-  const float* scales;              // int8: [channels] factor of each sum of products; input: the
-                                    // scale; mean: the scales of the input and of the output
+  const float* scales;              // int8: [channels] factor of each sum of products; input and
+                                    // quantize: the scale; mean: the scales of the input and of the
+                                    // output
   const Rescale* rescale;           // int8: null if the output is float32
 };
 

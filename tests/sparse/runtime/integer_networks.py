@@ -1,6 +1,7 @@
-"""Random networks of the operations that int8 computes, and quantized files."""
+"""Random networks of the operations that int8 computes, or of all operations; quantized files."""
 
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse import runtime
+from sparse.runtime.graph import KERNELS, Node
 from tests.sparse.runtime.conftest import prune_
+from tests.sparse.runtime.random_networks import RandomNetwork
+from tests.sparse.runtime.random_transformers import RandomGraph
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU, nn.ReLU6, nn.Identity)
 
@@ -100,39 +104,71 @@ def draw(seed: int) -> tuple[Integers, Tensor, dict[str, Any]]:
     return model, torch.randn(3, 3, size, size) * 1.5, how
 
 
+def draw_mixed(
+    seed: int, *, is_square: bool = False
+) -> tuple[Sequence[Node], dict[str, Tensor], Tensor]:
+    """Return a random graph of all operations of the runtime, its state, and images for it."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    while True:
+        size = rng.randint(1, 4), rng.choice([5, 8, 13, 24, 32]), rng.choice([7, 16, 33])
+        size = (size[0], *[min(size[1], 24)] * 2) if is_square else size
+        if rng.random() < 0.5:
+            drawn = RandomGraph(rng, size)
+            nodes, state = drawn.nodes, drawn.state
+        else:
+            model = RandomNetwork(rng, *size)
+            nodes, state = runtime.trace(model), model.state_dict()
+        if any(node.op in KERNELS for node in nodes):
+            return nodes, state, torch.randn(3, *size)
+
+
 def write(
     path: Path,
     model: nn.Module,
     *,
     size: int,
     density: float = 0.4,
+    masks: dict[str, Tensor] | None = None,
+    **how: Any,
+) -> runtime.Compact:
+    """Prune, quantize and save a network, with random images; return the content of the file."""
+    masks = prune_(model.eval(), density) if masks is None else masks
+    nodes, state = runtime.trace(model, image_size=size), model.state_dict()
+    return write_graph(path, nodes, state, masks, shape=(3, size, size), **how)
+
+
+def write_graph(
+    path: Path,
+    nodes: Sequence[Node],
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    shape: tuple[int, ...],
     method: str = "mse",
     stretch: float = 1.0,
-    masks: dict[str, Tensor] | None = None,
 ) -> runtime.Compact:
-    """Prune, quantize and save a network, with random images; return the content of the file.
+    """Quantize and save a graph, with random images; return the content of the file.
 
     Scales are multiplied by `stretch`: values saturate, or a ReLU6 ends below 255.
     """
-    masks = prune_(model.eval(), density) if masks is None else masks
-    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
-    nodes, activations = runtime.calibrate(
-        runtime.trace(model, image_size=size), model.state_dict(), images.split(4), method=method
-    )
+    images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(1))
+    nodes, activations = runtime.calibrate(nodes, state, images.split(4), method=method)
     activations = {
         name: (float(np.float32(scale * stretch)), zero_point)
         for name, (scale, zero_point) in activations.items()
     }
     runtime.save(
         path,
-        model.state_dict(),
+        state,
         masks,
         nodes=nodes,
         arch="some",
         model={},
-        image_size=size,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
+        in_channels=shape[0],
+        image_size=shape[1],
+        mean=(0.0,) * shape[0],
+        std=(1.0,) * shape[0],
         dtype="int8",
         fold=True,
         activations=activations,

@@ -93,13 +93,22 @@ def _transformer(rng: random.Random, size: Shape) -> tuple[Sequence[Node], State
 
 
 def _integers(seed: int) -> tuple[Shape, list[Layer], Function]:
-    """Draw a network in int8; return its size of images, its layers and what they compute."""
-    model, images, how = integer_networks.draw(seed)
+    """Draw a network in int8; return its size of images, its layers and what they compute.
+
+    Every other one has float32 between units of int8.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network"
-        network = integer_networks.write(path, model, size=images.shape[-1], **how).integers()
-    size = (3, *images.shape[2:])
-    return size, integer_layers(network, in_channels=3), lambda x: integers.run(network, x.float())
+        if seed % 2:
+            nodes, state, images = integer_networks.draw_mixed(seed)
+            size = images.shape[1:]
+            compact = integer_networks.write_graph(path, nodes, state, {}, shape=size)
+        else:
+            model, images, how = integer_networks.draw(seed)
+            compact = integer_networks.write(path, model, size=images.shape[-1], **how)
+    network, (channels, height, width) = compact.integers(), images.shape[1:]
+    layers = integer_layers(network, in_channels=channels)
+    return (channels, height, width), layers, lambda x: integers.run(network, x.float())
 
 
 def draw(seed: int, level: str) -> Drawn:

@@ -1,11 +1,13 @@
 """Networks in int8: the kernels compute the integers of the reference, in every way they can."""
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sparse import runtime
@@ -17,10 +19,12 @@ from sparse.runtime.layout import Map
 from sparse.runtime.network import Network
 from tests.sparse.runtime import integer_networks
 from tests.sparse.runtime.conftest import LEVELS, prune_
-from tests.sparse.runtime.plans import Api, number_at, replaced, table
+from tests.sparse.runtime.plans import NETWORKS, Api, member, number_at, replaced, table
 from tests.sparse.runtime.random_networks import RandomChoices, another_plan
 
-FEW, MANY = 25, 400
+FEW, FEW_MIXED, MANY = 25, 8, 400
+TOLERANCE = 1e-3
+"""Of networks with float32 between units of int8: bytes may differ by one step, and rarely do."""
 
 
 @pytest.fixture(params=["fast", "plain"])
@@ -66,6 +70,117 @@ def test_many_random_networks_give_the_integers_of_the_reference(
         kernels.fast_int8(i % 2)
         compare(1000 * num_lanes + i, kernels, tmp_path / "network")
     kernels.fast_int8(1)
+
+
+def compare_mixed(seed: int, kernels: bindings.Kernels, path: Path) -> int:
+    """Compare a random network of all operations with the reference; return its float32 units."""
+    rng = random.Random(seed)
+    nodes, state, images = integer_networks.draw_mixed(seed)
+    found = integer_networks.write_graph(path, nodes, state, {}, shape=images.shape[1:]).integers()
+    wanted = integers.run(found, images)
+    for threads in (1, 3):
+        tuner = RandomChoices(rng) if rng.random() < 0.7 else None
+        network = Network(path, threads=threads, kernels=kernels, tuner=tuner)
+        with another_plan(rng, *images.shape[2:], kernels.num_lanes):
+            assert_close(network(images), wanted, seed)
+    return sum(not unit.is_int8 for unit in found.units)
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, what: object) -> None:
+    assert found.shape == wanted.shape, what
+    error = float((found - wanted).abs().max())
+    assert error <= TOLERANCE * max(1e-3, float(wanted.abs().max())), (what, error)
+
+
+def test_random_networks_of_all_operations_are_about_the_reference(
+    int8_kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    counts = [compare_mixed(seed, int8_kernels, tmp_path / "net") for seed in range(FEW_MIXED)]
+    assert sum(counts) > 2 * FEW_MIXED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_lanes", LEVELS)
+def test_many_random_networks_of_all_operations_are_about_the_reference(
+    num_lanes: int, libraries: dict[int, Path], tmp_path: Path
+) -> None:
+    kernels = bindings.Kernels(libraries[num_lanes])
+    for i in range(MANY):
+        kernels.fast_int8(i % 2)
+        compare_mixed(1000 * num_lanes + i, kernels, tmp_path / "network")
+    kernels.fast_int8(1)
+
+
+class FloatEnd(nn.Module):
+    """Int8 layers, and float32 after the last of them only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 9, 1)
+        self.third, self.norm = nn.Conv2d(9, 9, 3, 2, 1), nn.BatchNorm2d(9)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        y = F.hardswish(self.third(x))
+        return self.norm(y + F.gelu(y)).mean((2, 3))
+
+
+@pytest.mark.parametrize("channels", [4, 7, 33])
+def test_bytes_before_the_first_unit_of_float32_are_those_of_the_reference(
+    channels: int, each_kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    torch.manual_seed(channels)
+    compact = integer_networks.write(tmp_path / "network", FloatEnd(channels), size=19)
+    images = 2 * torch.randn(2, 3, 19, 19)
+    wanted = integers.run(compact.integers(), images)
+    for threads in (1, 2):
+        network = Network(tmp_path / "network", threads=threads, kernels=each_kernels, tuner=None)
+        assert torch.allclose(network(images), wanted, rtol=1e-5, atol=1e-6)
+
+
+class PreActivation(nn.Module):
+    """BatchNorm and ReLU before the convolutions, as in Wide ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.short = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 1, 2)
+        self.first = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+        self.convs = nn.Sequential(
+            *(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()),
+            nn.Conv2d(16, 16, 3, padding=1),
+        )
+        self.last, self.fc = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()), nn.Linear(16, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(self.stem(x))
+        return self.fc(self.last(self.convs(x) + self.short(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["vit", "concat", "pre-activation"])
+def test_a_network_with_float32_between_is_a_file_and_a_plan_and_near_float32(
+    name: str, kernels: bindings.Kernels, kernel_cache: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = (PreActivation if name == "pre-activation" else NETWORKS[name])().eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # torchvision's heads are zero
+            nn.init.normal_(parameter, std=0.3)
+    path = tmp_path / "network"
+    compact = integer_networks.write(path, model, size=32)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        floats = model(images)
+    wanted = integers.run(compact.integers(), images)
+    assert 0 < float((wanted - floats).norm() / floats.norm()) < 0.05
+    assert_close(runtime.load(path, cache=kernel_cache)(images), wanted, name)
+    runtime.save_plan(path, tmp_path / "plan", threads=2, tune=False)
+    api = Api(kernels.path)
+    network = api.open(tmp_path / "plan")
+    assert not isinstance(network, str), network
+    assert_close(network.run(images)[..., 0, 0], wanted, name)
+    assert api.call("retune", network.handle) == "SPARSE_OK", api.error()
+    assert_close(network.run(images)[..., 0, 0], wanted, name)
 
 
 class Branches(nn.Module):
@@ -161,3 +276,38 @@ def test_channels_of_a_plane_that_are_apart_are_refused(
     refused = Api(kernels.path).open(replaced(plan, {place: first * 2**32 + second}))
     assert isinstance(refused, str)
     assert refused.endswith("channels of a plane are apart")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "told"),
+    [
+        (bindings.QUANTIZE, "in_channels", 10**6, "the planes have other channels"),
+        (bindings.QUANTIZE, "channels", 1, "the planes have other channels"),
+        (bindings.QUANTIZE, "num_parts", 1, "a part is no plane"),
+        (bindings.QUANTIZE, "in_", 2**20, "a member is out of range|outside the arena"),
+        (bindings.QUANTIZE, "in_plane", 2**20, "outside the arena"),
+        (bindings.QUANTIZE, "rescale", 0, "a table is missing"),
+        (bindings.QUANTIZE_VECTOR, "in_channels", 1, "the planes have other channels"),
+        (bindings.QUANTIZE_VECTOR, "out", -1, "the output is no vector of bytes"),
+        (bindings.QUANTIZE_VECTOR, "scales", 0, "a table is missing"),
+        (bindings.QUANT_CONV, "scales", 0, "a table is missing"),
+        (bindings.QUANT_CONV, "out_row", 64, "the planes or rows of the output overlap"),
+    ],
+)
+def test_a_plan_with_float32_between_that_does_not_fit_is_refused(
+    kind: int, name: str, value: int, told: str, kernels: bindings.Kernels, mixed_plan: bytes
+) -> None:
+    refused = Api(kernels.path).open(replaced(mixed_plan, {member(mixed_plan, kind, name): value}))
+    assert isinstance(refused, str)
+    assert refused.startswith("SPARSE_BAD_PLAN: the plan is damaged: operation ")
+    assert re.search(told, refused), refused
+
+
+@pytest.fixture(scope="module")
+def mixed_plan(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return the plan of a small transformer in int8 and float32."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("plan") / "network"
+    integer_networks.write(path, NETWORKS["vit"]().eval(), size=32)
+    runtime.save_plan(path, path.with_suffix(".plan"), tune=False)
+    return path.with_suffix(".plan").read_bytes()
