@@ -213,8 +213,9 @@ class Network {
     const int64_t threads = pool_.size();
     // Large images are split by rows, one slice per thread: in the next layer a thread mostly reads
     // from its own cache what it wrote. In small images most of the traffic is weights, so channels
-    // are split.
-    const bool by_rows = size >= 2 * threads || op.num_parts == 1;
+    // are split; tiles would else have fewer rows, which read the same weights.
+    const int64_t least = std::max<int64_t>(2, is_conv(op) ? op.tile_rows : 1);
+    const bool by_rows = size >= least * threads || op.num_parts == 1;
     const int64_t parts = by_rows ? 1 : std::min<int64_t>(op.num_parts, threads);
     const int64_t slices = by_rows ? std::min(size, threads) : 1;
     pool_.run(slices * parts, [&](int64_t i, int thread) {
