@@ -52,9 +52,8 @@ class _Conversion(Lowering):
         super().__init__([unit.node for unit in network.units], dict(network.state), in_channels)
         self._network = network
         self._units = {unit.name: unit for unit in network.units}
-        self._bytes: dict[
-            str, str
-        ] = {}  # name of a value -> name of the layer that gives its bytes
+        # name of a value -> name of the layer that gives its bytes
+        self._bytes: dict[str, str] = {}
         if all(unit.is_int8 for unit in network.units if INPUT in unit.node.inputs):
             self._quantize(INPUT, INPUT)
 
