@@ -69,10 +69,6 @@ struct Slice {
   int64_t begin_part, end_part, begin, end;
 };
 
-bool is_conv(const Op& op) {
-  return op.kind == kSparseConv || op.kind == kDenseConv || op.kind == kQuantConv;
-}
-
 bool is_vector(const Op& op) {
   return op.kind == kMeanPool || op.kind == kSparseLinear || op.kind == kDenseLinear ||
          op.kind == kToken || op.kind == kQuantMeanPool || op.kind == kQuantLinear;
@@ -213,8 +209,9 @@ class Network {
     const int64_t threads = pool_.size();
     // Large images are split by rows, one slice per thread: in the next layer a thread mostly reads
     // from its own cache what it wrote. In small images most of the traffic is weights, so channels
-    // are split; tiles would else have fewer rows, which read the same weights.
-    const int64_t least = std::max<int64_t>(2, is_conv(op) ? op.tile_rows : 1);
+    // are split. In int8 that begins where tiles would have fewer rows, which read the same weights.
+    // (In float32 other tiles may add in another order.)
+    const int64_t least = op.kind == kQuantConv ? std::max<int64_t>(2, op.tile_rows) : 2;
     const bool by_rows = size >= least * threads || op.num_parts == 1;
     const int64_t parts = by_rows ? 1 : std::min<int64_t>(op.num_parts, threads);
     const int64_t slices = by_rows ? std::min(size, threads) : 1;

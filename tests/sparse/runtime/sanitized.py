@@ -22,10 +22,11 @@ from sparse.runtime.arrange import Arrangement, banded_grids
 from sparse.runtime.execution_plan import Choice, ExecutionPlan, can_share, dense_choices
 from sparse.runtime.graph import ACTIVATIONS, Node
 from sparse.runtime.int8 import integer_layers
-from sparse.runtime.integers import read_network
+from sparse.runtime.integers import IntegerNetwork, read_parameters
 from sparse.runtime.layout import Grid, Map
 from sparse.runtime.lower import Layer
 from sparse.runtime.tune import Tuner
+from sparse.runtime.units import units
 
 
 def layers_of(generator: np.random.Generator, stride: int, groups: int) -> list[Layer]:
@@ -158,7 +159,9 @@ def integers_of(generator: np.random.Generator, stride: int, groups: int) -> lis
     zero_points = {"input": 128, "f": 120, "g": 130, "l": 100, "m": 90}
     values = ("input", "b", "c", "e", "f", "g", "i", "j", "k", "l", "m", "o")
     activations = {name: (2**-5, zero_points.get(name, 0)) for name in values}
-    network = read_network(nodes, activations, {}, tensors)
+    found = units(nodes)
+    parameters = read_parameters(found, activations, {}, tensors)
+    network = IntegerNetwork(units=found, activations=activations, parameters=parameters, state={})
     return integer_layers(network, in_channels=3)
 
 
