@@ -128,10 +128,10 @@ class Checker {
     return limits_.table_bytes.at(start) / int64_t(sizeof(T));
   }
 
-  // Planes of the output: 4 channels of an int8 convolution share one if they are bytes.
+  // Planes of the output.
   int64_t planes() const {
-    const bool packs = op_.kind == kQuantConv && op_.rescale;
-    return packs ? (op_.channels + kPacked - 1) / kPacked : op_.channels;
+    const int64_t channels = channels_in_plane(op_);
+    return (op_.channels + channels - 1) / channels;
   }
 
   // How integers are turned into others.

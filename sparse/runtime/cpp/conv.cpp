@@ -99,8 +99,8 @@ void sparse_conv(const Op& op, float* arena, int64_t p0, int64_t p1, int64_t y0,
             op.mask ? op.mask + y * op.mask_row + x * kLanes : nullptr, scratch);
       }
     }
-    // A plane of an int8 map has 4 channels. Only the last part may end between them.
-    const int64_t channels = op.kind == kQuantConv && op.rescale ? kPacked : 1;
+    // Only the last part may end between the channels of a plane.
+    const int64_t channels = channels_in_plane(op);
     fill_halo(op, out, y, y_end, op.part_begin[p0] / channels,
               (op.part_begin[p1] + channels - 1) / channels);
   }

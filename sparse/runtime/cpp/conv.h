@@ -74,13 +74,15 @@ struct Float32 {
   static inline SPARSE_INLINE Weight weight(const float* p) { return broadcast(*p); }
   static inline SPARSE_INLINE void add(Sum& sum, const Weight& weight, Vec x) { sum += weight * x; }
   static inline SPARSE_INLINE void join(Sum& sum, Sum other) { sum += other; }
-  static constexpr int kInPlane = 1;  // channels of a plane of the output
+  static constexpr int kTogether = 1;  // channels that are written together
 
-  // Writes the sums of a channel in a tile of VX vectors per row. `out` and `res` are in its plane.
+  // Writes the sums of channel c in a tile of VX vectors per row. `out` and `res` are in plane 0.
   template <int VX, int kSize>
   struct Writer {
-    inline SPARSE_INLINE void write(const Op& op, int64_t, Sum (&sum)[kSize], float* out,
+    inline SPARSE_INLINE void write(const Op& op, int64_t c, Sum (&sum)[kSize], float* out,
                                     const float* res, const int32_t* mask) {
+      out += c * op.out_plane;
+      if (res) res += c * op.res_plane;
       for_each<kSize>([&](auto i) SPARSE_INLINE {
         if (res) sum[i] += load(res + (i / VX) * op.res_row + (i % VX) * kLanes);
         if (op.activation == kRelu) sum[i] = maximum(sum[i], Vec{});
@@ -99,7 +101,7 @@ struct SparseTile {
   using Sum = typename A::Sum;
   static constexpr int kSize = VX * VY;
   static constexpr int kPatterns = (1 << P) - 1;
-  static constexpr int kFetch = kAhead * std::max(P, A::kInPlane);  // channels before their use
+  static constexpr int kFetch = kAhead * std::max(P, A::kTogether);  // channels before their use
   // An FMA takes 4 cycles, and two start in each cycle: 8 independent sums keep the units busy.
   static constexpr int kSums = P > 1 ? 1 : kSize <= 2 ? 4 : kSize <= 6 ? 2 : 1;
   using Sums = Sum[P][kSize];
@@ -216,8 +218,9 @@ struct SparseTile {
           if (is_last && c + kFetch < left) {
             // The processor cannot predict the order of the channels.
             const int64_t next = channel[g * P + c + kFetch];
-            if (next % A::kInPlane == 0) {
-              const int64_t plane = next / A::kInPlane;
+            const int64_t in_plane = A::kTogether == 1 ? 1 : channels_in_plane(op);
+            if (next % in_plane == 0) {
+              const int64_t plane = next / in_plane;
               fetch(res ? res + plane * op.res_plane : out + plane * op.out_plane,
                     res ? op.res_row : op.out_row);
             }
@@ -234,9 +237,7 @@ struct SparseTile {
           if (!is_last) {
             for_each<kSize>([&](auto i) SPARSE_INLINE { store(partial + (c * kSize + i) * kLanes, reinterpret_cast<Vec>(sum[c][i])); });
           } else if (c < left) {
-            const int64_t to = channel[g * P + c], plane = to / A::kInPlane;
-            writer.write(op, to, sum[c], out + plane * op.out_plane,
-                         res ? res + plane * op.res_plane : nullptr, mask);
+            writer.write(op, channel[g * P + c], sum[c], out, res, mask);
           }
         });
         if (A::kActivates && is_last && op.activation > kRelu) {

@@ -210,9 +210,9 @@ struct Quad {
   Rescale r;
   Vec scale[kPacked];
 
-  Quad(const Op& op, int64_t plane) : r(*op.rescale) {
+  Quad(const Op& op, int64_t first) : r(*op.rescale) {
     for (int64_t j = 0; j < kPacked; ++j) {
-      scale[j] = broadcast(op.scales[std::min(plane * kPacked + j, op.channels - 1)]);
+      scale[j] = broadcast(op.scales[std::min(first + j, op.channels - 1)]);
     }
   }
 
@@ -243,14 +243,14 @@ struct Quad {
   }
 };
 
-// Write a tile of 4 channels as float32, one plane each. `out` and `res` are as in write_quad.
-void write_floats(const Op& op, int64_t plane, const Mask* sums, int64_t vectors, int64_t rows,
+// Write a tile of channel `first` and the 3 that follow as float32, one plane each.
+void write_floats(const Op& op, int64_t first, const Mask* sums, int64_t vectors, int64_t rows,
                   float* out, const float* res, const int32_t* mask) {
-  const int64_t first = plane * kPacked, count = std::min(kPacked, op.channels - first);
-  for (int64_t j = 0; j < count; ++j, sums += vectors * rows) {
-    const Vec scale = broadcast(op.scales[first + j]);
-    float* to = out + (first - plane + j) * op.out_plane;
-    const float* other = res ? res + (first - plane + j) * op.res_plane : nullptr;
+  const int64_t end = std::min(first + kPacked, op.channels);
+  for (int64_t c = first; c < end; ++c, sums += vectors * rows) {
+    const Vec scale = broadcast(op.scales[c]);
+    float* to = out + c * op.out_plane;
+    const float* other = res ? res + c * op.res_plane : nullptr;
     for (int64_t y = 0; y < rows; ++y) {
       for (int64_t i = 0; i < vectors; ++i) {
         Vec v = to_float(sums[y * vectors + i]) * scale;
@@ -263,19 +263,23 @@ void write_floats(const Op& op, int64_t plane, const Mask* sums, int64_t vectors
   }
 }
 
-// Write a tile of 4 channels, the lanes outside the image as the zero point. `out` and `res` are in
-// the plane of the channels. One function serves tiles of all sizes, which keeps the code short.
-__attribute__((noinline)) void write_quad(const Op& op, int64_t plane, const Mask* sums,
+// Write a tile of channel `first` and the 3 that follow: as bytes of one plane, with the zero point in
+// lanes outside the image, or as float32. One function serves tiles of all sizes, which keeps the
+// code short.
+__attribute__((noinline)) void write_quad(const Op& op, int64_t first, const Mask* sums,
                                           int64_t vectors, int64_t rows, float* out,
                                           const float* res, const int32_t* mask) {
-  if (!op.rescale) return write_floats(op, plane, sums, vectors, rows, out, res, mask);
-  const Quad quad(op, plane);
+  if (!op.rescale) return write_floats(op, first, sums, vectors, rows, out, res, mask);
+  const Quad quad(op, first);
+  const Vec fill = filler(op.fill);
   const int64_t size = vectors * rows;
+  out += first / kPacked * op.out_plane;
+  if (res) res += first / kPacked * op.res_plane;
   const auto write = [&](auto pack) SPARSE_INLINE {
     for (int64_t y = 0; y < rows; ++y) {
       for (int64_t i = 0; i < vectors * kLanes; i += kLanes) {
         Vec packed = pack(sums++, y * op.res_row + i);
-        if (mask) packed = choose(load_mask(mask + y * op.mask_row + i), packed, filler(op.fill));
+        if (mask) packed = choose(load_mask(mask + y * op.mask_row + i), packed, fill);
         store(out + y * op.out_row + i, packed);
       }
     }
@@ -315,9 +319,9 @@ struct Int8 {
     sum = D::dot(sum, bits(x), weight);
   }
   static inline SPARSE_INLINE void join(Sum& sum, Sum other) { sum = plus(sum, other); }
-  static constexpr int kInPlane = kPacked;
+  static constexpr int kTogether = kPacked;
 
-  // The 4 channels of a plane come one after the other.
+  // Channels come 4 by 4, one after the other.
   template <int VX, int kSize>
   struct Writer {
     Mask sums[kPacked][kSize];
@@ -332,7 +336,7 @@ struct Int8 {
         }
       }
       if (member + 1 == kPacked) {
-        write_quad(op, c / kPacked, sums[0], VX, kSize / VX, out, res, mask);
+        write_quad(op, c - c % kPacked, sums[0], VX, kSize / VX, out, res, mask);
       }
     }
   };

@@ -139,4 +139,9 @@ struct Op {
   const Rescale* rescale;           // int8: null if the output is float32
 };
 
+// Channels of a plane of the output of a convolution.
+inline int64_t channels_in_plane(const Op& op) {
+  return op.kind == kQuantConv && op.rescale ? kPacked : 1;
+}
+
 }  // namespace sparse_runtime
