@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+from torch import Tensor
+
 from . import memory
 from .graph import (
     ACTIVATIONS,
@@ -151,6 +153,11 @@ def _check_kind(node: Node, where: str, flat: set[str]) -> None:
         raise ValueError(f"the runtime has only plain 1x1 convolutions of vectors ({where})")
     if read and node.op not in ("conv", "batch_norm", "linear", "layer_norm", *ACTIVATIONS):
         raise ValueError(f"the runtime has no {node.op} of vectors ({where})")
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Return the shapes of a state dict."""
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def check_shapes(

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..native.library import check_level, cpu_level, default_cache
 from . import bindings
+from .check import shapes_of
 from .exported import export, image_channels
 from .graph import KERNELS
 from .interpreter import LAYOUTS, is_tensor, operation, place
@@ -180,8 +181,7 @@ class _Native(nn.Module):
         self._out_axes = LAYOUTS[part.exit_layout]
         shape = part.entry.meta["val"].shape
         channels = shape[self._axes[1]]
-        shapes = {name: tuple(value.shape) for name, value in state.items()}
-        check_size = size_check(part.nodes, shapes, channels)
+        check_size = size_check(part.nodes, shapes_of(state), channels)
         layers = lower(part.nodes, dict(state), in_channels=channels)
         self._engine = Engine(layers, check_size, in_channels=channels, **options)
         self._out_pixels = [part.exit.meta["val"].shape[axis] for axis in self._out_axes[2:]]

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .aten import OPERATIONS
-from .check import check
+from .check import check, shapes_of
 from .graph import KERNELS, Node
 from .interpreter import BATCH_SIZE, LAYOUTS, Interpreter, is_tensor
 from .network import size_check
@@ -141,10 +141,9 @@ def _runs(part: Part, state: Mapping[str, Tensor], shape: tuple[int, ...]) -> bo
     """Tell whether a part is a graph that obeys all rules of the runtime."""
     _, channels, *pixels = (shape[axis] for axis in LAYOUTS[part.entry_layout])
     height, width = (1, 1, *pixels)[-2:]
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
     try:
         check(part.nodes)
-        size_check(part.nodes, shapes, channels)(height, width)
+        size_check(part.nodes, shapes_of(state), channels)(height, width)
     except ValueError:
         return False
     return True

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from . import exported
-from .check import check, check_shapes, in_channels
+from .check import check, check_shapes, in_channels, shapes_of
 from .graph import INPUT, Node, gelu, needed, pair
 from .interpreter import ExportError, UnknownOperationError
 
@@ -45,7 +45,7 @@ def trace(model: nn.Module, *, image_size: int = 224) -> list[Node]:
         raise
     except ValueError as error:
         raise type(error)(f"{error}{REMEDY}") from error
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = shapes_of(model.state_dict())
     check_shapes(nodes, shapes, in_channels=in_channels(nodes, shapes), folded=False)
     return nodes
 

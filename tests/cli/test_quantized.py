@@ -17,7 +17,7 @@ from image_classification.models import create_model
 from sparse import runtime
 from sparse.runtime import integers
 from sparse.runtime.integers import IntegerNetwork
-from tests.sparse.runtime.integer_networks import draw, draw_mixed, write, write_graph
+from tests.sparse.runtime.integer_networks import draw, draw_mixed, with_heads, write, write_graph
 from tests.sparse.runtime.plans import NETWORKS
 
 
@@ -240,19 +240,21 @@ def compare_mixed(network: IntegerNetwork, images: Tensor, what: object) -> None
     assert error <= 1e-2 * max(1e-3, float(wanted.abs().max())), (what, error)
 
 
+def compare_drawn(seed: int, path: Path) -> None:
+    nodes, state, images = draw_mixed(seed, is_square=True)
+    compact = write_graph(path, nodes, state, {}, shape=images.shape[1:])
+    compare_mixed(compact.integers(), images, seed)
+
+
 def test_onnx_runtime_computes_about_the_same_with_float32_between(tmp_path: Path) -> None:
     for seed in range(8):
-        nodes, state, images = draw_mixed(seed, is_square=True)
-        compact = write_graph(tmp_path / "net", nodes, state, {}, shape=images.shape[1:])
-        compare_mixed(compact.integers(), images, seed)
+        compare_drawn(seed, tmp_path / "net")
 
 
 @pytest.mark.slow
 def test_onnx_runtime_computes_about_the_same_for_many_networks(tmp_path: Path) -> None:
     for seed in range(1000, 1200):
-        nodes, state, images = draw_mixed(seed, is_square=True)
-        compact = write_graph(tmp_path / "net", nodes, state, {}, shape=images.shape[1:])
-        compare_mixed(compact.integers(), images, seed)
+        compare_drawn(seed, tmp_path / "net")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -260,11 +262,7 @@ def test_onnx_runtime_computes_about_the_same_for_networks_of_every_kind(
     tmp_path: Path, name: str
 ) -> None:
     torch.manual_seed(0)
-    model = NETWORKS[name]().eval()
-    for parameter in model.parameters():
-        if not parameter.any():  # torchvision's heads are zero
-            nn.init.normal_(parameter, std=0.3)
-    compact = write(tmp_path / "net", model, size=32)
+    compact = write(tmp_path / "net", with_heads(NETWORKS[name]()), size=32)
     compare_mixed(compact.integers(), torch.randn(3, 3, 32, 32), name)
 
 

@@ -104,6 +104,14 @@ def draw(seed: int) -> tuple[Integers, Tensor, dict[str, Any]]:
     return model, torch.randn(3, 3, size, size) * 1.5, how
 
 
+def with_heads(model: nn.Module) -> nn.Module:
+    """Fill the parameters that are all zero, as torchvision's heads are; return the network."""
+    for parameter in model.eval().parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
 def draw_mixed(
     seed: int, *, is_square: bool = False
 ) -> tuple[Sequence[Node], dict[str, Tensor], Tensor]:

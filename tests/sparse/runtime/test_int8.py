@@ -162,10 +162,8 @@ def test_a_network_with_float32_between_is_a_file_and_a_plan_and_near_float32(
     name: str, kernels: bindings.Kernels, kernel_cache: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model = (PreActivation if name == "pre-activation" else NETWORKS[name])().eval()
-    for parameter in model.parameters():
-        if not parameter.any():  # torchvision's heads are zero
-            nn.init.normal_(parameter, std=0.3)
+    make = PreActivation if name == "pre-activation" else NETWORKS[name]
+    model = integer_networks.with_heads(make())
     path = tmp_path / "network"
     compact = integer_networks.write(path, model, size=32)
     images = torch.randn(4, 3, 32, 32)
