@@ -16,10 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 
 import sparse
 
-VIEWS = (
-    "view slice as_strided detach expand permute select alias t.default unsqueeze squeeze split "
-    "reshape empty transpose unbind"
-).split()
+FREE = frozenset(
+    "view _unsafe_view slice as_strided detach expand permute select alias t transpose unsqueeze "
+    "squeeze split split_with_sizes unbind empty empty_like empty_strided new_empty "
+    "new_empty_strided".split()
+)
+"""Operations that only look at memory, or take memory as it is."""
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -42,11 +44,11 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None
     ) -> Any:
-        name = str(function)
+        namespace, name = str(function).split(".")[:2]
         result = function(*arguments, **(kwargs or {}))
-        if name.startswith("prim.") or any(view in name for view in VIEWS):
+        if namespace == "prim" or name in FREE:
             number = 0
-        elif "_foreach_copy_" in name and any(
+        elif name == "_foreach_copy_" and any(
             one.stride() != other.stride() for one, other in zip(*arguments[:2], strict=True)
         ):
             number = len(arguments[0])

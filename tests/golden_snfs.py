@@ -37,7 +37,7 @@ def check_snfs(data: Arrays, path: Path) -> None:
             allocation=Allocation(num_active=counts),
             redistribution=_redistribution(entry, path.stem),
             growth="random" if uniforms else "momentum",
-            draw=lambda shape, key, device, uniforms=uniforms: uniforms[names[key[2]]],
+            draw=lambda keys, like, uniforms=uniforms: uniforms,
         )
         weights = {name: weights[name] * masks[name] for name in names}
         _check_statistics(data, number, masks, weights, momenta, method)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..topology import rng
 from ..topology.blocks import check_block
 from ..topology.distributions import Distribution
+from ..topology.draws import noisy_magnitudes
 from ..topology.masks import drop_and_grow_layers
 from ..topology.rng import Draw
 from ..topology.schedules import Anneal, DropFraction, Window, num_dropped
 from ..topology.selection import Scores, largest_in_layers
-from ..topology.shards import part_like
 from .allocation import Allocation, allocate_layers, allocation_of
 from .settings import check_types, setting
 
@@ -290,6 +290,10 @@ class Dropping(Allocated):
         """Give the scores whose smallest magnitudes are dropped."""
         return weight
 
+    def all_drop_scores(self, weights: Tensors, grads: Tensors, step: int) -> Tensors:
+        """Give the `drop_scores` of all layers."""
+        return {name: self.drop_scores(name, w, grads, step) for name, w in weights.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DropNoise(Dropping):
@@ -302,14 +306,10 @@ class DropNoise(Dropping):
         if self.drop_noise < 0.0:
             raise ValueError(f"drop_noise must not be negative, got {self.drop_noise}")
 
-    def drop_scores(self, name: str, weight: Tensor, grads: Tensors, step: int) -> Tensor:
-        if self.drop_noise == 0.0:
-            return weight
-        key = self.key(name, step, rng.DROP_NOISE)
-        # Noise never exceeds six deviations: the offset makes scores non-negative, so that ranking
-        # them by magnitude is ranking them by value.
-        noise = rng.normal(weight.shape, key, weight.device).add_(6.0).mul_(self.drop_noise)
-        return part_like(noise, weight).add_(weight.abs())
+    def all_drop_scores(self, weights: Tensors, grads: Tensors, step: int) -> Tensors:
+        scores = super().all_drop_scores(weights, grads, step)
+        keys = {name: self.key(name, step, rng.DROP_NOISE) for name in scores}
+        return noisy_magnitudes(scores, keys, self.drop_noise) if self.drop_noise else scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +330,6 @@ class DropAndGrow(Dropping):
         grow = {name: self.grow_scores(name, mask, grads, step) for name, mask in masks.items()}
         grow_scores = {name: scores for name, scores in grow.items() if scores is not None}
         changed = {name: masks[name] for name in grow_scores}
-        drop = {name: self.drop_scores(name, weights[name], grads, step) for name in changed}
+        drop = self.all_drop_scores({name: weights[name] for name in changed}, grads, step)
         counts = {name: self.num_dropped(name, step) for name in changed}
         return {**masks, **drop_and_grow_layers(changed, drop, grow_scores, counts)}

@@ -30,6 +30,6 @@ class RiglReset(DropNoise):
         return masks
 
     def survivors(self, masks: Tensors, weights: Tensors, step: int) -> Tensors:
-        scores = {name: self.drop_scores(name, weights[name], {}, step) for name in masks}
+        scores = self.all_drop_scores({name: weights[name] for name in masks}, {}, step)
         counts = {name: self.num_dropped(name, step) for name in masks}
         return replace(masks, drop=scores, num_dropped=counts)

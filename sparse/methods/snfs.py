@@ -13,12 +13,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..topology import rng
+from ..topology import draws, rng
 from ..topology.blocks import check_block
+from ..topology.draws import Keys
 from ..topology.flat import batched, by_device, count_nonzero, gather, layout_of, vector
 from ..topology.selection import Scores, replace
 from ..topology.sharded import sums_of_magnitudes
-from ..topology.shards import any_sharded, part_like
+from ..topology.shards import any_sharded
 from .base import DropAndGrow, Tensors
 from .settings import setting
 
@@ -40,8 +41,8 @@ class Snfs(DropAndGrow):
     control: each candidate has equal probability, and counts are met in expectation only.
 
     Attributes:
-        draw: Where random growth takes its numbers, uniform on [0, 1), from: a function of shape,
-            key and device.
+        draw: Where random growth takes its numbers, uniform on [0, 1), from: a function of keys and
+            of tensors of the layers' shapes, both by name.
     """
 
     name: ClassVar[str] = "snfs"
@@ -54,7 +55,7 @@ class Snfs(DropAndGrow):
         "momentum", "what a layer's share of snfs's growth follows; none: counts stay"
     )
     growth: Growth = setting("momentum", "where snfs grows")
-    draw: Callable[[tuple[int, ...], tuple[int, ...], torch.device], Tensor] = rng.uniform
+    draw: Callable[[Keys, Tensors], Tensors] = draws.uniform
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,30 +106,38 @@ class Snfs(DropAndGrow):
         regrown: Tensor,
     ) -> dict[str, Tensor]:
         num_dropped = dict(zip(masks, removed.unbind(), strict=True))
-        num_grown = dict(zip(masks, regrown.unbind(), strict=True))
         if self.growth == "momentum":
+            num_grown = dict(zip(masks, regrown.unbind(), strict=True))
             grow = {n: grads[n] if n in grads else torch.zeros_like(weights[n]) for n in masks}
             return replace(
                 masks, drop=weights, num_dropped=num_dropped, grow=grow, num_grown=num_grown
             )
         kept = replace(masks, drop=weights, num_dropped=num_dropped)
-        for name, mask in kept.items():
-            key = self.key(name, step, rng.GROW_SCORE)
-            uniform = part_like(self.draw(tuple(mask.shape), key, mask.device), mask)
-            kept[name] = bernoulli_growth(mask, num_grown[name], uniform)
-        return kept
+        keys = {name: self.key(name, step, rng.GROW_SCORE) for name in masks}
+        return bernoulli_growth(kept, regrown, self.draw(keys, kept))
 
 
-def bernoulli_growth(kept: Tensor, expected: Tensor, uniform: Tensor) -> Tensor:
-    """Activate each inactive entry with probability expected / number of inactive entries.
+def bernoulli_growth(kept: Tensors, expected: Tensor, uniform: Tensors) -> dict[str, Tensor]:
+    """Activate inactive entries, each with probability expected / inactive entries of its layer.
 
     Args:
-        kept: The mask after dropping.
-        expected: 0-dim tensor, the number of entries to activate.
-        uniform: Numbers uniform on [0, 1), of the shape of `kept`.
+        kept: Layer name -> the mask after dropping.
+        expected: The number of entries to activate in each layer.
+        uniform: Layer name -> numbers uniform on [0, 1), of the shape of the mask.
     """
-    share = expected / count_nonzero({"": ~kept})[0]
-    return kept | (uniform < share)
+    numel = _vector([mask.numel() for mask in kept.values()], expected).long()
+    shares = dict(zip(kept, (expected / (numel - count_nonzero(kept))).unbind(), strict=True))
+    new: dict[str, Tensor] = {}
+    for names in by_device(kept):
+        if batched(kept[names[0]]) and not any_sharded(kept.values()):
+            layout = layout_of(tuple(kept[name].numel() for name in names))
+            share = layout.of_layers(gather([shares[name] for name in names]))
+            grown = layout.flatten([uniform[name] for name in names], torch.float32) < share
+            grown |= layout.flatten([kept[name] for name in names], torch.bool)
+            new |= layout.by_layer(grown, names, kept)
+        else:
+            new |= {name: kept[name] | (uniform[name] < shares[name]) for name in names}
+    return {name: new[name] for name in kept}
 
 
 def layer_shares(masks: Tensors, weights: Tensors, momenta: Tensors, redistribution: str) -> Tensor:

@@ -9,9 +9,11 @@ copied there, and nothing waits.
 """
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +103,11 @@ class Layout:
     def spread(self, numbers: Sequence[int], device: torch.device) -> Tensor:
         """Give every entry the number of its layer: int32."""
         return self.add(torch.zeros(self.numel, dtype=torch.int32, device=device), numbers)
+
+    def of_layers(self, numbers: Tensor) -> Tensor:
+        """Give every entry the number of its layer, of a tensor with an entry per layer."""
+        layers = self.spread(range(len(self.sizes)), numbers.device)
+        return numbers.index_select(0, layers)
 
     def sums(self, flat: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
         """Add up the entries of each layer, integers or bools that are 0 where there is no layer.
@@ -199,35 +206,124 @@ def count_nonzero(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def joined(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Join the entries of tensors of one dtype: a 1-dim tensor per device."""
+    """Join the entries of tensors: a 1-dim tensor per device."""
     groups = defaultdict(list)
     for tensor in tensors:
-        groups[tensor.device].append(tensor.reshape(-1))
-    return [torch.cat(parts) for parts in groups.values()]
+        groups[tensor.device].append(tensor)
+    return list(map(join, groups.values()))
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """Join the entries of tensors of one device, in row-major order and without gaps: 1-dim.
+
+    Of several dtypes the result has the one to which torch promotes them.
+    """
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+    sizes = [tensor.numel() for tensor in tensors]
+    made = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
+    copy(torch.split(made, sizes), tensors)
+    return made
 
 
 def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy tensors of one device, in row-major order, whatever their dtypes.
 
-    Contiguous ones take one operation per dtype. Torch copies others one after the other.
+    Contiguous ones take one operation per dtype. Kernels in another memory format, as
+    channels_last, are joined with those of the same size: they take an operation per size, and a
+    few more. What cannot be joined is copied by itself.
 
     Args:
         targets: Tensors of the shapes of the sources, or 1-dim and contiguous.
         sources: Tensors, or 1-dim contiguous ones for targets of another shape.
     """
-    groups: dict[tuple[torch.dtype, torch.dtype] | None, tuple[list[Tensor], list[Tensor]]] = {}
+    alike: dict[tuple[Any, ...], list[_Pair]] = defaultdict(list)
+    lines = _Copies()
     for target, source in zip(targets, sources, strict=True):
         if target.is_contiguous() and source.is_contiguous():
-            key, pair = (target.dtype, source.dtype), (_line(target), _line(source))
-        elif target.dim() == 1:
-            key, pair = None, (target.view(source.shape), source)
+            lines.add(_line(target), _line(source))
         else:
-            key, pair = None, (target, source.view(target.shape))
-        into, out_of = groups.setdefault(key, ([], []))
-        into.append(pair[0])
-        out_of.append(pair[1])
-    for into, out_of in groups.values():
-        torch._foreach_copy_(into, out_of)
+            shape = source.shape if target.dim() == 1 else target.shape
+            pair = target.view(shape), source.view(shape)
+            alike[tuple((t.dtype, t.shape[1:], t.stride()[1:]) for t in pair)].append(pair)
+    lines.run()
+    stacks = []
+    for pairs in alike.values():
+        if len(pairs) > 1 and batched(pairs[0][0]) and all(map(_is_stack, itertools.chain(*pairs))):
+            stacks.append(pairs)
+        else:
+            for target, source in pairs:
+                target.copy_(source)
+    for some in _rounds(stacks):
+        _copy_stacks(some)
+
+
+_Pair = tuple[Tensor, Tensor]
+
+
+def _rounds(stacks: list[list[_Pair]]) -> list[list[list[_Pair]]]:
+    """Share stacks out, so that all of a share are not larger than the largest one alone."""
+    rounds: list[list[list[_Pair]]] = []
+    sizes = {id(pairs): sum(source.numel() for _, source in pairs) for pairs in stacks}
+    for pairs in sorted(stacks, key=lambda pairs: -sizes[id(pairs)]):
+        largest = sizes[id(rounds[0][0])] if rounds else 0
+        if rounds and sum(sizes[id(other)] for other in [*rounds[-1], pairs]) <= largest:
+            rounds[-1].append(pairs)
+        else:
+            rounds.append([pairs])
+    return rounds
+
+
+def _copy_stacks(stacks: list[list[_Pair]]) -> None:
+    """Copy by way of a tensor for all kernels of a size, and another one in the other format."""
+    joined, joining, parting = [], _Copies(), _Copies()
+    for pairs in stacks:
+        stack, parts = _stack([source for _, source in pairs])
+        joined.append(stack)
+        for part, (_, source) in zip(parts, pairs, strict=True):
+            joining.add(part, memory(source))
+    joining.run()
+    for pairs in reversed(stacks):
+        laid_out, parts = _stack([target for target, _ in pairs])
+        laid_out.copy_(joined.pop())
+        for part, (target, _) in zip(parts, pairs, strict=True):
+            parting.add(memory(target), part)
+    parting.run()
+
+
+class _Copies:
+    """Copies between 1-dim tensors, an operation for all of the same dtypes."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        """Note a copy for `run`."""
+        into, out_of = self._pairs.setdefault((target.dtype, source.dtype), ([], []))
+        into.append(target)
+        out_of.append(source)
+
+    def run(self) -> None:
+        """Copy."""
+        for into, out_of in self._pairs.values():
+            torch._foreach_copy_(into, out_of)
+
+
+def _is_stack(tensor: Tensor) -> bool:
+    """Say whether the parts along the first dimension follow one another, and have no gaps."""
+    size = 1
+    for stride, length in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
+        if length > 1 and stride != size:
+            return False
+        size *= length
+    return tensor.stride(0) == size
+
+
+def _stack(like: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Make a tensor for all the parts of tensors that are stacks, and cut its memory as theirs."""
+    first = like[0]
+    shape = (sum(map(len, like)), *first.shape[1:])
+    stack = torch.empty_strided(shape, first.stride(), dtype=first.dtype, device=first.device)
+    return stack, list(torch.split(memory(stack), [tensor.numel() for tensor in like]))
 
 
 def _line(tensor: Tensor) -> Tensor:

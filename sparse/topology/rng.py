@@ -95,14 +95,23 @@ def is_fake(tensor: Tensor) -> bool:
 
 def uniform(shape: Sequence[int], key: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Draw float32 numbers uniform on [0, 1), multiples of 2^-24."""
-    bits = Draw(tuple(shape), tuple(key)).tensor(device)
-    return (bits >> 7).to(torch.float32).mul_(2.0**-24)
+    return fractions(Draw(tuple(shape), tuple(key)).tensor(device))
 
 
 def normal(shape: Sequence[int], key: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Draw float32 standard normal numbers, less than 5.8 in magnitude (Box-Muller)."""
-    radius = uniform(shape, (*key, 0), device).neg_().add_(1.0).log_().mul_(-2.0).sqrt_()
-    return radius.mul_(uniform(shape, (*key, 1), device).mul_(2.0 * math.pi).cos_())
+    return box_muller(lambda half: uniform(shape, (*key, half), device))
+
+
+def fractions(bits: Tensor) -> Tensor:
+    """Make of the integers of a draw float32 numbers on [0, 1)."""
+    return (bits >> 7).to(torch.float32).mul_(2.0**-24)
+
+
+def box_muller(draw: Callable[[int], Tensor]) -> Tensor:
+    """Make standard normal numbers of two streams of uniform ones, which `draw` gives by number."""
+    radius = draw(0).neg_().add_(1.0).log_().mul_(-2.0).sqrt_()
+    return radius.mul_(draw(1).mul_(2.0 * math.pi).cos_())
 
 
 def words(key: tuple[int, ...]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import radix
-from .flat import apart, batched, layout_of
+from .flat import apart, batched, join, layout_of
 from .radix import indices
 from .rng import Draw
 from .selection import order_keys
@@ -136,7 +136,7 @@ def _together(masks: Tensors) -> bool:
 
 
 def _join(tensors: Tensors, names: Tensors | None = None) -> Tensor:
-    return torch.cat([tensors[name].reshape(-1) for name in names or tensors])
+    return join([tensors[name] for name in names or tensors])
 
 
 def _rows(masks: Tensors) -> tuple[Tensor, int, Tensor]:

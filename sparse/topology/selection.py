@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import radix, sharded
-from .flat import Layout, apart, batched, layout_of, vector
+from .flat import Layout, apart, batched, join, layout_of, vector
 from .rng import CHUNK, Draw
 from .shards import Ranks, any_sharded, local, part_like, spread_as
 
@@ -102,8 +102,8 @@ def largest_together(
         count, ranks = _vector([k], flat.device), Ranks.of(among)
         chosen = sharded.select(given, count, flat, layout, ranks, want_largest=True, together=True)
         return _by_layer(chosen, layout, names, among)
-    flat = torch.cat([scores[name].reshape(-1).float() for name in among])
-    marks = torch.cat([mask.reshape(-1) for mask in among.values()])
+    flat = join([scores[name] for name in among]).float()
+    marks = join(list(among.values()))
     return apart(largest(flat, k, marks), among)
 
 

@@ -1,5 +1,6 @@
 """Write a change of connections into layers: their gates, weights and optimizer state."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
@@ -10,10 +11,10 @@ from torch.optim import Optimizer
 
 from ..methods.base import GrowInit, Method
 from ..methods.layers import named_parameters
-from ..topology import rng
-from ..topology.flat import count_nonzero
+from ..topology.draws import Keys, normal
+from ..topology.flat import batched, by_device, copy, count_nonzero, gather, layout_of
 from ..topology.sharded import sums_of_magnitudes
-from ..topology.shards import is_sharded, local, part_like
+from ..topology.shards import any_sharded, local, locals_of
 from .gates import Gate, update_gates, zero_inactive
 from .invariant import held
 from .optimizers import (
@@ -23,6 +24,8 @@ from .optimizers import (
     momentum_buffer,
     state_of,
 )
+
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,23 +63,34 @@ class NewConnections:
     def write(
         self,
         optimizer: Optimizer,
-        weight: nn.Parameter,
-        fresh: Tensor,
-        gradient: Tensor | None,
-        key: tuple[int, ...],
+        weights: Mapping[str, nn.Parameter],
+        fresh: Tensors,
+        gradients: Tensors,
+        keys: Keys,
     ) -> None:
         """Give weight and momentum of the connections marked by `fresh` their first values.
 
         New connections are 0 already, so "zeros" and a momentum scale of 0 need no work.
+
+        Args:
+            optimizer: The optimizer.
+            weights: The weights that may have new connections, by name.
+            fresh: Name -> the marks of new connections, of what lies here.
+            gradients: Name -> gradient, of the weights that have one.
+            keys: Name -> random key.
         """
+        seen = {name: gradients[name] for name in weights if name in gradients}
         if self.init == "random":
-            values = rng.normal(weight.shape, key, weight.device) * _deviation(weight)
-            _put(weight, fresh, part_like(values, weight))
-        elif self.init == "gradient" and gradient is not None:
-            _put(weight, fresh, gradient * -learning_rate(optimizer, weight))
-        if self.momentum_scale and gradient is not None and holds_state(optimizer, weight):
-            buffer = momentum_buffer(optimizer, weight)
-            _put(buffer, fresh, gradient * self.momentum_scale)
+            _put(weights, fresh, _scaled(normal(keys, weights), _deviations(weights)))
+        elif self.init == "gradient":
+            rates = {id(rate): rate for n in seen if (rate := learning_rate(optimizer, weights[n]))}
+            for rate in rates.values():  # of every parameter group
+                names = [n for n in seen if learning_rate(optimizer, weights[n]) is rate]
+                _put(weights, fresh, _times({name: seen[name] for name in names}, -rate))
+        if self.momentum_scale:
+            held = {n: g for n, g in seen.items() if holds_state(optimizer, weights[n])}
+            buffers = {name: momentum_buffer(optimizer, weights[name]) for name in held}
+            _put(buffers, fresh, _times(held, self.momentum_scale))
 
 
 def disconnect(
@@ -115,15 +129,62 @@ def mask_module(module: nn.Module, gates: Mapping[str, Gate]) -> None:
     zero_inactive(pairs)
 
 
-def _deviation(weight: Tensor) -> Tensor:
-    """Compute the standard deviation of the active weights: 0-dim, the same on all ranks."""
-    if is_sharded(weight):
-        squares, count = sums_of_magnitudes({"": weight.square()}), count_nonzero({"": weight})
-        return (squares / count.clamp(min=1)).sqrt()[0]
-    return (weight.square().sum() / (weight != 0).sum().clamp(min=1)).sqrt()
+def _deviations(weights: Tensors) -> dict[str, Tensor]:
+    """Compute the standard deviation of the active weights of layers: 0-dim, alike on all ranks."""
+    found: dict[str, Tensor] = {}
+    for names in by_device(weights):
+        layers = {name: weights[name] for name in names}
+        if any_sharded(layers.values()):
+            squares = sums_of_magnitudes({name: w.square() for name, w in layers.items()})
+        else:
+            norms = torch._foreach_norm(list(layers.values()), 2, dtype=torch.float64)
+            squares = gather(norms).square()
+        means = squares / count_nonzero(layers).clamp(min=1)
+        found |= zip(names, means.sqrt().float().unbind(), strict=True)
+    return found
 
 
-def _put(target: Tensor, where: Tensor, values: Tensor) -> None:
-    """Write values where a mask of the part that lies here is True."""
-    target = local(target)
-    target.copy_(torch.where(where, local(values).to(target.dtype), target))
+def _times(tensors: Tensors, factor: float | Tensor) -> dict[str, Tensor]:
+    """Multiply what lies here of tensors by a number."""
+    products = torch._foreach_mul(list(locals_of(tensors).values()), factor) if tensors else []
+    return dict(zip(tensors, products, strict=True))
+
+
+def _scaled(values: Tensors, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Multiply what lies here of every layer by its number."""
+    products: dict[str, Tensor] = {}
+    values = locals_of(values)
+    for names in by_device(values):
+        if batched(values[names[0]]):
+            layout = layout_of(tuple(values[name].numel() for name in names))
+            flat = layout.flatten([values[name] for name in names], torch.float32)
+            flat *= layout.of_layers(gather([factors[name] for name in names]))
+            products |= layout.by_layer(flat, names, values)
+        else:
+            products |= {name: values[name] * factors[name] for name in names}
+    return products
+
+
+def _put(targets: Tensors, where: Tensors, values: Tensors) -> None:
+    """Write values where masks of the part that lies here are True.
+
+    Args:
+        targets: Name -> tensor, for all values and perhaps more.
+        where: Name -> mask, likewise.
+        values: Name -> what lies here of the values.
+    """
+    groups = defaultdict(list)
+    for name in values:
+        target = local(targets[name])
+        groups[target.device, target.dtype].append((name, target))
+    for (_, dtype), group in groups.items():
+        if batched(group[0][1]):
+            layout = layout_of(tuple(target.numel() for _, target in group))
+            new = layout.flatten([values[name] for name, _ in group], dtype)
+            old = layout.flatten([target for _, target in group], dtype)
+            marks = layout.flatten([where[name] for name, _ in group], torch.bool)
+            torch.where(marks, new, old, out=new)
+            copy([target for _, target in group], layout.entries(new))
+        else:
+            for name, target in group:
+                target.copy_(torch.where(where[name], values[name].to(dtype), target))

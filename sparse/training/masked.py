@@ -268,10 +268,10 @@ class MaskedModel:
         self, connections: NewConnections, fresh: Tensors, gradients: Tensors, step: int
     ) -> None:
         """Give new connections, marked by `fresh`, their first weight and state."""
-        for index, name in enumerate(self._weights):
-            if name in fresh:
-                weight, key = self._maskable[name], (connections.seed, step, index, rng.GROW_WEIGHT)
-                connections.write(self._optimizer, weight, fresh[name], gradients.get(name), key)
+        indices = {name: index for index, name in enumerate(self._weights) if name in fresh}
+        keys = {n: (connections.seed, step, i, rng.GROW_WEIGHT) for n, i in indices.items()}
+        weights = {name: self._maskable[name] for name in keys}
+        connections.write(self._optimizer, weights, fresh, gradients, keys)
 
     def _zero_gradients(self) -> None:
         gradients = ((self._weights[name].grad, gate) for name, gate in self._gates.items())

@@ -104,8 +104,8 @@ def test_random_masks_cover_all_places_equally() -> None:
 def test_bernoulli_growth_takes_numbers_below_the_share_of_candidates() -> None:
     kept = mask_of(0, 1, 2, 3)
     numbers = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.1, 0.3, 0.24, 0.9])
-    new = bernoulli_growth(kept, torch.tensor(1), numbers)  # one of four: below 0.25
-    assert torch.equal(new, mask_of(0, 1, 2, 3, 4, 6))
+    (new,) = bernoulli_growth({"": kept}, torch.tensor([1]), {"": numbers}).values()
+    assert torch.equal(new, mask_of(0, 1, 2, 3, 4, 6))  # one of four: below 0.25
 
 
 @given(st.lists(st.booleans(), max_size=70))
