@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import statistics
 import subprocess
@@ -50,8 +51,8 @@ class Size:
     image_size: int = 224
     batch_size: int = 256
     rounds: int = 12
-    batches: int = 40
-    """Batches per epoch of main.py."""
+    batches: int = 60
+    """Batches per epoch of main.py and of loaders."""
     workers: int = 16
 
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark; return the exit status: 0, or 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no main.py on photos")
+    parser.add_argument("--compile", action="store_true", help="main.py with --compile, too")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--markdown", action="store_true", help="print the table of the documents")
     arguments = parser.parse_args(argv)
@@ -66,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
         print("gpu.py: error: torch finds no GPU on this machine", file=sys.stderr)
         return 2
     size = Size(rounds=4, batches=16) if arguments.quick else Size()
-    report = measure(torch.device("cuda"), size, photos=not arguments.quick)
+    photos, compiled = not arguments.quick, arguments.compile
+    report = measure(torch.device("cuda"), size, photos=photos, compiled=compiled)
     if arguments.markdown:
         print(markdown(report))
     if arguments.json:
@@ -74,7 +77,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def measure(device: torch.device, size: Size, *, photos: bool) -> dict[str, Any]:
+def measure(
+    device: torch.device, size: Size, *, photos: bool, compiled: bool = False
+) -> dict[str, Any]:
     """Measure everything; prints a line per figure as it comes."""
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     torch.backends.cudnn.conv.fp32_precision = "tf32"
@@ -86,7 +91,7 @@ def measure(device: torch.device, size: Size, *, photos: bool) -> dict[str, Any]
         "updates": lambda: {name: update_times(device, size, name) for name in METHODS},
         "host_syncs": lambda: {name: host_syncs(device, size, name) for name in PRECISIONS},
         "operations": lambda: {name: count(name, size.arch) for name in METHODS},
-        "images_per_second": lambda: throughput(device, size, photos=photos),
+        "images_per_second": lambda: throughput(device, size, photos=photos, compiled=compiled),
     }
     for name, section in sections.items():
         report[name] = section()
@@ -268,14 +273,20 @@ def peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def throughput(device: torch.device, size: Size, *, photos: bool) -> dict[str, float]:
-    """Let main.py train in its fast settings; return the images per second of its last epoch."""
+def throughput(
+    device: torch.device, size: Size, *, photos: bool, compiled: bool
+) -> dict[str, float]:
+    """Let main.py train in its fast settings; return the images per second of its last epoch.
+
+    With photos, those of every loader alone come before, and those of DALI's two ways to decode.
+    """
     found = {}
+    rigl = "--sparse-method rigl --sparsity 0.9 --delta-t 10".split()
+    runs = {"synthetic_dense": [], "synthetic_rigl": rigl}
+    if compiled:
+        runs["synthetic_rigl_compiled"] = [*rigl, "--compile"]
     with tempfile.TemporaryDirectory() as directory:
-        for name, flags in (
-            ("synthetic_dense", ()),
-            ("synthetic_rigl", "--sparse-method rigl --sparsity 0.9 --delta-t 10".split()),
-        ):
+        for name, flags in runs.items():
             source = ["--data-backend", "synthetic", "--synthetic-batches", str(size.batches)]
             found[name] = run_main(device, size, Path(directory) / name, *source, *flags)
         if photos:
@@ -285,13 +296,16 @@ def throughput(device: torch.device, size: Size, *, photos: bool) -> dict[str, f
             backends += ["dali-gpu"] if has_dali() and device.type == "cuda" else []
             for backend in backends:
                 found[f"{backend} alone"] = loader_speed(device, size, folder, backend)
+            for whole in (False, True) if has_dali() else ():
+                name = f"DALI decodes {'whole images' if whole else 'crops'}"
+                found[name] = decoder_speed(device, size, folder, whole=whole)
             source = [str(folder), "--data-backend", backends[-1], "--workers", str(size.workers)]
             found[backends[-1]] = run_main(device, size, Path(directory) / "run", *source)
     return rounded(found, 0)
 
 
 def loader_speed(device: torch.device, size: Size, folder: Path, backend: str) -> float:
-    """Measure the training images per second of a loader alone, in its second epoch."""
+    """Measure the training images per second of a loader alone, when it has run for a while."""
     loader = create_train_loader(
         DataConfig(
             path=folder,
@@ -305,8 +319,49 @@ def loader_speed(device: torch.device, size: Size, folder: Path, backend: str) -
         )
     )
     collections.deque(loader.epoch(0), maxlen=0)
-    milliseconds = timed(device, lambda: collections.deque(loader.epoch(1), maxlen=0))
+    batches = loader.epoch(1)
+    skipped = size.batches // 6
+    collections.deque(itertools.islice(batches, skipped), maxlen=0)
+    milliseconds = timed(device, lambda: collections.deque(batches, maxlen=0))
+    loader.close()
+    return 1e3 * (size.batches - skipped) * size.batch_size / milliseconds
+
+
+def decoder_speed(device: torch.device, size: Size, folder: Path, *, whole: bool) -> float:
+    """Measure the images per second of a DALI pipeline that cuts 250 x 250 pixels out of photos.
+
+    Hardware that decodes JPEG, as an H100 has it, takes whole images only.
+    """
+    from nvidia.dali import fn, pipeline_def, types
+
+    place = "mixed" if device.type == "cuda" else "cpu"
+    window = {"start": [60, 60], "shape": [250, 250], "axes": [0, 1]}
+
+    def graph() -> Any:
+        encoded, _ = fn.readers.file(file_root=str(folder / "train"), random_shuffle=True, seed=1)
+        if whole:
+            images = fn.decoders.image(encoded, device=place, output_type=types.RGB)
+            images = fn.slice(images, **window)
+        else:
+            images = fn.decoders.image_slice(encoded, device=place, output_type=types.RGB, **window)
+        return fn.resize(images, size=[size.image_size, size.image_size])
+
+    pipeline = pipeline_def(graph)(
+        batch_size=size.batch_size,
+        num_threads=size.workers,
+        device_id=torch.cuda.current_device() if device.type == "cuda" else None,
+        exec_dynamic=True,
+    )
+    pipeline.build()
+    run_batches(pipeline, size.batches // 6)
+    milliseconds = timed(device, lambda: run_batches(pipeline, size.batches))
     return 1e3 * size.batches * size.batch_size / milliseconds
+
+
+def run_batches(pipeline: Any, count: int) -> None:
+    """Take batches from a DALI pipeline."""
+    for _ in range(count):
+        pipeline.run()
 
 
 def run_main(device: torch.device, size: Size, workspace: Path, *flags: str) -> float:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from image_classification.data import has_dali
 
 ROOT = Path(__file__).parents[1]
 SMALL = gpu.Size(
@@ -55,6 +56,8 @@ def test_every_figure_comes_on_any_device(device: torch.device) -> None:
 def test_loaders_are_measured_on_photos(device: torch.device, tmp_path: Path) -> None:
     gpu.write_photos(tmp_path, SMALL.batches * SMALL.batch_size)
     assert gpu.loader_speed(device, SMALL, tmp_path, "pytorch") > 0
+    if has_dali():
+        assert all(gpu.decoder_speed(device, SMALL, tmp_path, whole=w) > 0 for w in (False, True))
     sizes = [path.stat().st_size for path in tmp_path.rglob("*.jpg")]
     assert len(sizes) == SMALL.batches * SMALL.batch_size
     assert all(50_000 < size < 200_000 for size in sizes)

@@ -81,16 +81,16 @@ class NewConnections:
         """
         seen = {name: gradients[name] for name in weights if name in gradients}
         if self.init == "random":
-            _put(weights, fresh, _scaled(normal(keys, weights), _deviations(weights)))
+            _put(weights, fresh, normal(keys, weights), _deviations(weights))
         elif self.init == "gradient":
-            rates = {id(rate): rate for n in seen if (rate := learning_rate(optimizer, weights[n]))}
-            for rate in rates.values():  # of every parameter group
-                names = [n for n in seen if learning_rate(optimizer, weights[n]) is rate]
-                _put(weights, fresh, _times({name: seen[name] for name in names}, -rate))
+            rates = {name: learning_rate(optimizer, weights[name]) for name in seen}
+            for rate in {id(rate): rate for rate in rates.values()}.values():
+                group = {name: gradient for name, gradient in seen.items() if rates[name] is rate}
+                _put(weights, fresh, group, -rate)
         if self.momentum_scale:
             held = {n: g for n, g in seen.items() if holds_state(optimizer, weights[n])}
             buffers = {name: momentum_buffer(optimizer, weights[name]) for name in held}
-            _put(buffers, fresh, _times(held, self.momentum_scale))
+            _put(buffers, fresh, held, self.momentum_scale)
 
 
 def disconnect(
@@ -144,47 +144,37 @@ def _deviations(weights: Tensors) -> dict[str, Tensor]:
     return found
 
 
-def _times(tensors: Tensors, factor: float | Tensor) -> dict[str, Tensor]:
-    """Multiply what lies here of tensors by a number."""
-    products = torch._foreach_mul(list(locals_of(tensors).values()), factor) if tensors else []
-    return dict(zip(tensors, products, strict=True))
-
-
-def _scaled(values: Tensors, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Multiply what lies here of every layer by its number."""
-    products: dict[str, Tensor] = {}
-    values = locals_of(values)
-    for names in by_device(values):
-        if batched(values[names[0]]):
-            layout = layout_of(tuple(values[name].numel() for name in names))
-            flat = layout.flatten([values[name] for name in names], torch.float32)
-            flat *= layout.of_layers(gather([factors[name] for name in names]))
-            products |= layout.by_layer(flat, names, values)
-        else:
-            products |= {name: values[name] * factors[name] for name in names}
-    return products
-
-
-def _put(targets: Tensors, where: Tensors, values: Tensors) -> None:
-    """Write values where masks of the part that lies here are True.
+def _put(
+    targets: Tensors,
+    where: Tensors,
+    values: Tensors,
+    factor: float | Tensor | Mapping[str, Tensor],
+) -> None:
+    """Write values, times a number, where masks of the part that lies here are True.
 
     Args:
         targets: Name -> tensor, for all values and perhaps more.
-        where: Name -> mask, likewise.
-        values: Name -> what lies here of the values.
+        where: Name -> mask of what lies here, likewise.
+        values: Name -> values.
+        factor: A number, or name -> number.
     """
     groups = defaultdict(list)
-    for name in values:
+    for name, value in locals_of(values).items():
         target = local(targets[name])
-        groups[target.device, target.dtype].append((name, target))
-    for (_, dtype), group in groups.items():
-        if batched(group[0][1]):
-            layout = layout_of(tuple(target.numel() for _, target in group))
-            new = layout.flatten([values[name] for name, _ in group], dtype)
-            old = layout.flatten([target for _, target in group], dtype)
-            marks = layout.flatten([where[name] for name, _ in group], torch.bool)
-            torch.where(marks, new, old, out=new)
-            copy([target for _, target in group], layout.entries(new))
+        groups[target.device, target.dtype, value.dtype].append((name, target, value))
+    for (_, dtype, kind), group in groups.items():
+        if not batched(group[0][1]):
+            for name, target, value in group:
+                product = value * (factor[name] if isinstance(factor, Mapping) else factor)
+                target.copy_(torch.where(where[name], product.to(dtype), target))
+            continue
+        names, into, of = zip(*group, strict=True)
+        layout = layout_of(tuple(target.numel() for target in into))
+        new = layout.flatten(of, kind)
+        if isinstance(factor, Mapping):
+            new *= layout.of_layers(gather([factor[name] for name in names]))
         else:
-            for name, target in group:
-                target.copy_(torch.where(where[name], values[name].to(dtype), target))
+            new *= factor
+        new, marks = new.to(dtype), layout.flatten([where[name] for name in names], torch.bool)
+        torch.where(marks, new, layout.flatten(into, dtype), out=new)
+        copy(into, layout.entries(new))

@@ -1,6 +1,8 @@
 """Gradients of active weights alone go over the wire, and nothing else changes, to the bit."""
 
 import contextlib
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ class Training:
         *,
         method: str,
         compress: bool,
+        device: str = "cpu",
         dtype: torch.dtype | None = None,
         accumulation: int = 1,
         layout: str = "",
@@ -52,7 +55,8 @@ class Training:
         **options: Any,
     ) -> None:
         self.rank, self.accumulation, self.overflows = rank, accumulation, overflows
-        model = convnet()
+        self.device = torch.device(device)
+        model = convnet().to(device)
         if layout == "before":
             model.to(memory_format=torch.channels_last)
         self.optimizer = sgd(model, fused=bool(overflows))
@@ -62,7 +66,9 @@ class Training:
         self.ddp = DistributedDataParallel(
             model, bucket_cap_mb=0.002, gradient_as_bucket_view=gradient_as_bucket_view
         )
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=bool(overflows))
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=256.0, enabled=bool(overflows)
+        )
         self.compression: GradientCompression | None = None
         if compress:
             self.compression = sparse.compress_gradients(self.ddp, self.sparsifier, dtype=dtype)
@@ -72,7 +78,8 @@ class Training:
         for part in range(self.accumulation):
             last = part == self.accumulation - 1
             with contextlib.nullcontext() if last else self.ddp.no_sync():
-                inputs, labels = images(1000 * number + 10 * part + self.rank)
+                batch = images(1000 * number + 10 * part + self.rank)
+                inputs, labels = (tensor.to(self.device) for tensor in batch)
                 if self.rank == 1 and number in self.overflows:
                     inputs = inputs * float("inf")
                 loss = nn.functional.cross_entropy(self.ddp(inputs), labels)
@@ -82,8 +89,8 @@ class Training:
 
     def results(self) -> dict[str, Any]:
         found = {
-            "weights": {n: p.detach() for n, p in self.ddp.module.named_parameters()},
-            "masks": self.sparsifier.masks,
+            "weights": {n: p.detach().cpu() for n, p in self.ddp.module.named_parameters()},
+            "masks": {name: mask.cpu() for name, mask in self.sparsifier.masks.items()},
             "updates": self.sparsifier.num_updates,
             "step": self.sparsifier.step,
         }
@@ -94,12 +101,15 @@ class Training:
         return found
 
 
-def train_both(rank: int, world_size: int) -> dict[str, Any]:
-    """Train every case plainly and compressed."""
+def train_both(
+    rank: int, world_size: int, device: str = "cpu", cases: Sequence[str] = tuple(CASES)
+) -> dict[str, Any]:
+    """Train cases plainly and compressed."""
+    torch.backends.cudnn.deterministic = True
     results: dict[str, Any] = {}
-    for name, case in CASES.items():
+    for name in cases:
         for compress in (False, True):
-            training = Training(rank, compress=compress, **case)
+            training = Training(rank, compress=compress, device=device, **CASES[name])
             for number in range(STEPS):
                 training.step(number)
             results[f"{name} {compress}"] = training.results()
@@ -128,6 +138,15 @@ def test_a_compressed_run_is_the_plain_run(trained: list[dict[str, Any]], case: 
     assert compressed["updates"] == {"static": 0, "snip": 1, "gmp": 10}.get(case, 11)
     skipped = len(CASES[case].get("overflows", ())) + (case == "snip")
     assert compressed["step"] == STEPS - skipped
+
+
+def test_two_processes_share_a_device(device: torch.device, tmp_path: Path) -> None:
+    cases = ("rigl", "nhwc", "overflows")
+    found = run(2, functools.partial(train_both, device=str(device), cases=cases), tmp_path)
+    for case in cases:
+        assert_same(found[0][f"{case} False"], found[0][f"{case} True"], case)
+        assert_same(found[0][f"{case} True"], found[1][f"{case} True"], case)
+        assert found[0][f"{case} True"]["bytes"] < found[0][f"{case} True"]["dense_bytes"]
 
 
 def entries(result: dict[str, Any]) -> tuple[int, int]:
