@@ -29,7 +29,7 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     """
     found: Optimizer | None = None
     inner: Any = optimizer
-    while inner is not None:
+    while inner is not None and inner is not found:
         if "_optimizer_load_state_dict_post_hooks" in getattr(inner, "__dict__", ()):
             found = inner
         wrapped = (getattr(inner, name) for name in _INNER if hasattr(inner, name))

@@ -93,11 +93,7 @@ def state_of(optimizer: Optimizer, weight: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: One of them has 8 bits per entry: codes, of which 0 may mean any value.
     """
-    found = {
-        key: value
-        for key, value in state_holder(optimizer).state.get(weight, {}).items()
-        if isinstance(value, Tensor) and value.shape == weight.shape
-    }
+    found = _state_like(optimizer, weight)
     for key, value in found.items():
         if value.element_size() == 1:
             raise ValueError(
@@ -105,6 +101,14 @@ def state_of(optimizer: Optimizer, weight: Tensor) -> dict[str, Tensor]:
                 "connection can be set to 0; use an optimizer whose state has 16 bits or more"
             )
     return found
+
+
+def _state_like(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    return {
+        key: value
+        for key, value in state_holder(optimizer).state.get(parameter, {}).items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }
 
 
 def moments_of(optimizer: Optimizer, weight: nn.Parameter) -> dict[str, Tensor]:
@@ -121,7 +125,7 @@ def lay_out_state(optimizer: Optimizer) -> None:
     state in the order of memory and would combine entries of different connections.
     """
     for parameter in parameters_of(optimizer):
-        for key, value in state_of(optimizer, parameter).items():
+        for key, value in _state_like(optimizer, parameter).items():
             if value.stride() != parameter.stride() and parameter.layout == torch.strided:
                 laid_out = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
                 state_holder(optimizer).state[parameter][key] = laid_out.copy_(value)
