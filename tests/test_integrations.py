@@ -98,6 +98,14 @@ def test_several_optimizers() -> None:
     page = run("Several optimizers")
     assert [sparsifier.step for sparsifier in page["sparsifiers"]] == [100, 100]
     assert_sparse(page["model"], 0.9)
+    weights = sparse.prunable(page["model"])
+    assert all(not weights[name][~mask].any() for name, mask in page["masks"].items())
+    assert sum(mask.sum() for mask in page["masks"].values()) == sum(
+        num_active
+        for sparsifier in page["sparsifiers"]
+        for name, num_active in sparsifier.num_active.items()
+        if name in sparsifier.maskable
+    )
 
 
 def test_averages_of_weights() -> None:
