@@ -94,10 +94,43 @@ def test_a_plain_loop() -> None:
     assert_identical(page["resumed"]["sparse"].state_dict(), page["run"]["sparse"].state_dict())
 
 
+def test_several_optimizers() -> None:
+    page = run("Several optimizers")
+    assert [sparsifier.step for sparsifier in page["sparsifiers"]] == [100, 100]
+    assert_sparse(page["model"], 0.9)
+    weights = sparse.prunable(page["model"])
+    assert all(not weights[name][~mask].any() for name, mask in page["masks"].items())
+    assert sum(mask.sum() for mask in page["masks"].values()) == sum(
+        num_active
+        for sparsifier in page["sparsifiers"]
+        for name, num_active in sparsifier.num_active.items()
+        if name in sparsifier.maskable
+    )
+
+
+def test_averages_of_weights() -> None:
+    page = run("Averages of weights")
+    assert page["average"].n_averaged == 25
+    assert_sparse(page["average"].module, 0.9)
+    _, norm = page["average"].module[:2]
+    hidden = torch.cat([images for images, _ in page["batches"]])
+    torch.testing.assert_close(norm.running_mean, page["average"].module[0](hidden).mean(0))
+
+
+def test_steps_in_two_parts() -> None:
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsifier = sparse.rigl(model, optimizer, sparsity=0.5, t_end=10, distribution="er")
+    model(torch.randn(3, 8)).square().sum().backward()
+    run("Steps in two parts", sparse=sparse)["mask_gradients"](model, sparsifier)
+    assert torch.equal(model.weight.grad != 0, sparsifier.masks["weight"])
+
+
 def test_all_code_is_run() -> None:
     found = {head: len(code) for head, code in SECTIONS.items() if code}
     assert found == {
-        "Lightning": 1, "Transformers": 1, "Accelerate": 1, "timm": 2, "A plain loop": 1
+        "Lightning": 1, "Transformers": 1, "Accelerate": 1, "timm": 2, "A plain loop": 1,
+        "Several optimizers": 1, "Averages of weights": 1, "Steps in two parts": 1,
     }  # fmt: skip
 
 

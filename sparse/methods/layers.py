@@ -154,18 +154,26 @@ def parameters_only(weights: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def check_owned(modules: Mapping[str, nn.Module], weights: Mapping[str, nn.Parameter]) -> None:
-    """Refuse modules that no longer have the weights they had.
+def check_owned(
+    model: nn.Module, modules: Mapping[str, nn.Module], weights: Mapping[str, nn.Parameter]
+) -> None:
+    """Refuse a model whose modules no longer have the weights they had, or are no longer in it.
 
     Raises:
-        SparsityError: Names the first one.
+        SparsityError: Names the first weight.
     """
+    held = set(map(id, model.parameters()))
     for name, module in modules.items():
         if module._parameters.get(_own(name)) is not weights[name]:
             raise SparsityError(
                 f"{name} was replaced by another tensor since it was made sparse; make optimizer "
                 "and sparsifier when the model is complete (after fully_shard, too, whose "
                 "set_reshard_after_backward must stay on)"
+            )
+        if id(weights[name]) not in held:
+            raise SparsityError(
+                f"{name} is no longer in the model: its module was replaced since it was made "
+                "sparse; call remove(), and make optimizer and sparsifier of the new model"
             )
 
 

@@ -105,6 +105,7 @@ class GradientCompression:
         self.num_rebuilds = self.num_bytes = self.num_dense_bytes = 0
         self._sparsifier, self._group, self._dtype = sparsifier, group, dtype
         self._names = {id(weight): name for name, weight in sparsifier.maskable.items()}
+        self._orders = {name: _order(weight) for name, weight in sparsifier.maskable.items()}
         # Number of a bucket -> what its message depends on, and the message.
         self._messages: dict[int, tuple[list[int], _Message | None]] = {}
 
@@ -136,6 +137,7 @@ class GradientCompression:
     def _message(self, bucket: "GradBucket") -> _Message | None:
         """Give the message for a bucket, None if all of its entries are active."""
         parameters = bucket.parameters()
+        self._check_layout(parameters)
         key = [self._sparsifier.masks_version, *map(id, parameters)]
         found = self._messages.get(bucket.index())
         if found is None or found[0] != key:
@@ -146,6 +148,15 @@ class GradientCompression:
                 message = _Message.make(bucket.buffer(), positions, self._dtype)
             found = self._messages[bucket.index()] = (key, message)
         return found[1]
+
+    def _check_layout(self, parameters: Sequence[Tensor]) -> None:
+        for parameter in parameters:
+            name = self._names.get(id(parameter))
+            if name is not None and _order(parameter) != self._orders[name]:
+                raise ValueError(
+                    f"the memory format of {name} changed, but DistributedDataParallel keeps the "
+                    "order of its gradients; convert the model before you wrap it"
+                )
 
     def _active_positions(self, parameters: Sequence[Tensor]) -> Tensor | None:
         """List the active entries of parameters that lie in memory one after the other."""
@@ -160,3 +171,8 @@ class GradientCompression:
             parts.append(positions + offset)
             offset += parameter.numel()
         return torch.cat(parts) if masked else None
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Say how the entries of a tensor lie in memory; dimensions of size 1 do not matter."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]

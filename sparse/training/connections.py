@@ -18,9 +18,9 @@ from ..topology.shards import any_sharded, local, locals_of
 from .gates import Gate, update_gates, zero_inactive
 from .invariant import held
 from .optimizers import (
+    groups_of,
     has_momentum,
     holds_state,
-    learning_rate,
     momentum_buffer,
     state_of,
 )
@@ -55,6 +55,9 @@ class NewConnections:
         sees_gradient = method.timing != "after" or averages
         if self.init == "gradient" and not sees_gradient:
             raise ValueError(f"grow_init 'gradient': method {method.name!r} sees no gradient")
+        if self.init == "gradient" and any(g.get("lr") is None for g in optimizer.param_groups):
+            kind = type(optimizer).__name__
+            raise ValueError(f"grow_init 'gradient': this {kind} has no learning rate; give it one")
         if self.momentum_scale and not (sees_gradient and has_momentum(optimizer)):
             raise ValueError(
                 "initial_acc_scale needs a method with gradients and SGD with momentum"
@@ -82,15 +85,17 @@ class NewConnections:
         seen = {name: gradients[name] for name in weights if name in gradients}
         if self.init == "random":
             _put(weights, fresh, normal(keys, weights), _deviations(weights))
-        elif self.init == "gradient":
-            rates = {name: learning_rate(optimizer, weights[name]) for name in seen}
-            for rate in {id(rate): rate for rate in rates.values()}.values():
-                group = {name: gradient for name, gradient in seen.items() if rates[name] is rate}
-                _put(weights, fresh, group, -rate)
-        if self.momentum_scale:
-            held = {n: g for n, g in seen.items() if holds_state(optimizer, weights[n])}
-            buffers = {name: momentum_buffer(optimizer, weights[name]) for name in held}
-            _put(buffers, fresh, held, self.momentum_scale)
+        if self.init != "gradient" and not self.momentum_scale:
+            return
+        for group, names in groups_of(optimizer, weights):
+            part = {name: gradient for name, gradient in seen.items() if name in names}
+            sign = -1.0 if group.get("maximize") else 1.0  # such a group steps along the gradient
+            if self.init == "gradient":
+                _put(weights, fresh, part, -sign * group["lr"])
+            if self.momentum_scale:
+                held = {n: g for n, g in part.items() if holds_state(optimizer, weights[n])}
+                buffers = {name: momentum_buffer(optimizer, weights[name]) for name in held}
+                _put(buffers, fresh, held, sign * self.momentum_scale)
 
 
 def disconnect(

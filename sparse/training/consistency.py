@@ -44,6 +44,23 @@ def groups_with_copies(
     return [] if process_group is None or process_group.size() == 1 else [process_group]
 
 
+def check_not_joined(model: nn.Module) -> None:
+    """Refuse updates where processes may take different numbers of steps.
+
+    Raises:
+        ValueError: `DistributedDataParallel.join` is in use, where processes may end early.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            join = module._join_config
+            if join.enable and not join.throw_on_early_termination:
+                raise ValueError(
+                    "DistributedDataParallel.join() lets a process end early, but masks change on "
+                    "all processes together: give all of them as many batches (drop_last=True), "
+                    "or call join(throw_on_early_termination=True)"
+                )
+
+
 def verify_across_ranks(masks: Mapping[str, Tensor], group: "distributed.ProcessGroup") -> None:
     """Compare a digest of every mask across the ranks of a group.
 

@@ -185,10 +185,18 @@ def check_gradients(gradients: Mapping[str, Tensor], method: str) -> None:
     """Refuse gradients of 0 for a method that ranks weights by gradients once and for all.
 
     Raises:
-        SparsityError: All gradients of a layer are 0; names the layer.
+        SparsityError: All gradients of a layer are 0, or some are infinite or NaN; names the layer.
     """
-    if any(is_fake(local(g)) or g.is_meta for g in gradients.values()):
+    if not gradients or any(is_fake(local(g)) or g.is_meta for g in gradients.values()):
         return
+    products = torch._foreach_mul(list(gradients.values()), 0.0)  # NaN where not finite
+    wrong = count_nonzero(dict(zip(gradients, products, strict=True)))
+    for name, count in zip(gradients, wrong.tolist(), strict=True):
+        if count:
+            raise SparsityError(
+                f"method {method!r} ranks {name} by a gradient that is infinite or NaN in {count} "
+                "places: leave out the step of such a batch"
+            )
     for name, count in zip(gradients, count_nonzero(gradients).tolist(), strict=True):
         if not count:
             raise SparsityError(

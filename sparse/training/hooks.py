@@ -20,19 +20,24 @@ _INNER = ("optimizer", "base_optimizer", "_base_optimizer")
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Take off wrappers that have no hooks: accelerate's, Lightning's, timm's Lookahead.
+    """Take off wrappers: accelerate's, Lightning's, Lookahead, SAM.
+
+    The innermost optimizer takes the steps, whatever its wrappers do before and after them.
 
     Raises:
         ValueError: There is no torch optimizer inside.
     """
+    found: Optimizer | None = None
     inner: Any = optimizer
-    while "_optimizer_load_state_dict_post_hooks" not in getattr(inner, "__dict__", ()):
-        inner = next((getattr(inner, name) for name in _INNER if hasattr(inner, name)), None)
-        if inner is None:
-            raise ValueError(
-                f"{type(optimizer).__name__} is no torch.optim.Optimizer with hooks, and wraps none"
-            )
-    found: Optimizer = inner
+    while inner is not None and inner is not found:
+        if "_optimizer_load_state_dict_post_hooks" in getattr(inner, "__dict__", ()):
+            found = inner
+        wrapped = (getattr(inner, name) for name in _INNER if hasattr(inner, name))
+        inner = next(wrapped, None)
+    if found is None:
+        raise ValueError(
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer with hooks, and wraps none"
+        )
     return found
 
 
@@ -101,10 +106,19 @@ class Hooks:
     def _pre_hook(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not self._is_nested():
-            args, kwargs = self._evaluate_closure(args, kwargs)
+        if self._is_nested():
+            return args, kwargs
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
             self._before()
-        return args, kwargs
+            return args, kwargs
+        with torch.enable_grad():  # called now, so that gradients exist
+            result = closure()
+        self._before()
+        evaluated = _Evaluated(result, self._optimizer)
+        if len(args) > 1:
+            return (args[0], evaluated, *args[2:]), kwargs
+        return args, {**kwargs, "closure": evaluated}
 
     def _post_hook(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._is_nested():
@@ -126,34 +140,36 @@ class Hooks:
                 depth += 1
         return depth > 1
 
-    def _evaluate_closure(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Call the closure now, so that gradients exist, and pass its loss on in its place."""
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
-            return args, kwargs
-        with torch.enable_grad():
-            evaluated = _Evaluated(closure(), type(self._optimizer).__name__)
-        if len(args) > 1:
-            return (args[0], evaluated, *args[2:]), kwargs
-        return args, {**kwargs, "closure": evaluated}
-
 
 class _Evaluated:
-    """Stands for a closure that was called already, and returns its result once."""
+    """Stands for a closure that was called already, and returns its result once.
 
-    def __init__(self, result: Any, optimizer: str) -> None:
+    The result is that of a call, if the optimizer changed no weight and no gradient before it.
+    """
+
+    def __init__(self, result: Any, optimizer: Optimizer) -> None:
         self._result, self._optimizer, self._calls = result, optimizer, 0
+        self._versions = _versions(optimizer)
 
     def __call__(self) -> Any:
         self._calls += 1
-        if self._calls > 1:
+        if self._calls > 1 or _versions(self._optimizer) != self._versions:
             raise ValueError(
-                f"{self._optimizer} evaluates its closure more than once in a step, at weights "
-                "between which masks cannot be applied; use SGD or AdamW"
+                f"{type(self._optimizer).__name__} evaluates its closure more than once in a step, "
+                "or at other weights than the step began with, where masks cannot be applied; use "
+                "SGD or AdamW"
             )
         return self._result
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _versions(optimizer: Optimizer) -> list[tuple[int, int, int | None]]:
+    """Give numbers that change when a weight or a gradient is written or replaced."""
+    return [
+        (p._version, id(p.grad), None if p.grad is None else p.grad._version)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
 
 
 class _LoadHook:

@@ -71,7 +71,8 @@ class Invariant:
                     raise SparsityError(
                         f"{name} is not 0 at {count} inactive connections: something wrote there "
                         "after the last step (reset_parameters, a copy by hand, an average swapped "
-                        f"in), or {type(optimizer).__name__} moves weights whose gradient is 0; "
+                        "in, a step of another optimizer), or "
+                        f"{type(optimizer).__name__} moves weights whose gradient is 0; "
                         "Sparsifier.enforce() masks them again"
                     )
         self.forget()

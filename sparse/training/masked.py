@@ -16,8 +16,8 @@ from ..topology.shards import Ranks, local, locals_of, part_like
 from .blocks import check_whole, in_blocks
 from .checkpoints import check_counts, check_masks
 from .connections import NewConnections, disconnect, mask_module
-from .consistency import groups_with_copies, verify_across_ranks
-from .gates import Gate, active_positions, count_active, masks_of, zero_inactive
+from .consistency import check_not_joined, groups_with_copies, verify_across_ranks
+from .gates import Gate, active_positions, count_active, masks_of, update_gates, zero_inactive
 from .invariant import Invariant, held
 from .metrics import count_explored, fresh_marks, record_explored
 from .optimizers import check_optimizer, lay_out_state, moments_of, state_of
@@ -65,6 +65,7 @@ class MaskedModel:
         self._modules = {name: modules[name] for name in self._maskable}
         self._owners = list(owners_of(model, self._maskable))
         check_optimizer(optimizer, self._maskable)
+        lay_out_state(optimizer)
         self._optimizer = optimizer
         self.masks_version = 0
         self._gates: dict[str, Gate] = {}
@@ -161,6 +162,15 @@ class MaskedModel:
         check_whole(method, masks, "the caller")
         return {name: mask.to(self._weights[name].device) for name, mask in masks.items()}
 
+    def _follow_layout(self) -> None:
+        """Lay out gates and optimizer state as the weights are, which may have changed since."""
+        gated = {name: self._maskable[name] for name in self._gates}
+        if not all(gate.serves(gated[name]) for name, gate in self._gates.items()):
+            masks, self._gates = masks_of(self._gates, gated), Gate.together(gated)
+            update_gates(self._gates, masks)
+            self.masks_version += 1
+            lay_out_state(self._optimizer)
+
     @torch.no_grad()
     def _install(self, masks: Tensors) -> None:
         """Take masks over, in place of any others, and zero what they leave inactive.
@@ -239,7 +249,7 @@ class MaskedModel:
         Raises:
             SparsityError: A weight was replaced, or the masks differ between processes.
         """
-        check_owned(self._modules, self._maskable)
+        check_owned(self.model, self._modules, self._maskable)
         for group in self._copies:
             masks = masks_of(self._gates, {name: self._weights[name] for name in self._gates})
             verify_across_ranks(locals_of(masks), group)
@@ -253,6 +263,8 @@ class MaskedModel:
             survivors: The connections that keep weight and state.
             new: The masks after.
         """
+        if self._copies:
+            check_not_joined(self.model)
         self._counts = None
         self.masks_version += any(new[name] is not old[name] for name in old)
         self._gates |= Gate.together(
@@ -274,6 +286,7 @@ class MaskedModel:
         connections.write(self._optimizer, weights, fresh, gradients, keys)
 
     def _zero_gradients(self) -> None:
+        self._follow_layout()
         gradients = ((self._weights[name].grad, gate) for name, gate in self._gates.items())
         zero_inactive((gradient, gate) for gradient, gate in gradients if gradient is not None)
 
@@ -299,7 +312,7 @@ class MaskedModel:
         zero_inactive(pairs)
 
     def _count_inactive(self) -> None:
-        check_owned(self._modules, self._maskable)
+        check_owned(self.model, self._modules, self._maskable)
         self._invariant.count(held(self._optimizer, self._maskable, self._gates, moments_of))
 
     def _check_inactive(self) -> None:

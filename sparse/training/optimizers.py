@@ -5,6 +5,7 @@ per connection and is masked like the weight.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,12 +88,26 @@ def holds_state(optimizer: Optimizer, weight: nn.Parameter) -> bool:
 
 
 def state_of(optimizer: Optimizer, weight: Tensor) -> dict[str, Tensor]:
-    """Give the optimizer's state tensors that have one entry per connection, by their keys."""
-    state = state_holder(optimizer).state.get(weight, {})
+    """Give the optimizer's state tensors that have one entry per connection, by their keys.
+
+    Raises:
+        ValueError: One of them has 8 bits per entry: codes, of which 0 may mean any value.
+    """
+    found = _state_like(optimizer, weight)
+    for key, value in found.items():
+        if value.element_size() == 1:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps its {key} in 8 bits ({value.dtype}), where no "
+                "connection can be set to 0; use an optimizer whose state has 16 bits or more"
+            )
+    return found
+
+
+def _state_like(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     return {
         key: value
-        for key, value in state.items()
-        if isinstance(value, Tensor) and value.shape == weight.shape
+        for key, value in state_holder(optimizer).state.get(parameter, {}).items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
     }
 
 
@@ -110,7 +125,7 @@ def lay_out_state(optimizer: Optimizer) -> None:
     state in the order of memory and would combine entries of different connections.
     """
     for parameter in parameters_of(optimizer):
-        for key, value in state_of(optimizer, parameter).items():
+        for key, value in _state_like(optimizer, parameter).items():
             if value.stride() != parameter.stride() and parameter.layout == torch.strided:
                 laid_out = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
                 state_holder(optimizer).state[parameter][key] = laid_out.copy_(value)
@@ -136,13 +151,15 @@ def only_sets_up_state(optimizer: Optimizer) -> bool:
     return not count_nonzero(gradients).any()
 
 
-def learning_rate(optimizer: Optimizer, weight: nn.Parameter) -> float | Tensor:
-    """Give the learning rate of a weight's parameter group."""
-    for group in optimizer.param_groups:
-        if any(parameter is weight for parameter in group["params"]):
-            rate: float | Tensor = group["lr"]
-            return rate
-    raise AssertionError("the weight was checked to be in the optimizer")
+def groups_of(
+    optimizer: Optimizer, weights: Mapping[str, nn.Parameter]
+) -> list[tuple[dict[str, Any], set[str]]]:
+    """List the parameter groups, each with the names of those weights that are in it."""
+    names = {id(weight): name for name, weight in weights.items()}
+    return [
+        (group, {names[id(p)] for p in group["params"] if id(p) in names})
+        for group in optimizer.param_groups
+    ]
 
 
 def momentum_buffer(optimizer: Optimizer, weight: Tensor) -> Tensor:

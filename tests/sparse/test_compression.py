@@ -216,7 +216,7 @@ def inspect_gradients(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def make_mistakes(rank: int, world_size: int) -> dict[str, str]:
-    """Report what is said about another model, a type without fractions, and different masks."""
+    """Report what is said about another model, type, mask or memory format."""
     messages = {}
     model = convnet()
     sparsifier = make("static", model, sgd(model), seed=rank)
@@ -226,6 +226,13 @@ def make_mistakes(rank: int, world_size: int) -> dict[str, str]:
             sparse.compress_gradients(DistributedDataParallel(wrapped), sparsifier, dtype=dtype)
         except (ValueError, RuntimeError) as error:
             messages[name] = str(error)
+    training = Training(rank, compress=True, method="static")
+    training.step(0)
+    training.ddp.module.to(memory_format=torch.channels_last)
+    try:
+        training.step(1)
+    except ValueError as error:
+        messages["layout"] = str(error)
     return messages
 
 
@@ -255,6 +262,7 @@ def test_rounding_zeros_and_mistakes(world_size: int, tmp_path: Path) -> None:
         assert rank["mistakes"]["other"].startswith("0.weight of the sparsifier is no parameter")
         assert rank["mistakes"]["int8"].startswith("gradients cannot travel as torch.int8")
         assert "the mask of 0.weight on rank 1" in rank["mistakes"]["seeds"]
+        assert rank["mistakes"]["layout"].startswith("the memory format of ")
 
 
 def check_gradients(one: dict[str, Any], other: dict[str, Any]) -> None:

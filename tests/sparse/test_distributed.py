@@ -128,6 +128,31 @@ def start_differently(rank: int, world_size: int) -> str:
     return "nothing noticed"
 
 
+def join_early(rank: int, world_size: int) -> dict[str, Any]:
+    """Give one process fewer batches, and report what the library says, or the steps taken."""
+    found: dict[str, Any] = {}
+    for method in ("static", "rigl", "set"):
+        model = DistributedDataParallel(mlp())
+        optimizer = sgd(model)
+        sparsifier = make(method, model, optimizer)
+        try:
+            with model.join():
+                list(train(model, optimizer, range(6 + 5 * rank), rows))
+        except ValueError as error:
+            found[method] = str(error)
+        else:
+            found[method] = sparsifier.step
+    return found
+
+
+def test_processes_that_end_early_cannot_follow_updates(tmp_path: Path) -> None:
+    """They would wait for each other; masks that never change are no reason to refuse them."""
+    for rank, found in enumerate(run(2, join_early, tmp_path)):
+        assert found["static"] == 6 + 5 * rank
+        for method in ("rigl", "set"):
+            assert found[method].startswith("DistributedDataParallel.join() lets a process end")
+
+
 def test_divergence_is_caught_and_names_layer_and_rank(tmp_path: Path) -> None:
     for message in run(2, plant_divergence, tmp_path):
         assert message.startswith("step 4: the mask of 2.weight on rank 1 differs from rank 0")

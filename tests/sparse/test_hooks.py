@@ -133,6 +133,100 @@ def test_optimizers_that_evaluate_repeatedly_are_refused() -> None:
         with_closure(model, optimizer, 0)
 
 
+class Ascending(SGD):
+    """Evaluates its closure once, after it moved the weights along the gradients it found."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        moves = [(p, 0.1 * p.grad) for p in self.param_groups[0]["params"] if p.grad is not None]
+        for parameter, move in moves:
+            parameter += move
+        self.zero_grad()
+        with torch.enable_grad():
+            loss = closure()
+        for parameter, move in moves:
+            parameter -= move
+        super().step()
+        return loss
+
+
+def test_optimizers_that_evaluate_elsewhere_are_refused() -> None:
+    """The closure was called before the step, whose result would belong to other weights."""
+    model = convnet()
+    optimizer = Ascending(model.parameters(), 0.1)
+    make("static", model, optimizer)
+    backward(model, images(0))
+    with pytest.raises(ValueError, match=r"Ascending evaluates its closure .* at other weights"):
+        optimizer.step(lambda: backward(model, images(0)))
+
+
+class SharpnessAware(Optimizer):
+    """The published programs of SAM: a wrapper whose `step` may never be called."""
+
+    def __init__(self, parameters: Any, base: Callable[..., Optimizer], **options: Any) -> None:
+        super().__init__(parameters, options)
+        self.base_optimizer = base(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for parameter in parameters:
+            self.state[parameter]["old_p"] = parameter.clone()
+            parameter += 0.05 * parameter.grad / norm
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data = self.state[parameter]["old_p"]
+        self.base_optimizer.step()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+@pytest.mark.parametrize("in_two_steps", [True, False])
+@pytest.mark.parametrize("method", ["static", "rigl", "set"])
+def test_steps_in_two_parts_are_those_of_a_masked_network(method: str, in_two_steps: bool) -> None:
+    """With the gradients of the ascent masked; beside it, for a fixed mask, a loop by hand."""
+    model = convnet()
+    optimizer = SharpnessAware(model.parameters(), SGD, lr=0.1, momentum=0.9)
+    sparsifier = make(method, model, optimizer)
+    assert sparsifier.masks["3.weight"].sum() == sparsifier.num_active["3.weight"] < 200
+    plain = copy.deepcopy(model)
+    beside = SharpnessAware(plain.parameters(), SGD, lr=0.1, momentum=0.9)
+    for step in range(10):
+        masks, weights = sparsifier.masks, sparse.prunable(model)
+        backward(model, images(step))
+        for name, mask in masks.items():
+            weights[name].grad *= mask
+        if in_two_steps:
+            optimizer.first_step()
+            backward(model, images(step))
+            optimizer.second_step()
+        else:
+            optimizer.step(lambda step=step: backward(model, images(step)))
+        optimizer.zero_grad()
+        assert_inactive_zero(sparsifier, model, optimizer.base_optimizer)
+        for part in (beside.first_step, beside.second_step):
+            backward(plain, images(step))
+            for name, weight in sparse.prunable(plain).items():
+                weight.grad *= masks[name]
+            part()
+        beside.zero_grad()
+    assert sparsifier.step == 10
+    assert sparsifier.num_updates == (0 if method == "static" else 3)
+    if method == "static":
+        assert_identical(model.state_dict(), plain.state_dict())
+
+
 def deep_copied(parts: Any) -> Any:
     return copy.deepcopy(parts)
 
@@ -314,6 +408,23 @@ def test_snip_refuses_a_layer_without_any_gradient(method: str) -> None:
     with pytest.raises(RuntimeError, match=r"ranks 7\.weight by a gradient that is 0 everywhere"):
         optimizer.step()
     assert (sparsifier.step, sparsifier.num_updates) == (0, 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["snip", "snip_global"])
+def test_snip_refuses_gradients_that_are_not_finite(method: str, value: float) -> None:
+    """They would decide for the whole run; a step that is left out changes nothing."""
+    model = convnet()
+    optimizer = sgd(model)
+    sparsifier = make(method, model, optimizer)
+    backward(model, images(0))
+    model[7].weight.grad[0, :3] = value
+    with pytest.raises(RuntimeError, match=r"7\.weight by a gradient .* NaN in 3 places"):
+        optimizer.step()
+    assert sparsifier.num_updates == 0
+    list(train_plainly(model, optimizer, range(2)))
+    assert_inactive_zero(sparsifier, model, optimizer)
+    assert sparsifier.num_updates == 1
 
 
 def test_something_else_than_an_optimizer_is_refused() -> None:

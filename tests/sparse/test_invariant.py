@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sparse
-from tests.sparse.nets import METHODS, assert_inactive_zero, convnet, make, sgd, train
+from tests.sparse.nets import METHODS, assert_inactive_zero, convnet, images, make, sgd, train
 from tests.sparse.test_checkpoints import assert_identical
 
 
@@ -195,6 +195,107 @@ def test_a_replaced_parameter_is_named() -> None:
     model.load_state_dict(convnet(seed=1).state_dict(), assign=True)
     with pytest.raises(RuntimeError, match=r"0\.weight was replaced by another tensor"):
         sparsifier.metrics()
+
+
+@pytest.mark.parametrize("method", ["static", "rigl", "gmp"])
+def test_a_replaced_module_is_named(method: str) -> None:
+    """A new head would train dense while the old one is reported."""
+    model = convnet()
+    optimizer = sgd(model)
+    sparsifier = make(method, model, optimizer)
+    list(train(model, optimizer, range(3)))
+    model[9] = nn.Linear(20, 4)
+    optimizer.add_param_group({"params": model[9].parameters()})
+    for ask in (sparsifier.metrics, sparsifier.state_dict):
+        with pytest.raises(RuntimeError, match=r"9\.weight is no longer in the model"):
+            ask()
+    if method != "static":
+        with pytest.raises(RuntimeError, match=r"9\.weight is no longer in the model"):
+            list(train(model, optimizer, range(3, 18)))
+
+
+def test_a_wrapped_module_keeps_its_mask() -> None:
+    """As adapters do, which leave the weight in the model under another name."""
+    model = nn.Sequential(convnet(), nn.Identity())
+    optimizer = sgd(model)
+    sparsifier = make("rigl", model, optimizer)
+    list(train(model, optimizer, range(3)))
+    weight, model[0][9] = model[0][9].weight, nn.Sequential(model[0][9], nn.Identity())
+    list(train(model, optimizer, range(3, 14)))
+    assert sparsifier.num_updates == 4
+    assert not weight.detach()[~sparsifier.masks["0.9.weight"]].any()
+
+
+class EightBits(torch.optim.Optimizer):
+    """Keeps its momentum in codes of 8 bits, of which 128 means 0."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            codes = state.setdefault("exp_avg", torch.full_like(parameter, 128, dtype=torch.uint8))
+            momentum = (codes.float() - 128) / 127 * state.setdefault("scale", 1.0) * 0.9
+            momentum += parameter.grad
+            state["scale"] = momentum.abs().max()
+            state["exp_avg"] = (momentum / state["scale"] * 127 + 128).round().to(torch.uint8)
+            parameter -= 0.1 * momentum
+
+
+@pytest.mark.parametrize("method", ["static", "rigl", "set"])
+def test_state_in_codes_is_refused(method: str) -> None:
+    model = convnet()
+    optimizer = EightBits(model.parameters())
+    sparsifier = make(method, model, optimizer)
+
+    def train_and_ask() -> None:
+        for _ in train(model, optimizer, range(9)):
+            sparsifier.metrics()
+
+    with pytest.raises(ValueError, match=r"EightBits keeps its exp_avg in 8 bits \(torch\.uint8\)"):
+        train_and_ask()
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": lambda p, **kw: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3, **kw),
+    "adamw": lambda p, **kw: torch.optim.AdamW(p, 1e-3, **kw),
+    "adagrad": lambda p, **kw: torch.optim.Adagrad(p, 1e-3, **kw),
+}
+
+
+@pytest.mark.parametrize("converted", ["before attaching", "before training", "while training"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["static", "rigl", "set"])
+def test_a_change_of_memory_format_changes_no_result(
+    method: str, name: str, converted: str
+) -> None:
+    """Fused optimizers read weight and state in the order of memory, which the weight changed."""
+    ends = []
+    for fused in (True, False):
+        model = convnet().double()
+        optimizer = OPTIMIZERS[name](model.parameters(), fused=fused, foreach=False)
+
+        def convert(now: str, fused: bool = fused, model: nn.Module = model) -> None:
+            if fused and now == converted:
+                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+        convert("before attaching")
+        sparsifier = make(method, model, optimizer)
+        convert("before training")
+        for step in range(14):
+            if step == 6:
+                convert("while training")
+            optimizer.zero_grad()
+            inputs, labels = images(step)
+            nn.functional.cross_entropy(model(inputs.double()), labels).backward()
+            optimizer.step()
+            assert_inactive_zero(sparsifier, model, optimizer)
+        ends.append((list(model.parameters()), sparsifier.masks))
+    torch.testing.assert_close(ends[0], ends[1])
 
 
 def test_questions_change_nothing() -> None:

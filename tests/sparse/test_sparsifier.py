@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -383,8 +384,31 @@ def test_momentum_of_new_connections_may_start_with_the_gradient() -> None:
         assert torch.equal(momentum, torch.where(fresh, weight.grad * 0.5, 0.0))
 
 
+def test_who_maximizes_does_what_a_minimizer_of_the_negative_does() -> None:
+    ends = []
+    for maximize in (False, True):
+        model = mlp()
+        groups = [
+            {"params": model[0].parameters(), "lr": 0.2, "maximize": maximize},
+            {"params": model[2:].parameters(), "maximize": maximize},
+        ]
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        sparsifier = make("rigl", model, optimizer, grow_init="gradient", initial_acc_scale=0.5)
+        for step in range(9):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(rows(step)[0]), rows(step)[1])
+            (-loss if maximize else loss).backward()
+            optimizer.step()
+        ends.append((model.state_dict(), sparsifier.masks, loss.item()))
+    torch.testing.assert_close(ends[0], ends[1])
+
+
 def test_choices_without_effect_are_refused() -> None:
     model = convnet()
+    without_rate = sgd(model)
+    without_rate.param_groups[0]["lr"] = None  # as that of Adafactor, which computes it itself
+    with pytest.raises(ValueError, match="this SGD has no learning rate"):
+        make("rigl", model, without_rate, grow_init="gradient")
     with pytest.raises(ValueError, match="initial_acc_scale needs"):
         make("rigl", model, torch.optim.AdamW(model.parameters()), initial_acc_scale=0.5)
     with pytest.raises(ValueError, match="method 'set' sees no gradient"):
