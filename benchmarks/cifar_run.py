@@ -1,5 +1,6 @@
 """One training run of benchmarks/convergence.py: its steps, its checkpoints, its result."""
 
+import gc
 import platform
 import time
 from collections.abc import Callable
@@ -129,6 +130,7 @@ class Recorded:
                 self._work()
             self._model.zero_grad(set_to_none=True)
         torch.cuda.current_stream(device).wait_stream(stream)
+        gc.collect()  # earlier runs are cycles with a graph each, not to be freed while recording
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             self._work()

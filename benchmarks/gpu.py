@@ -198,7 +198,8 @@ def counting_syncs(device: torch.device) -> Iterator[list[warnings.WarningMessag
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")
+            torch.cuda.set_sync_debug_mode("warn")  # warns, too, once: that it is a prototype
+        found.clear()
         try:
             yield found
         finally:
@@ -218,7 +219,10 @@ class Trainer:
             model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True
         )
         self._dtype = PRECISIONS[precision]
-        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        # So low that no step overflows: the step that catches up on a skipped one asks the device.
+        self._scaler = torch.amp.GradScaler(
+            device.type, init_scale=128.0, enabled=precision == "fp16"
+        )
 
     def sparsify(self, method: str, **settings: Any) -> sparse.Sparsifier:
         """Attach a method."""

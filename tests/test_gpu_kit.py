@@ -12,6 +12,10 @@ import torch
 from benchmarks import gpu
 from image_classification.data import has_dali
 
+pytestmark = pytest.mark.filterwarnings(  # workers are forked, from Python 3.12 on with a warning
+    "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
+
 ROOT = Path(__file__).parents[1]
 SMALL = gpu.Size(
     arch="shufflenet_v2_x0_5", image_size=32, batch_size=32, rounds=1, batches=2, workers=1

@@ -12,13 +12,19 @@ from torch import distributed
 from tests import forks  # noqa: F401  (it lists what the server of all forks imports)
 
 
-def run(world_size: int, work: Callable[..., Any], folder: Path) -> list[Any]:
-    """Run `work(rank, world_size)` in processes joined by gloo and give their results by rank."""
+def run(
+    world_size: int, work: Callable[..., Any], folder: Path, start_method: str = "forkserver"
+) -> list[Any]:
+    """Run `work(rank, world_size)` in processes joined by gloo and give their results by rank.
+
+    Work on a GPU needs the start method "spawn": CUDA does not survive a fork, and what the server
+    of all forks imports may have asked it something.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = (world_size, port, work, str(folder))
-    mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
+    mp.start_processes(_process, arguments, nprocs=world_size, start_method=start_method)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

@@ -142,7 +142,8 @@ def test_a_compressed_run_is_the_plain_run(trained: list[dict[str, Any]], case: 
 
 def test_two_processes_share_a_device(device: torch.device, tmp_path: Path) -> None:
     cases = ("rigl", "nhwc", "overflows")
-    found = run(2, functools.partial(train_both, device=str(device), cases=cases), tmp_path)
+    work = functools.partial(train_both, device=str(device), cases=cases)
+    found = run(2, work, tmp_path, "spawn" if device.type == "cuda" else "forkserver")
     for case in cases:
         assert_same(found[0][f"{case} False"], found[0][f"{case} True"], case)
         assert_same(found[0][f"{case} True"], found[1][f"{case} True"], case)

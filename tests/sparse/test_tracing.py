@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sparse
 from tests.sparse.nets import METHODS, make
@@ -82,6 +84,43 @@ def test_the_trap_is_armed() -> None:
             tensor.sum().item()
         with pytest.raises(RuntimeError, match=r"two (different )?devices,? meta"):
             tensor + torch.ones(3)
+
+
+class NoTraffic(TorchDispatchMode):
+    """Refuses operations that bring something from the host to a GPU or back."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*arguments, **(kwargs or {}))
+        leaves = tree_leaves((arguments, kwargs, result))
+        devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+        if {"cpu", "cuda"} <= devices:
+            raise AssertionError(f"{function} waits for the GPU")
+        return result
+
+
+# The host waits while a list becomes a tensor of the GPU. A tensor on "meta" takes a list unseen.
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 asks the driver")
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_goes_from_the_host_to_a_gpu(method: str) -> None:
+    with fake_tensors():
+        on_gpu = torch.zeros(2, device="cuda")
+        with NoTraffic(), pytest.raises(AssertionError, match="waits for the GPU"):
+            torch.tensor([1.0, 2.0], device="cuda")  # the trap is armed
+        with NoTraffic():
+            torch.where(on_gpu > 0, 1.0, on_gpu)
+    for number, options in enumerate(OPTIONS.get(method, [{}])):
+        with fake_tensors():
+            model = build("cuda", torch.float32)
+            if number % 2:
+                for parameter in (model[0].weight, model[2].weight):
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+            with NoTraffic():
+                make(method, model, optimizer, **options)
+                take_steps(model, optimizer, 6)
 
 
 @pytest.mark.parametrize("method", METHODS)
