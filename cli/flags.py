@@ -141,8 +141,8 @@ def of_command_line(argv: Sequence[str]) -> type[SparseFlags]:
     parser.add_argument("--config", type=Path)
     try:
         given, _ = parser.parse_known_args(argv)
-        content = yaml.safe_load(given.config.read_text()) if given.config else {}
-    except (argparse.ArgumentError, OSError, yaml.YAMLError):
+        content = yaml.safe_load(given.config.read_bytes()) if given.config else {}
+    except (argparse.ArgumentError, OSError, UnicodeError, yaml.YAMLError):
         return sparse_flags()  # the real parser says what is wrong
     name = given.sparse_method or (isinstance(content, dict) and content.get("sparse_method"))
     own = [find_method(name)] if isinstance(name, str) and ":" in name else []
@@ -356,8 +356,8 @@ def spell(kept: Mapping[str, Any]) -> str:
 def read_map(name: str, path: Path) -> dict[str, float]:
     """Return the numbers that the YAML file of the flag `name` gives to layers, by glob."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(path.read_bytes())
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise ValueError(f"{name} {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(
         isinstance(v, int | float) for v in content.values()

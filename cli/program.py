@@ -23,7 +23,8 @@ class Program(Generic[Flags]):
     flags: type[Flags]
     """The docstring heads `--help`."""
     action: Callable[[Flags], str]
-    """Does what the flags ask for and returns what to print; a ValueError is a user's mistake."""
+    """Does what the flags ask for and returns what to print; ValueError and OSError are mistakes of
+    the user."""
 
     def parse(self, argv: Sequence[str]) -> Flags:
         """Return the flags of a command line.
@@ -51,6 +52,9 @@ class Program(Generic[Flags]):
             text = self.action(self.parse(argv))
         except ValueError as error:
             return fail(self.name, error)
+        except OSError as error:  # a folder that is missing, a disk that is full
+            place = f"{error.filename}: " if error.filename else ""
+            return fail(self.name, f"{place}{error.strerror or error}")
         if text:
             print(text)
         return 0

@@ -13,22 +13,26 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from cli.flags import sparse_flags
+from cli.metrics import FORMATS
 from cli.program import Program
-from image_classification.config import Config
+from image_classification.config import PER_INVOCATION, Config
 from image_classification.flags import argument, flag
+from image_classification.log.records import default_metadata
 
-# Flags that may differ between two runs of one experiment.
-_NOT_THE_EXPERIMENT = {
-    *("seed", "data", "workers", "prefetch", "print_freq", "workspace", "raport_file"),
-    *("tensorboard", "resume", "run_epochs", "save_checkpoints", "checkpoint_filename"),
-    *("gather_checkpoints", "batch_size", "prof", "dry_run", "version", "console"),
+# What a run starts from is said when it starts; a resumed run need not repeat it.
+_START = ("pretrained_from_file", "new_head")
+# Flags that may differ between two runs of one experiment: those of an invocation, those that the
+# images per step follow from, and the earlier port's spellings, which the log has in ours, too.
+_NOT_THE_EXPERIMENT = PER_INVOCATION - {*_START} | {
+    *("data", "batch_size", "optimizer_batch_size", "dense_allocation", "static_topo")
 }
 
 
@@ -42,12 +46,22 @@ class Run:
     """Epoch (from 0) -> its metrics; those of a repeated epoch are the last ones."""
 
     def experiment(self) -> dict[str, Any]:
-        """Return the flags that define the experiment."""
+        """Return the flags that define the experiment, and the images per step."""
         first = next(iter(Config.__dataclass_fields__))
         names = list(self.parameters)
         # what stands before the flags describes the machine, not the experiment
         flags = names[names.index(first) :] if first in names else names
-        return {k: self.parameters[k] for k in flags if k not in _NOT_THE_EXPERIMENT}
+        # a flag that the version of the run did not have yet did nothing, as by default
+        values = vars(Config()) | vars(sparse_flags()()) | {k: self.parameters[k] for k in flags}
+        values |= {"sparse_method": self.method, "images_per_step": self.images_per_step}
+        return {k: v for k, v in values.items() if k not in _NOT_THE_EXPERIMENT}
+
+    @property
+    def images_per_step(self) -> int | None:
+        """Images of an optimizer step over all processes; None in older raports without a flag."""
+        asked_for = self.parameters.get("optimizer_batch_size", -1)
+        found = self.parameters.get("images_per_step", asked_for)
+        return None if found == -1 else int(found)
 
     @property
     def method(self) -> str:
@@ -80,31 +94,39 @@ class Run:
         found = [data[metric] for _, data in sorted(self.epochs.items()) if metric in data]
         return found[-1] if found else None
 
-    def values(self, metric: str) -> list[float]:
+    def by_epoch(self, metric: str) -> dict[int, float]:
         """Return a metric of all epochs that have it, in order.
 
         Raises:
             ValueError: None has; names the file.
         """
-        found = [data[metric] for _, data in sorted(self.epochs.items()) if metric in data]
+        found = {n: data[metric] for n, data in sorted(self.epochs.items()) if metric in data}
         if not found:
             raise ValueError(f"{self.path} has no epoch with {metric}")
         return found
 
+    def values(self, metric: str) -> list[float]:
+        """Return the values of `by_epoch`."""
+        return list(self.by_epoch(metric).values())
+
 
 def read_raport(path: Path) -> Run:
-    """Read a raport file, which may be that of an interrupted or resumed run.
+    """Read a raport file, which may be that of an interrupted, resumed or evaluated run.
 
     Raises:
         ValueError: One line: the file is missing or a line of it is no record.
     """
     parameters: dict[str, Any] = {}
+    evaluates = False  # flags of an evaluation say nothing of the run
     epochs: dict[int, dict[str, float]] = {}
     within: dict[int, dict[str, float]] = {}  # the last values of records within an epoch
     for record in _records(path):
         step = record.get("step")
         if step == "PARAMETER":
-            parameters.update(record["data"])
+            evaluates = record["data"].get("evaluate", evaluates)
+            if not evaluates:
+                start = {name: parameters[name] for name in _START if parameters.get(name)}
+                parameters |= record["data"] | start
         elif isinstance(step, list) and len(step) == 1:
             epochs.setdefault(step[0], {}).update(record["data"])
         elif isinstance(step, list) and len(step) == 2:
@@ -129,21 +151,29 @@ def find_raports(paths: Iterable[Path]) -> list[Path]:
 
 def _records(path: Path) -> Iterable[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
-        try:
-            if not line.startswith("DLLL "):
-                raise ValueError
-            record = json.loads(line.removeprefix("DLLL "))
-        except ValueError:
-            # a line that a crash cut off is the last of its session
-            following = lines[number : number + 1]
-            if not following or '"PARAMETER"' in following[0]:
-                continue
-            raise ValueError(f"{path}: line {number} is no record of a raport") from None
-        yield record
+        record = _record(line)
+        # a line that a crash cut off is the last of its session
+        following = lines[number : number + 1]
+        if record is None and following and '"PARAMETER"' not in following[0]:
+            raise ValueError(f"{path}: line {number} is no record of a raport")
+        if record is not None:
+            yield record
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """Return what a line holds; None: it is no record, or not all of one."""
+    try:
+        record = json.loads(line.removeprefix("DLLL ")) if line.startswith("DLLL ") else None
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    needs_data = "step" in record
+    return record if isinstance(record.get("data", None if needs_data else {}), dict) else None
 
 
 def group(runs: Iterable[Run]) -> list[list[Run]]:
@@ -178,11 +208,12 @@ def table(groups: Sequence[Sequence[Run]], metric: str = "val.top1") -> str:
 
     Args:
         groups: Result of `group`.
-        metric: Metric of an epoch; "best" is its highest value.
+        metric: Metric of an epoch; "best" is its highest value, of a loss the lowest.
 
     Raises:
         ValueError: A run has no epoch with the metric.
     """
+    best, digits = _style(metric)
     head = ["experiment", "runs", "epochs", f"{metric} last", "best", "sparsity", "images/s"]
     lines = ["| " + " | ".join([*head, "commit"]) + " |", "|" + "---|" * (len(head) + 1)]
     for label, runs in zip(labels(groups), groups, strict=True):
@@ -191,8 +222,8 @@ def table(groups: Sequence[Sequence[Run]], metric: str = "val.top1") -> str:
             label,
             str(len(runs)),
             _epochs(runs),
-            _mean([values[-1] for values in series], 2),
-            _mean([max(values) for values in series], 2),
+            _mean([values[-1] for values in series], digits),
+            _mean([best(values) for values in series], digits),
             _mean(_last(runs, "sparse.sparsity"), 4),
             _mean(_last(runs, "train.total_ips"), 0),
             ", ".join(dict.fromkeys(str(r.parameters.get("git_commit", ""))[:10] for r in runs)),
@@ -202,14 +233,19 @@ def table(groups: Sequence[Sequence[Run]], metric: str = "val.top1") -> str:
 
 
 def plot(groups: Sequence[Sequence[Run]], path: Path, metric: str = "val.top1") -> None:
-    """Draw a metric over the epochs: the mean of each group and the range of its runs."""
+    """Draw a metric over the epochs: the mean of each group and the range of its runs.
+
+    An epoch is drawn if all runs of the group have it.
+    """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
     for label, runs in zip(labels(groups), groups, strict=True):
-        series = [run.values(metric) for run in runs]
-        columns = list(zip(*series, strict=False))  # up to the shortest run
-        at = range(1, len(columns) + 1)
-        (line,) = axis.plot(at, [statistics.mean(c) for c in columns], label=label)
+        series = [run.by_epoch(metric) for run in runs]
+        shared = sorted(set.intersection(*map(set, series)))
+        columns = [[values[epoch] for values in series] for epoch in shared]
+        at = [epoch + 1 for epoch in shared]
+        marker = "o" if len(at) == 1 else None  # a line of one point cannot be seen
+        (line,) = axis.plot(at, [statistics.mean(c) for c in columns], marker=marker, label=label)
         lowest, highest = [min(c) for c in columns], [max(c) for c in columns]
         axis.fill_between(at, lowest, highest, color=line.get_color(), alpha=0.2, lw=0)
     axis.set(xlabel="epoch", ylabel=metric)
@@ -228,6 +264,7 @@ def comparison(groups: Sequence[Sequence[Run]], metric: str = "val.top1") -> str
     Raises:
         ValueError: A run has no epoch with the metric.
     """
+    best, digits = _style(metric)
     head = ["method", "sparsity", "runs", "epochs", f"{metric} last", "best", "training FLOPs"]
     head += ["of dense", "inference of dense"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -240,8 +277,8 @@ def comparison(groups: Sequence[Sequence[Run]], metric: str = "val.top1") -> str
             f"{_mean_last(runs, 'sparse.sparsity', 0.0):.4f}",
             str(len(runs)),
             _epochs(runs),
-            _mean([values[-1] for values in series], 2),
-            _mean([max(values) for values in series], 2),
+            _mean([values[-1] for values in series], digits),
+            _mean([best(values) for values in series], digits),
             f"{statistics.mean(flops):.3e}" if flops else "",
             f"{statistics.mean(flops) / statistics.mean(dense):.3f}" if flops else "",
             f"{_mean_last(runs, 'sparse.inference_ratio', 1.0):.3f}" if dense else "",
@@ -320,6 +357,13 @@ def _epochs(runs: Sequence[Run]) -> str:
     done = min(max(run.epochs, default=-1) + 1 for run in runs)
     wanted = runs[0].parameters.get("epochs", done)
     return str(done) if done == wanted else f"{done} of {wanted}"
+
+
+def _style(metric: str) -> tuple[Callable[[Sequence[float]], float], int]:
+    """Return what is best among values of a metric, and the digits that the log writes of it."""
+    _, format = default_metadata(metric, FORMATS) or (None, ":.4f")
+    digits = int(format.removeprefix(":.").removesuffix("f"))
+    return (min if metric.endswith("loss") else max), digits
 
 
 def _mean(values: Sequence[float], digits: int) -> str:

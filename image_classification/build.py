@@ -358,6 +358,13 @@ def _announce(config: Config, start: Start, logger: Logger) -> None:
         logger.message(f"no checkpoint in {config.workspace}: starting at epoch 0")
     elif config.evaluate and not config.pretrained_from_file:
         logger.warning("--evaluate without --resume: the weights are random")
+    elif not config.evaluate and config.save_checkpoints:
+        earlier = checkpoint.newest(Path(config.workspace), config.checkpoint_filename)
+        if earlier is not None:
+            logger.warning(
+                f"{earlier} is of an earlier run: this run replaces such files, and until it has, "
+                "--resume auto goes on with the earlier run"
+            )
     steps = start.steps
     if steps.batch_size != config.batch_size:
         logger.message(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from image_classification import data, flags, models, optim
+from image_classification import checkpoint, data, flags, models, optim
 from image_classification.data import AUGMENTATIONS, BACKENDS, INTERPOLATIONS, check_backend
 from image_classification.flags import argument, flag, ineffective, spelling
 from image_classification.optimizers import (
@@ -264,6 +264,8 @@ def check(config: Config) -> None:
         raise ValueError("--fsdp shards contiguous weights only: leave --memory-format nhwc out")
     if config.fsdp and not OPTIMIZERS[config.optimizer].shards:
         raise ValueError(f"--optimizer {config.optimizer} takes no sharded weights: drop --fsdp")
+    if not config.evaluate:
+        checkpoint.check_names(config.checkpoint_filename, {"--raport-file": config.raport_file})
     check_backend(config.data_backend, config.interpolation, config.augmentation)
     if config.log_to is not None and not config.dry_run:
         require(config.log_to)

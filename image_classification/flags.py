@@ -96,6 +96,8 @@ def parse(
             _add(place, field, hints[field.name])
     try:
         values = vars(parser.parse_args(list(argv)))
+    except UnicodeDecodeError as error:  # of the only file that is read here
+        raise ValueError(f"--config: the file is no text in UTF-8: {error}") from error
     except Exception as error:  # jsonargparse raises many kinds; each is a user's mistake here
         raise ValueError(_one_line(str(error), parser)) from error
     return [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)}) for kind in sections]

@@ -254,6 +254,13 @@ def test_plan_counts_the_images_of_the_data(pictures: Path) -> None:
     ("argv", "message"),
     [
         ("DATA --sparsity 0.9", "--sparsity has no effect without another --sparse-method"),
+        ("DATA --checkpoint-filename new/x.pth", "'new/x.pth' must be a plain file name"),
+        (f"DATA --checkpoint-filename {'x' * 241}", "of at most 240 bytes"),
+        ("DATA --checkpoint-filename model_best.pth.tar", "the name of the best checkpoint"),
+        ("DATA --checkpoint-filename checkpoint_0001.pth.tar", "the name of the best checkpoint"),
+        ("DATA --raport-file ./checkpoint.pth.tar", "'./checkpoint.pth.tar' is no name of its own"),
+        ("DATA --raport-file checkpoint.previous.pth.tar", "--raport-file 'checkpoint.previous"),
+        ("DATA --raport-file .", "--raport-file '.' is no name of its own"),
         ("DATA --sparse-method rigl", "needs --sparsity"),
         ("DATA --T-end-epochs 80", "--T-end-epochs is not a flag any more: use --t-end-fraction"),
         ("DATA --sparse-method rigl --sparsity 0.9 --prune-end 9", "--prune-end has no effect"),

@@ -396,3 +396,13 @@ def test_another_memory_format_gives_the_same_network(tmp_path: Path) -> None:
         for entry in ("state_dict", "ema"):
             for name, value in one[entry].items():
                 assert torch.allclose(value, other[entry][name], atol=1e-4), name
+
+
+def test_a_run_that_begins_beside_the_checkpoints_of_another_says_so(tmp_path: Path) -> None:
+    """Killed before its first checkpoint, it would be resumed from those."""
+    first_epoch(tmp_path)
+    said = train(tmp_path)
+    assert f"WARNING: {tmp_path / 'checkpoint.pth.tar'} is of an earlier run" in said
+    for argv in (["--resume", "auto"], ["--no-checkpoints"]):
+        assert "earlier run" not in train(tmp_path, *argv, epochs="3")
+    assert "earlier run" not in train(tmp_path / "new")

@@ -175,6 +175,7 @@ def test_mistakes_are_one_line(
 
 def wandb_curves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Curves]:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "600")  # 30 s for its own process to begin at first
 
     def read() -> Curves:
         from wandb.proto.wandb_internal_pb2 import Record

@@ -28,6 +28,7 @@ BEST = "model_best.pth.tar"
 _DIGEST_MARK = b"sha256:"
 _TRAILER_SIZE = 2 + len(_DIGEST_MARK) + 64  # length of the comment, the comment
 _EPOCH_FILE = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
+_LONGEST_NAME = 240  # bytes; file systems take 255, and a name may get ".previous" or ".tmp"
 _REQUIRED_KEYS = ("format", "epoch", "state_dict")
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -177,6 +178,40 @@ def find(directory: Path, filename: str = "checkpoint.pth.tar") -> Found:
     if problems:
         raise ValueError(f"no intact checkpoint in {directory}: {problems[0]}")
     return Found(None)
+
+
+def check_names(filename: str, others: Mapping[str, str]) -> None:
+    """Check the name that newest checkpoints are to have.
+
+    Args:
+        filename: As for `save`.
+        others: Flag -> path, from the directory, of another file that a run writes.
+
+    Raises:
+        ValueError: One line: it is no plain name, or stands for another file of a run.
+    """
+    if Path(filename).name != filename or not 0 < len(os.fsencode(filename)) <= _LONGEST_NAME:
+        raise ValueError(
+            f"--checkpoint-filename {filename!r} must be a plain file name of at most "
+            f"{_LONGEST_NAME} bytes; --workspace names the directory"
+        )
+    if filename == BEST or _EPOCH_FILE.fullmatch(filename):
+        raise ValueError(
+            f"--checkpoint-filename {filename} is the name of the best checkpoint or of that of an "
+            "epoch: choose another"
+        )
+    taken = filename, _previous(Path(filename)).name, BEST
+    for flag, path in others.items():
+        if os.path.normpath(path) in (".", *taken):
+            raise ValueError(
+                f"{flag} {path!r} is no name of its own for a file beside {', '.join(taken)}: "
+                "choose another"
+            )
+
+
+def newest(directory: Path, filename: str = "checkpoint.pth.tar") -> Path | None:
+    """Return the first checkpoint that `find` would look at, or None if there is none."""
+    return next(iter(_candidates(directory, filename)), None)
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What all programs have in common: the help, and one line for a mistake."""
 
+import json
 import os
 import subprocess
 import sys
@@ -59,6 +60,35 @@ def test_the_line_names_the_flag(
     assert PROGRAMS[name](argv.split()) == 2
     printed = capsys.readouterr().err
     assert message in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "argv"),
+    [("report", "{run} --plot {file}/new/x.png"), ("costs.py", "--plot {file}/new/x.png")],
+)
+def test_a_file_that_cannot_be_written_is_told_in_one_line(
+    name: str, argv: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"type": "LOG", "step": [0], "data": {"val.top1": 1.0}}
+    run = tmp_path / "raport.json"
+    run.write_text(f"DLLL {json.dumps(record)}\n")
+    assert PROGRAMS[name](argv.format(run=run, file=run).split()) == 2
+    printed = capsys.readouterr().err
+    assert f"{run}/new/x.png: Not a directory" in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--config", "--sparsity-map"])
+def test_a_file_of_flags_that_is_no_text_is_told(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "flags.yaml"
+    path.write_bytes(b"fc: \xff\n")
+    argv = f"--dry-run --sparse-method static --sparsity 0.5 {flag} {path}"
+    assert main.main(argv.split()) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"main.py: error: {flag}")
     assert printed.count("\n") == 1
 
 

@@ -1,6 +1,7 @@
 """Tables of finished runs, from raports that the harness's own logger wrote."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,98 @@ def test_unfinished_runs_say_so(tmp_path: Path) -> None:
     assert row[2] == "1 of 2"
 
 
+def test_runs_of_one_experiment_are_one_row_whatever_has_no_part_in_it(tmp_path: Path) -> None:
+    """How often a run saved, where it was followed, which version wrote its raport."""
+    plain = {"seed": 1, "images_per_step": 256}
+    paths = [
+        write(tmp_path / "a.json", [1.0, 2.0], **plain),
+        write(tmp_path / "b.json", [1.0, 2.0], **plain, checkpoint_every_steps=5, log_to="mlflow"),
+        write(tmp_path / "c.json", [1.0, 2.0], **plain, dense_allocation=0.1, preempt_grace=9.0),
+        write(tmp_path / "d.json", [1.0, 2.0], optimizer_batch_size=256, fsdp=True),
+    ]
+    older = tmp_path / "a.json"
+    new = '"deterministic": false, '
+    assert new in older.read_text()
+    older.write_text(older.read_text().replace(new, "").replace('"lr_restarts": [], ', ""))
+    assert [len(runs) for runs in report.group(map(report.read_raport, paths))] == [4]
+
+
+def test_runs_with_other_numbers_of_images_per_step_are_other_experiments(tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path / f"{images}.json", [1.0, 2.0], batch_size=size, images_per_step=images)
+        for size, images in ((64, 256), (128, 256), (64, 512))
+    ]
+    groups = report.group(map(report.read_raport, paths))
+    assert [len(runs) for runs in groups] == [2, 1]
+    assert report.labels(groups) == ["images_per_step 256", "images_per_step 512"]
+
+
+def test_an_evaluation_in_its_workspace_changes_no_run(tmp_path: Path) -> None:
+    rigl = "--sparse-method rigl --sparsity 0.8 --delta-t 2".split()
+    workspace = train(tmp_path, *rigl)
+    (path,) = report.find_raports([workspace])
+    before = report.read_raport(path)
+    size = path.stat().st_size
+    argv = TRAIN.replace("--epochs 2 ", "").split()
+    assert main.main([*argv, "--workspace", str(workspace), "--evaluate", "--resume", "auto"]) == 0
+    after = report.read_raport(path)
+    assert path.stat().st_size > size
+    assert after.experiment() == before.experiment()
+    assert report.comparison([[after]]) == report.comparison([[before]])
+
+
+def test_what_a_run_started_from_is_kept_when_it_is_resumed(tmp_path: Path) -> None:
+    path = write(tmp_path / "raport.json", [10.0], pretrained_from_file="a.pth", new_head=True)
+    write(path, [30.0], append=True)
+    flags = report.read_raport(path).experiment()
+    assert (flags["pretrained_from_file"], flags["new_head"]) == ("a.pth", True)
+
+
+def test_the_best_loss_is_the_lowest_and_has_its_digits(tmp_path: Path) -> None:
+    path = tmp_path / "raport.json"
+    logger = Logger(raport=path, append=False)
+    logger.parameters(FLAGS)
+    for epoch, loss in enumerate((0.012345, 0.023456)):
+        logger.log((epoch,), {"val.loss": loss, "val.top1": 50.0})
+    logger.close()
+    groups = [[report.read_raport(path)]]
+    (row,) = cells(report.table(groups, "val.loss"))
+    assert row[3:5] == ["0.02346", "0.01235"]
+    (row,) = cells(report.comparison(groups, "val.loss"))
+    assert row[4:6] == ["0.02346", "0.01235"]
+    (row,) = cells(report.table(groups))
+    assert row[3:5] == ["50.00", "50.00"]
+
+
+def test_a_curve_stands_at_its_epochs_and_a_single_point_is_seen(tmp_path: Path) -> None:
+    """A run whose first epochs are in another file, and one of an epoch alone."""
+    late = write(tmp_path / "late.json", [10.0, 20.0], append=True)  # epochs 1 and 2, from 0
+    first = write(tmp_path / "first.json", [50.0], sparsity=0.8)
+
+    def drawn(*paths: Path) -> str:
+        picture = tmp_path / "curves.svg"
+        assert report.main([*map(str, paths), "--plot", str(picture)]) == 0
+        return picture.read_text()
+
+    from_0 = write(tmp_path / "from_0.json", [10.0, 20.0])
+    ticks = [set(map(float, re.findall(r"<!-- ([\d.]+) -->", drawn(p)))) for p in (late, from_0)]
+    assert [3.0 in found for found in ticks] == [True, False]
+    of_one, of_two = (len(re.findall("<use [^>]*#1f77b4", drawn(p))) for p in (first, late))
+    assert of_one == of_two + 2  # a point in the plot and one in the legend
+
+
 def test_mistakes_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = write(tmp_path / "good.json", [10.0, 20.0])
     broken = tmp_path / "broken.json"
     lines = good.read_text().splitlines()
     broken.write_text("\n".join([lines[0], "no record", *lines[1:]]).replace("PARAMETER", "X"))
+    foreign, lists = tmp_path / "image.json", tmp_path / "lists.json"
+    foreign.write_bytes(b"\xff\xd8\n\xff\n")
+    lists.write_text('DLLL []\nDLLL {"step": [0], "data": 5}\nDLLL 5\n')
     for argv, words in (
         (["absent.json"], "absent.json cannot be read: No such file"),
+        ([str(foreign)], "image.json: line 1 is no record"),
+        ([str(lists)], "lists.json: line 1 is no record"),
         ([str(broken)], "broken.json: line 2 is no record"),
         ([str(good), "--metric", "val.top7"], "good.json has no epoch with val.top7"),
     ):
