@@ -21,7 +21,6 @@ from typing import Literal
 from cli import calibration, networks
 from cli.calibration import Calibration
 from cli.program import Program
-from image_classification import models
 from image_classification.flags import argument, flag, spelling
 from sparse import runtime
 from sparse.native.library import LEVELS
@@ -170,9 +169,7 @@ def write(given: Flags, trained: networks.Trained, chosen: Calibration | None) -
     elif given.compact_channels:
         networks.write_program(trained, output)
     else:
-        if trained.arch in models.names():
-            trained.model()  # fails where the channels of a compact file are not those of its name
-        networks.write_checkpoint(output, trained.arch, trained.state, config=trained.config())
+        networks.write_back(trained, output)
     return ""
 
 

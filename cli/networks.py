@@ -17,9 +17,10 @@ from cli import qdq
 from image_classification import checkpoint
 from image_classification.config import Config
 from image_classification.data.stage import MEAN, STD
-from image_classification.models import count_classes, create_model, default_image_size
+from image_classification.models import count_classes, create_model, default_image_size, names
 from sparse import runtime
 from sparse.geometry import trace_layers
+from sparse.methods.beginning import sparse_only
 from sparse.native.library import cpu_level
 from sparse.runtime.exported import default_precision
 from sparse.runtime.integers import IntegerNetwork
@@ -43,6 +44,9 @@ class Trained:
     """True = active; layers without one are dense."""
     block: Sequence[int] | None = None
     """Outputs and inputs of the blocks with which the masks were trained."""
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    """Images were normalized per channel by (x - mean) / std, with x in [0, 1]."""
     integers: IntegerNetwork | None = None
     """What a quantized file computes; its weights as floats are the state."""
 
@@ -50,8 +54,14 @@ class Trained:
         """Return the network in evaluation mode.
 
         Raises:
-            ValueError: The architecture is another than that of the weights.
+            ValueError: The architecture is unknown, or another than that of the weights.
         """
+        if self.arch not in names():
+            raise ValueError(
+                f"main.py has no architecture {self.arch!r} to put these weights into: write "
+                "the network anew with sparse.runtime.save, or take the weights with "
+                "sparse.runtime.read"
+            )
         try:
             # Whoever wrote the file chose the options: no memory before the weights fit them.
             with torch.device("meta"):
@@ -69,7 +79,8 @@ class Trained:
         """Return the flags of main.py: those of the network, and defaults for the others."""
         size, kind = self.image_size, self.interpolation
         known = {"arch": self.arch, **self.options, "image_size": size, "interpolation": kind}
-        return {**vars(Config()), **known}
+        block = {} if self.block is None else {"block": list(self.block)}
+        return {**vars(Config()), **known, **block}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +140,8 @@ def read(path: Path, *, ema: bool = False) -> Trained:
         state=compact.state_dict(),
         masks=compact.masks(),
         block=next(iter(header.blocks.values()), None),
+        mean=header.mean,
+        std=header.std,
         integers=compact.integers() if header.activations else None,
     )
 
@@ -242,8 +255,8 @@ def _described(trained: Trained) -> dict[str, Any]:
         "arch": trained.arch,
         "model": trained.options,
         "image_size": trained.image_size,
-        "mean": MEAN,
-        "std": STD,
+        "mean": trained.mean,
+        "std": trained.std,
         "interpolation": trained.interpolation,
         "block": trained.block,
     }
@@ -281,6 +294,22 @@ def write_plan(
         except runtime.BuildError as error:
             raise ValueError(f"the plan cannot be tuned (--no-tune): {error}") from error
     return f", level {level}, {'tuned on this machine' if tuned else 'not tuned'}"
+
+
+def write_back(trained: Trained, output: Path) -> None:
+    """Write a checkpoint of a network, with its masks and the block of its masks.
+
+    Raises:
+        ValueError: main.py does not have the network, or normalizes its images in another way.
+    """
+    trained.model()
+    if (trained.mean, trained.std) != (MEAN, STD):
+        raise ValueError(
+            f"its images are normalized with mean {trained.mean} and std {trained.std}, those of "
+            f"main.py with {MEAN} and {STD}: take the weights with sparse.runtime.read"
+        )
+    masks, _ = sparse_only(trained.masks)
+    write_checkpoint(output, trained.arch, trained.state, config=trained.config(), masks=masks)
 
 
 def write_checkpoint(
@@ -325,7 +354,7 @@ def write_onnx(trained: Trained, output: Path) -> None:
     size = trained.image_size
     try:
         if trained.integers is not None:
-            model = qdq.to_onnx(trained.integers, in_channels=len(MEAN), image_size=size)
+            model = qdq.to_onnx(trained.integers, in_channels=len(trained.mean), image_size=size)
             output.write_bytes(model.SerializeToString())
             return
         with warnings.catch_warnings(), default_precision():

@@ -126,7 +126,8 @@ def check_sparsity(
     if not flags.drop_masks:
         raise ValueError(
             f"{saved}: --pretrained-from-file takes weights without masks, and its zeros become "
-            "weights like any other: say --drop-masks if you mean that, or --resume to continue it"
+            "weights like any other: say --drop-masks if you mean that, --from-sparse to begin "
+            "with the masks, or --resume to continue the run"
         )
     return [f"--drop-masks: training starts from the weights alone; {saved}"]
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,6 +186,78 @@ def test_a_network_of_blocks_has_a_bit_per_block_in_every_file(
     bits = sum(masks[name].numel() for name in BLOCKED) / 8
     sizes = {path: path.stat().st_size - header_size(path) for path in (single, net)}
     assert sizes[single] - sizes[net] == pytest.approx(bits * 3 / 4, abs=8)
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "int8"], ["--keep-batch-norm"]])
+def test_the_way_over_a_checkpoint_keeps_masks_and_blocks(
+    tmp_path: Path, options: list[str]
+) -> None:
+    source, _ = train(tmp_path / "run", block=(1, 4), interpolation="bicubic")
+    net, back, again = (tmp_path / name for name in ("net", "back.pth.tar", "again"))
+    convert(source, net, *options)
+    convert(net, back, "--to", "torch")
+    convert(back, again, *options)
+    first, second = map(runtime.read, (net, again))
+    assert first.header.blocks
+    assert second.header == first.header
+    assert second.masks().keys() == first.masks().keys()  # also those of layers without a zero
+    for name, mask in first.masks().items():  # also of active weights that are 0
+        assert torch.equal(second.masks()[name], mask)
+    assert read_sparse(back).config["block"] == [1, 4]
+
+
+def test_the_way_over_a_checkpoint_finds_no_blocks_that_no_run_had(tmp_path: Path) -> None:
+    source, _ = train(tmp_path / "run", block=(1, 4))
+    state = checkpoint.load(source)
+    del state["config"]["block"]  # masks that happen to consist of whole blocks
+    checkpoint.write(source, state)
+    convert(source, tmp_path / "net")
+    convert(tmp_path / "net", tmp_path / "back.pth.tar", "--to", "torch")
+    convert(tmp_path / "back.pth.tar", tmp_path / "again")
+    first, second = (runtime.read(tmp_path / name) for name in ("net", "again"))
+    assert second.header == first.header
+    assert not first.header.blocks
+    assert_same_content(tmp_path / "again", first)
+
+
+def test_a_dense_network_stays_dense_on_the_way_over_a_checkpoint(tmp_path: Path) -> None:
+    source, _ = train(tmp_path / "run", method=False)
+    state = checkpoint.load(source)
+    weights = create_model("small_cnn", num_classes=4).state_dict()
+    checkpoint.write(source, state | {"state_dict": weights})
+    convert(source, tmp_path / "net")
+    convert(tmp_path / "net", tmp_path / "back.pth.tar", "--to", "torch")
+    assert "sparse" not in checkpoint.load(tmp_path / "back.pth.tar")
+
+
+def foreign_file(path: Path, arch: str, mean: float = 0.5) -> Path:
+    """Write the compact file of a network that main.py has not trained."""
+    model = create_model("small_cnn", num_classes=4).eval()
+    nodes = runtime.trace(model, image_size=40)
+    rule: dict[str, Any] = {"arch": arch, "model": {"num_classes": 4}, "image_size": 40}
+    normalization = {"mean": (mean,) * 3, "std": (0.25,) * 3}
+    runtime.save(path, model.state_dict(), {}, nodes=nodes, **rule, **normalization)
+    return path
+
+
+def test_the_normalization_of_a_file_stays_with_what_is_made_of_it(tmp_path: Path) -> None:
+    net = foreign_file(tmp_path / "net", "small_cnn")
+    convert(net, tmp_path / "again")
+    convert(net, tmp_path / "smaller", "--compact-channels")
+    for name in ("again", "smaller"):
+        header = runtime.read(tmp_path / name).header
+        assert (header.mean, header.std) == ((0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(ValueError, match=r"normalized with mean \(0\.5, .* those of main\.py with"):
+        convert(net, tmp_path / "back.pth.tar", "--to", "torch")
+    assert not (tmp_path / "back.pth.tar").exists()
+
+
+@pytest.mark.parametrize("to", ["compact", "torch", "onnx"])
+def test_a_file_of_an_unknown_architecture_is_no_source(tmp_path: Path, to: str) -> None:
+    net = foreign_file(tmp_path / "net", "mine")
+    with pytest.raises(ValueError, match=r"no architecture 'mine' .*sparse\.runtime\.save"):
+        convert(net, tmp_path / "out", "--to", to)
+    assert not (tmp_path / "out").exists()
 
 
 def header_size(path: Path) -> int:

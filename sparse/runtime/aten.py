@@ -331,6 +331,9 @@ def _convolve(made: Interpreter, node: fx.Node) -> View:
     kernel: Any = made.argument(node, 1)
     shape = made.shape(node)
     is_map = made.size_of(view) is not None
+    size = tuple(made.shape(kernel)[2:])
+    if isinstance(padding, str):
+        padding = _padding_of_name(padding, size, pair(dilation))
     found = made.add(
         node,
         "conv",
@@ -338,13 +341,23 @@ def _convolve(made: Interpreter, node: fx.Node) -> View:
         channels=shape[1],
         pixels=shape[2:] if is_map else None,
         parameters=made.prefix(node, _WEIGHTS),
-        kernel=tuple(made.shape(kernel)[2:]),
+        kernel=size,
         stride=pair(stride),
         padding=pair(padding),
         dilation=pair(dilation),
         groups=groups,
     )
     return found if is_map else replace(found, dims=(*found.dims, (), ()))
+
+
+def _padding_of_name(name: str, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """Return as numbers what nn.Conv2d calls "valid" and "same"."""
+    if name == "valid":
+        return 0, 0
+    reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if any(pixels % 2 for pixels in reach):
+        raise ValueError("it pads more on one side than on the other")
+    return tuple(pixels // 2 for pixels in reach)
 
 
 _CONVOLUTION = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
@@ -500,6 +513,7 @@ def _operations() -> dict[Any, Handler]:
         aten.add.Tensor: _sum,
         aten.cat.default: _concatenate,
         aten.conv2d.default: _convolve,
+        aten.conv2d.padding: _convolve,
         aten.batch_norm.default: _batch_norm,
         aten._native_batch_norm_legit_no_training.default: _first_of(_batch_norm),
         aten.mean.dim: _mean,

@@ -36,8 +36,8 @@ def export(
     Raises:
         ExportError: torch.export cannot trace the model.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    images = torch.zeros(BATCH_SIZE, in_channels, image_size, image_size, device=device)
+    like = next(model.parameters(), torch.zeros(()))
+    images = like.new_zeros(BATCH_SIZE, in_channels, image_size, image_size)
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     with warnings.catch_warnings(), default_precision():
         warnings.simplefilter("ignore")  # of the exporter's own dependencies

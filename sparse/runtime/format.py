@@ -136,7 +136,7 @@ def save(
 
     Args:
         path: Replaced if it exists.
-        state: Dense state dict; inactive weights are 0.
+        state: Dense state dict of any floating-point type; inactive weights are 0.
         masks: Names of entries of `state` -> bool masks of their shapes, True = active. Entries
             without a mask, or with all weights active, are stored whole.
         nodes: Graph of the network (`graph.trace`).
@@ -164,7 +164,7 @@ def save(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     kernels = {n.parameters + "weight" for n in nodes if n.op in graph.KERNELS}
-    state = {name: value.detach().cpu() for name, value in state.items()}
+    state = {name: value.cpu() for name, value in graph.float32(state).items()}
     if fold:
         state = _fold(nodes, state)
     masks = {name: mask.cpu() for name, mask in masks.items() if not bool(mask.all())}

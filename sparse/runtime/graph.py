@@ -274,6 +274,19 @@ def run(nodes: Sequence[Node], state: Mapping[str, Tensor], images: Tensor) -> T
     return logits
 
 
+def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict: modules may add entries of any kind (extra state)."""
+    return {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def float32(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict; those of floats become float32, as the runtime has it."""
+    return {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in tensors(state).items()
+    }
+
+
 def values(
     nodes: Sequence[Node], state: Mapping[str, Tensor], images: Tensor
 ) -> Iterator[tuple[str, Tensor]]:

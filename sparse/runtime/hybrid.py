@@ -16,7 +16,7 @@ from ..native.library import check_level, cpu_level, default_cache
 from . import bindings
 from .check import shapes_of
 from .exported import export, image_channels
-from .graph import KERNELS
+from .graph import KERNELS, tensors
 from .interpreter import LAYOUTS, is_tensor, operation, place
 from .lower import lower
 from .network import Engine, Images, classify, size_check
@@ -126,7 +126,7 @@ def hybrid(
         raise ValueError(f"threads must be at least 1, got {threads}")
     if level is not None:
         check_level(level)
-    for name, value in model.state_dict().items():
+    for name, value in tensors(model.state_dict()).items():
         if value.device.type != "cpu" or value.dtype in _OTHER_DTYPES:
             raise ValueError(
                 f"the model must be float32 on the CPU, {name!r} is {value.dtype} on {value.device}"

@@ -54,6 +54,12 @@ class ExportError(ValueError):
     """A model cannot be traced, or is not a classifier. The message is one line."""
 
 
+SEVERAL_OUTPUTS = (
+    "a model with more than one output, or with one in a tuple or dict, cannot be exported: wrap "
+    "it in a module that returns one tensor"
+)
+
+
 class Interpreter:
     """Turns the operations of an exported program into nodes of graph.py.
 
@@ -214,7 +220,7 @@ class Interpreter:
     def _computed(self, node: fx.Node) -> list[Node]:
         outputs: Any = node.args[0]
         if not isinstance(outputs, Sequence) or len(outputs) != 1:
-            raise ExportError("a model with more than one output cannot be exported")
+            raise ExportError(SEVERAL_OUTPUTS)
         found = self.whole(node, self._values.get(outputs[0]))
         is_map = self.size_of(found) is not None
         if found.dims != self._plain(found.name)[: 4 if is_map else 2] or found.shift != (0, 0):

@@ -43,7 +43,7 @@ def calibrate(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    batches = iter(batches)
+    state, batches = graph.float32(state), iter(batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("there are no images to calibrate with")

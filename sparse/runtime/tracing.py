@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 
 from . import exported
 from .check import check, check_shapes, in_channels, shapes_of
-from .graph import INPUT, Node, gelu, needed, pair
-from .interpreter import ExportError, UnknownOperationError
+from .graph import INPUT, Node, gelu, needed, pair, tensors
+from .interpreter import SEVERAL_OUTPUTS, ExportError, UnknownOperationError
 
 REMEDY = "; sparse.runtime.hybrid, or classify.py --fallback torch, runs such parts in torch"
 """What the refusal of a network ends with, if torch.export might trace the network."""
@@ -41,12 +41,12 @@ def trace(model: nn.Module, *, image_size: int = 224) -> list[Node]:
         with evaluation(model):
             nodes = _nodes(model, image_size)
         check(nodes)
+        shapes = shapes_of(tensors(model.state_dict()))
+        check_shapes(nodes, shapes, in_channels=in_channels(nodes, shapes), folded=False)
     except ExportError:
         raise
     except ValueError as error:
         raise type(error)(f"{error}{REMEDY}") from error
-    shapes = shapes_of(model.state_dict())
-    check_shapes(nodes, shapes, in_channels=in_channels(nodes, shapes), folded=False)
     return nodes
 
 
@@ -137,7 +137,7 @@ class _Tracer:
     def _computed(self, output: Any) -> list[Node]:
         """Return the nodes on which the output depends; the last one computes the output."""
         if not isinstance(output, fx.Node) or output not in self._forms:
-            raise ExportError("a model with more than one output cannot be exported")
+            raise ExportError(SEVERAL_OUTPUTS)
         self._require(output, "the output of the network", _Form.MAP, _Form.VECTOR)
         return needed(self._nodes, self._names[output])
 

@@ -64,6 +64,40 @@ def test_masks_of_blocks_take_a_bit_per_block(
             assert torch.equal(stored[name], value), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_is_folded_in_float32(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    half, masks = network_of_blocks((1, 4))
+    half[1].running_var.mul_(1e-6)  # which scales weights beyond what float16 holds
+    write(tmp_path / "half", half.to(dtype), masks, fold=True)
+    write(tmp_path / "float", half.float(), masks, fold=True)
+    found, wanted = (runtime.read(tmp_path / name) for name in ("half", "float"))
+    assert_same(found.state_dict(), wanted.state_dict())
+
+
+class WithNotes(nn.Conv2d):
+    """A convolution whose state dict has an entry that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_entries_that_are_no_tensors_are_left_out(tmp_path: Path, kernel_cache: Path) -> None:
+    model = nn.Sequential(WithNotes(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval()
+    assert "0._extra_state" in model.state_dict()
+    write(tmp_path / "net", model, {})
+    state = runtime.read(tmp_path / "net").state_dict()
+    assert list(state) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    found = runtime.hybrid(model, image_size=8, tune=False, cache=kernel_cache)
+    images = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(found(images), model(images), rtol=1e-4, atol=1e-5)
+
+
 def network_of_blocks(block: tuple[int, int]) -> tuple[nn.Module, dict[str, Tensor]]:
     """Make a network whose masks have whole blocks, except that of the first layer."""
     torch.manual_seed(0)

@@ -35,6 +35,17 @@ class Block(nn.Module):
         return torch.relu_(x + self.norm2(self.conv2(y)))
 
 
+class Broadcast(nn.Module):
+    """A sum of a map and of another one with one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.one(x)
+
+
 class Applied(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -229,6 +240,14 @@ def test_a_residual_branch_around_an_unknown_operation_does_not_undo_the_rest(
     assert report.torch_macs == 0
 
 
+def test_paddings_with_a_name_are_numbers(kernel_cache: Path) -> None:
+    for padding, kernel, share in (("same", (3, 5), 0), ("valid", 3, 0), ("same", (3, 4), 1)):
+        model = nn.Sequential(nn.Conv2d(3, 4, kernel, padding=padding, dilation=(2, 1))).eval()
+        found = hybrid(model, kernel_cache)
+        assert found.report.share == share  # an even kernel pads more on one side: torch runs it
+        assert_equal_torch(model, found)
+
+
 def test_what_has_no_weights_is_left_to_torch(kernel_cache: Path) -> None:
     def twice(x: Tensor) -> Tensor:
         return torch.relu(torch.sin(x)).sin()
@@ -335,6 +354,7 @@ def test_the_remedy_is_named_where_it_helps() -> None:
     for helped, model in (
         (True, nn.Sequential(nn.Conv2d(3, 4, 1), nn.Mish())),
         (True, nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"))),
+        (True, Broadcast()),
         (False, Applied(lambda x: (x, x))),  # type: ignore[arg-type,return-value]
         (False, Applied(lambda x: x if x.sum() > 0 else -x)),
     ):

@@ -46,6 +46,17 @@ def test_int8_computes_about_what_the_network_computes(tmp_path: Path, method: s
     assert torch.equal(network(images[3]), found[3])
 
 
+def test_a_network_that_was_saved_in_half_precision_is_quantized_as_its_float32(
+    tmp_path: Path,
+) -> None:
+    half = small_resnet().bfloat16()
+    write(tmp_path / "half", half, size=32, masks={})
+    write(tmp_path / "float", half.float(), size=32, masks={})
+    (header, tensors), (same, others) = content(tmp_path / "half"), content(tmp_path / "float")
+    assert header == same
+    assert all(torch.equal(value, others[name]) for name, value in tensors.items())
+
+
 def test_the_same_images_give_the_same_integers(tmp_path: Path) -> None:
     masks = {
         name: value != 0 for name, value in small_resnet().state_dict().items() if value.dim() > 1

@@ -166,6 +166,12 @@ def test_a_network_with_position_biases_comes_back_bit_for_bit(tmp_path: Path) -
         assert torch.equal(found[name], value)
 
 
+def test_the_graph_of_a_network_in_half_precision_is_that_of_its_float32() -> None:
+    model = vit()
+    graph_of_float = trace(model, image_size=32)
+    assert trace(model.half(), image_size=32) == graph_of_float
+
+
 def test_a_network_with_a_position_embedding_takes_one_size(
     kernels: bindings.Kernels, tmp_path: Path
 ) -> None:
