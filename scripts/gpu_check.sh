@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a machine with a GPU can show: the tests for GPUs, then the figures of benchmarks/gpu.py.
 #
-#   bash scripts/gpu_check.sh [--quick] [--markdown]    under 4 minutes; quick: under 90 s
+#   bash scripts/gpu_check.sh [--quick] [--markdown]    some minutes; quick: fewer rounds, no photos
 #
 # Ends with one JSON object. Needs no network and no data. Without a GPU: one line, exit status 2.
 #
@@ -21,6 +21,6 @@ fi
 # Only the files that take the fixture `device`: others import packages that may not be here.
 mapfile -t files < <(grep -rlE "device: torch\.device" tests --include='test_*.py' | sort)
 status=0
-"$PYTHON" -m pytest -q -rs -m gpu "${files[@]}" || status=$?
+"$PYTHON" -m pytest -q -rs --durations 10 -m gpu "${files[@]}" || status=$?
 "$PYTHON" benchmarks/gpu.py --json "$@" || status=$?
 exit "$status"
