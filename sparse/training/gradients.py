@@ -190,14 +190,14 @@ def check_gradients(gradients: Mapping[str, Tensor], method: str) -> None:
     if not gradients or any(is_fake(local(g)) or g.is_meta for g in gradients.values()):
         return
     products = torch._foreach_mul(list(gradients.values()), 0.0)  # NaN where not finite
-    wrong = count_nonzero(dict(zip(gradients, products, strict=True)))
-    for name, count in zip(gradients, wrong.tolist(), strict=True):
-        if count:
+    wrong = {f"0 * {name}": product for name, product in zip(gradients, products, strict=True)}
+    counts = count_nonzero({**gradients, **wrong}).view(2, -1).T.tolist()
+    for name, (count, not_finite) in zip(gradients, counts, strict=True):
+        if not_finite:
             raise SparsityError(
-                f"method {method!r} ranks {name} by a gradient that is infinite or NaN in {count} "
-                "places: leave out the step of such a batch"
+                f"method {method!r} ranks {name} by a gradient that is infinite or NaN in "
+                f"{not_finite} places: leave out the step of such a batch"
             )
-    for name, count in zip(gradients, count_nonzero(gradients).tolist(), strict=True):
         if not count:
             raise SparsityError(
                 f"method {method!r} ranks {name} by a gradient that is 0 everywhere: take the "
