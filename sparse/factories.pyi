@@ -459,8 +459,8 @@ def snfs(
     control: each candidate has equal probability, and counts are met in expectation only.
 
     Attributes:
-        draw: Where random growth takes its numbers, uniform on [0, 1), from: a function of shape,
-            key and device.
+        draw: Where random growth takes its numbers, uniform on [0, 1), from: a function of keys and
+            of tensors of the layers' shapes, both by name.
 
     Args:
         sparsity: Fraction of zero weights, in [0, 1).
