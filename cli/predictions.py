@@ -57,6 +57,11 @@ def from_compact(file: Path, *, arch: str | None, image_size: int | None) -> Cla
     header = network.header
     if arch not in (None, header.arch):
         raise ValueError(f"{file} holds {header.arch}, --arch is {arch}; leave --arch out")
+    if header.in_channels != len(MEAN):
+        raise ValueError(
+            f"{file} takes images of {header.in_channels} channels, image files are read with "
+            f"{len(MEAN)}: run it with sparse.runtime.load"
+        )
     size = image_size or header.image_size
     network(torch.zeros(1, header.in_channels, size, size))
     load = functools.partial(load_image, image_size=size, interpolation=header.interpolation)

@@ -15,6 +15,7 @@ import export
 from image_classification import checkpoint, data, models
 from image_classification.config import Config
 from image_classification.models import create_model
+from sparse import runtime
 
 ROOT = Path(classify.__file__).parent
 CLASSES = ["cat", "dog", "elk", "fox"]
@@ -165,6 +166,18 @@ def test_mistakes_are_one_line_and_status_2(
         assert message in err, change
         assert err.startswith("classify.py: error: "), change
         assert err.count("\n") == 1, err
+
+
+def test_a_network_of_gray_images_is_refused(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, path = nn.Sequential(nn.Conv2d(1, 4, 3)).eval(), tmp_path / "gray"
+    named = {"arch": "mine", "model": {}, "image_size": 8, "mean": (0.5,), "std": (0.5,)}
+    nodes = runtime.trace(model, image_size=8)
+    runtime.save(path, model.state_dict(), {}, nodes=nodes, in_channels=1, **named)
+    status, _, err = run(capsys, photo, "--model", path)
+    assert status == 2
+    assert "takes images of 1 channels, image files are read with 3: run it with sparse.run" in err
 
 
 def curved(*, num_classes: int) -> nn.Module:

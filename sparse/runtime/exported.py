@@ -50,7 +50,9 @@ def export(
             reason = str(error).strip().partition("\n")[0]
             batches = " for batches of any size" if any_batch else ""
             raise ExportError(
-                f"{type(model).__name__} cannot be exported{batches}: {reason}"
+                f"{type(model).__name__} cannot be exported{batches}: {reason} (with images of "
+                f"{in_channels} x {image_size} x {image_size}: in_channels= and image_size= give "
+                "others)"
             ) from error
     return program
 
@@ -74,13 +76,21 @@ def default_precision() -> Iterator[None]:
             part.fp32_precision = precision
 
 
-def image_channels(model: nn.Module) -> int:
-    """Return the channels of the images: those of the first convolution; 3 if there is none."""
+def image_channels(model: nn.Module, given: int | None = None) -> int:
+    """Return the channels of the images: those given, or those of the first convolution, or 3.
+
+    Raises:
+        ValueError: The given number is below 1.
+    """
+    if given is not None:
+        if given < 1:
+            raise ValueError(f"in_channels must be at least 1, got {given}")
+        return given
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return 3 if first is None else first.in_channels
 
 
-def trace(model: nn.Module, image_size: int) -> list[Node]:
+def trace(model: nn.Module, image_size: int, in_channels: int) -> list[Node]:
     """Return the graph that a model computes for images of a size.
 
     If the model does something else with images of an odd size, or cannot take them, the graph
@@ -90,7 +100,6 @@ def trace(model: nn.Module, image_size: int) -> list[Node]:
         UnknownOperationError: Names the operation that the runtime does not have, and its module.
         ValueError: torch.export cannot trace the model, or the operation is outside of any module.
     """
-    in_channels = image_channels(model)
 
     def graph(size: int) -> list[Node]:
         return Interpreter(export(model, in_channels, size), OPERATIONS).nodes()

@@ -99,6 +99,7 @@ def hybrid(
     model: nn.Module,
     *,
     image_size: int = 224,
+    in_channels: int | None = None,
     threads: int = 1,
     level: str | None = None,
     tune: bool = True,
@@ -112,6 +113,7 @@ def hybrid(
     Args:
         model: Maps images (N, C, H, W) to logits (N, K). Its weights are copied.
         image_size: Side of the images; the network takes no others.
+        in_channels: Channels of the images; by default those of the first convolution, or 3.
         threads: As for `load`, like the other arguments.
         level: Instruction set of the kernels.
         tune: Measure how each layer is computed fastest.
@@ -134,7 +136,7 @@ def hybrid(
     directory = default_cache() if cache is None else Path(cache)
     kernels = bindings.load(level or cpu_level(), directory)
     tuner = Tuner(directory) if tune else None
-    in_channels = image_channels(model)
+    in_channels = image_channels(model, in_channels)
     with evaluation(model):
         program = export(model, in_channels, image_size, any_batch=True)
     _check(program, type(model).__name__)

@@ -16,7 +16,8 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from . import exported
-from .check import check, check_shapes, in_channels, shapes_of
+from .check import check, check_shapes, shapes_of
+from .check import in_channels as channels_of
 from .graph import INPUT, Node, gelu, needed, pair, tensors
 from .interpreter import SEVERAL_OUTPUTS, ExportError, UnknownOperationError
 
@@ -24,7 +25,7 @@ REMEDY = "; sparse.runtime.hybrid, or classify.py --fallback torch, runs such pa
 """What the refusal of a network ends with, if torch.export might trace the network."""
 
 
-def trace(model: nn.Module, *, image_size: int = 224) -> list[Node]:
+def trace(model: nn.Module, *, image_size: int = 224, in_channels: int | None = None) -> list[Node]:
     """Return the graph that a classifier computes in evaluation.
 
     docs/runtime.md lists what the runtime knows. Layers that do nothing in evaluation (dropout,
@@ -33,16 +34,17 @@ def trace(model: nn.Module, *, image_size: int = 224) -> list[Node]:
     Args:
         model: Maps images (N, C, H, W) to logits (N, K); on any device, "meta" included.
         image_size: Side of the images for which torch.export traces the model if torch.fx cannot.
+        in_channels: Channels of these images; by default those of the first convolution, or 3.
 
     Raises:
         ValueError: The model has another operation, or one that depends on the data.
     """
     try:
         with evaluation(model):
-            nodes = _nodes(model, image_size)
+            nodes = _nodes(model, image_size, exported.image_channels(model, in_channels))
         check(nodes)
         shapes = shapes_of(tensors(model.state_dict()))
-        check_shapes(nodes, shapes, in_channels=in_channels(nodes, shapes), folded=False)
+        check_shapes(nodes, shapes, in_channels=channels_of(nodes, shapes), folded=False)
     except ExportError:
         raise
     except ValueError as error:
@@ -62,13 +64,13 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _nodes(model: nn.Module, image_size: int) -> list[Node]:
+def _nodes(model: nn.Module, image_size: int, in_channels: int) -> list[Node]:
     try:
         traced = symbolic_trace(model)
         return _Tracer(dict(traced.named_modules())).convert(traced.graph)
     except UnknownOperationError as unknown:
         try:
-            return exported.trace(model, image_size)
+            return exported.trace(model, image_size, in_channels)
         except UnknownOperationError:
             raise  # it names a module, where torch.fx stopped at a reshape, or earlier
         except ExportError:

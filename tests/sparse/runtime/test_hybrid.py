@@ -240,6 +240,19 @@ def test_a_residual_branch_around_an_unknown_operation_does_not_undo_the_rest(
     assert report.torch_macs == 0
 
 
+def test_the_first_convolution_need_not_read_the_images(kernel_cache: Path) -> None:
+    model = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 8, 3), nn.PReLU(), nn.Conv2d(8, 4, 3))
+    with pytest.raises(ValueError, match="in_channels must be at least 1, got 0"):
+        hybrid(model.eval(), kernel_cache, in_channels=0)
+    with pytest.raises(ValueError, match=r"to have 12 channels, but got 48 .*in_channels="):
+        hybrid(model, kernel_cache)
+    found = hybrid(model, kernel_cache, in_channels=3)
+    assert found.report.share == 0
+    assert_equal_torch(model, found)
+    with pytest.raises(ValueError, match=r"does not know 0: PixelUnshuffle .*hybrid"):
+        runtime.trace(model, image_size=SIZE, in_channels=3)
+
+
 def test_paddings_with_a_name_are_numbers(kernel_cache: Path) -> None:
     for padding, kernel, share in (("same", (3, 5), 0), ("valid", 3, 0), ("same", (3, 4), 1)):
         model = nn.Sequential(nn.Conv2d(3, 4, kernel, padding=padding, dilation=(2, 1))).eval()
