@@ -17,7 +17,8 @@ FLAGS = {**vars(Config(epochs=2, arch="small_cnn")), "sparse_method": "rigl", "s
 def write(path: Path, top1: list[float], *, append: bool = False, **flags: object) -> Path:
     """Write the raport of a run with an accuracy per epoch."""
     logger = Logger(raport=path, append=append, tensorboard=None, enabled=True)
-    logger.parameters({**run_metadata(), **FLAGS, **flags})
+    lengths = {name: flags[name] for name in flags if name == "images_per_step"}
+    logger.parameters({**run_metadata(), **lengths, **FLAGS, **flags})  # in main.py's order
     start = 1 if append else 0
     for epoch, accuracy in enumerate(top1, start=start):
         logger.log((epoch, 10), {"train.loss": 1.0})
