@@ -246,7 +246,8 @@ def _level(regrown: Tensor, room: Tensor) -> Tensor:
     In every round all layers get the same, and none keeps more than its room. In the end a layer
     has min(regrown + level, room), and the level is where the excess is used up. The rounds stay
     below this limit. Its distance from an integer that it does not meet is at least 0.01 divided by
-    the number of layers, so a little less of it is rounded down as the result of the rounds is.
+    the number of layers, so a little less of it is rounded down as the result of the rounds is. If
+    it does meet an integer, rounding alone says whether the rounds reach it; here they do not.
     """
     excess = (regrown - room).clamp(min=0.0).sum()
     free = (room - regrown).clamp(min=0.0)
