@@ -24,6 +24,7 @@ from .shards import Ranks, any_sharded, locals_of, spread_all
 _ONE_BY_ONE = frozenset({"cpu"})  # types of device on which layers are treated one by one
 LANES = 1 << 12  # a flat tensor can be looked at as rows of so many entries
 WORD = 8  # layers begin at multiples of it: 8 bools are an int64, and become a byte of bits
+_Pair = tuple[Tensor, Tensor]  # what is written, and what it is read from
 
 
 def batched(tensor: Tensor) -> bool:
@@ -257,9 +258,6 @@ def copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         _copy_stacks(some)
 
 
-_Pair = tuple[Tensor, Tensor]
-
-
 def _rounds(stacks: list[list[_Pair]]) -> list[list[list[_Pair]]]:
     """Share stacks out, so that all of a share are not larger than the largest one alone."""
     rounds: list[list[list[_Pair]]] = []
@@ -275,16 +273,16 @@ def _rounds(stacks: list[list[_Pair]]) -> list[list[list[_Pair]]]:
 
 def _copy_stacks(stacks: list[list[_Pair]]) -> None:
     """Copy by way of a tensor for all kernels of a size, and another one in the other format."""
-    joined, joining, parting = [], _Copies(), _Copies()
+    made, joining, parting = [], _Copies(), _Copies()
     for pairs in stacks:
         stack, parts = _stack([source for _, source in pairs])
-        joined.append(stack)
+        made.append(stack)
         for part, (_, source) in zip(parts, pairs, strict=True):
             joining.add(part, memory(source))
     joining.run()
     for pairs in reversed(stacks):
         laid_out, parts = _stack([target for target, _ in pairs])
-        laid_out.copy_(joined.pop())
+        laid_out.copy_(made.pop())
         for part, (target, _) in zip(parts, pairs, strict=True):
             parting.add(memory(target), part)
     parting.run()
