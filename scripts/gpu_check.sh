@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # What only a machine with a GPU can show: the tests for GPUs, then the figures of benchmarks/gpu.py.
 #
-#   bash scripts/gpu_check.sh [--quick] [--markdown]    some minutes; quick: fewer rounds, no photos
+#   bash scripts/gpu_check.sh [--quick] [--compile] [--markdown]
+#
+# Some minutes. quick: fewer rounds, no photos. compile: a run of main.py --compile, too.
 #
 # Ends with one JSON object. Needs no network and no data. Without a GPU: one line, exit status 2.
 #
