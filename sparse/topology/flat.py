@@ -22,8 +22,8 @@ from .rng import is_fake
 from .shards import Ranks, any_sharded, locals_of, spread_all
 
 _ONE_BY_ONE = frozenset({"cpu"})  # types of device on which layers are treated one by one
-LANES = 1 << 12  # a flat tensor can be looked at as rows of so many entries
-WORD = 8  # layers begin at multiples of it: 8 bools are an int64, and become a byte of bits
+ROW = 1 << 12  # layers begin at multiples of it: a row of so many entries lies in one layer
+WORD = 8  # bools are added up eight at a time, as an int64
 _Pair = tuple[Tensor, Tensor]  # what is written, and what it is read from
 
 
@@ -34,7 +34,7 @@ def batched(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where layers lie in a flat tensor. Between and behind them there are a few entries of none.
+    """Where layers lie in a flat tensor: in rows of their own. The last one may have a gap.
 
     Attributes:
         sizes: Entries of each layer.
@@ -43,27 +43,24 @@ class Layout:
     sizes: tuple[int, ...]
 
     @functools.cached_property
-    def spans(self) -> list[int]:
-        """Entries from the beginning of a layer to that of the next, at least one more than 0."""
-        return [max(-(-size // WORD), 1) * WORD for size in self.sizes]
+    def rows(self) -> list[int]:
+        """Rows of each layer, at least one."""
+        return [max(-(-size // ROW), 1) for size in self.sizes]
 
     @functools.cached_property
     def starts(self) -> list[int]:
         """Where each layer begins."""
-        starts = [0]
-        for span in self.spans:
-            starts.append(starts[-1] + span)
-        return starts[:-1]
+        return [ROW * row for row in itertools.accumulate(self.rows, initial=0)][:-1]
 
     @functools.cached_property
     def numel(self) -> int:
-        """Entries of the flat tensor, a multiple of `LANES`."""
-        return -(-sum(self.spans) // LANES) * LANES
+        """Entries of the flat tensor."""
+        return ROW * sum(self.rows)
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Cut a flat tensor at the beginnings of layers: 1-dim views."""
-        used = sum(self.spans)
-        return list(torch.split(flat if used == len(flat) else flat[:used], self.spans))
+        """Cut a flat tensor, or one with as many entries for every row, into layers: views."""
+        share = len(flat) // sum(self.rows)
+        return list(torch.split(flat, [share * rows for rows in self.rows]))
 
     def entries(self, flat: Tensor) -> list[Tensor]:
         """Give the entries of every layer: 1-dim views."""
@@ -90,34 +87,52 @@ class Layout:
         """Set to 0, in place, what belongs to no layer."""
         sized = zip(self.split(flat), self.sizes, strict=True)
         gaps = [part[size:] for part, size in sized if len(part) > size]
-        if len(flat) > sum(self.spans):
-            gaps.append(flat[sum(self.spans) :])
         if gaps:
             torch._foreach_zero_(gaps)
         return flat
 
     def add(self, flat: Tensor, numbers: Sequence[int]) -> Tensor:
-        """Add to the entries of every layer its number, in place."""
+        """Add to the entries of every layer, or to those of its rows, its number, in place."""
         torch._foreach_add_(self.split(flat), list(numbers))
         return flat
 
-    def spread(self, numbers: Sequence[int], device: torch.device) -> Tensor:
-        """Give every entry the number of its layer: int32."""
-        return self.add(torch.zeros(self.numel, dtype=torch.int32, device=device), numbers)
+    def spread(
+        self, numbers: Sequence[int], device: torch.device, *, over_rows: bool = False
+    ) -> Tensor:
+        """Give every entry, or every row, the number of its layer: int32."""
+        size = sum(self.rows) if over_rows else self.numel
+        return self.add(torch.zeros(size, dtype=torch.int32, device=device), numbers)
 
     def of_layers(self, numbers: Tensor) -> Tensor:
         """Give every entry the number of its layer, of a tensor with an entry per layer."""
         layers = self.spread(range(len(self.sizes)), numbers.device)
         return numbers.index_select(0, layers)
 
-    def sums(self, flat: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
-        """Add up the entries of each layer, integers or bools that are 0 where there is no layer.
+    def counts(self, marks: Tensor) -> list[Tensor]:
+        """Count the True entries of each layer of a flat tensor, False where there is no layer.
 
         Returns:
-            int64 tensor, an entry per layer.
+            A 0-dim float64 tensor for every layer, of an integer.
         """
-        ends = [start + span - 1 for start, span in zip(self.starts, self.spans, strict=True)]
-        return sums_until(flat, ends, dtype)
+        return list(torch._foreach_norm(self.split(counts_of_rows(marks).double()), 1))
+
+    def sums(self, numbers: Tensor) -> Tensor:
+        """Add up the numbers of each layer, int64, of which every row has as many: int64.
+
+        The sums wrap around, as those of integers do.
+        """
+        last = [row - 1 for row in itertools.accumulate(self.rows)]
+        until = numbers.view(sum(self.rows), -1).sum(1).cumsum(0)
+        until = until.index_select(0, vector(last, until.device))
+        return until.diff(prepend=until.new_zeros(1))
+
+
+def counts_of_rows(marks: Tensor) -> Tensor:
+    """Count the True entries of every row of a flat tensor: int32."""
+    # A sum of bools would make a large tensor of integers first. Eight sums of up to 128 fit into
+    # the bytes of an int64.
+    eight = marks.view(torch.int64).view(-1, 128).sum(1).view(torch.uint8)
+    return eight.view(-1, ROW // 128).sum(1, dtype=torch.int32)
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,19 +148,6 @@ def vector(
     made = torch.zeros(len(numbers), dtype=dtype, device=device)
     torch._foreach_add_(each(made), list(numbers))
     return made
-
-
-def sums_until(flat: Tensor, ends: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
-    """Add up stretches of a flat tensor of integers or bools that follow one another: int64.
-
-    Args:
-        flat: The tensor.
-        ends: The last entry of every stretch.
-        dtype: Type of the running sum.
-    """
-    running = flat.cumsum(0) if flat.dtype == dtype else flat.to(dtype).cumsum_(0)
-    until = running.index_select(0, vector(ends, flat.device))
-    return until.diff(prepend=until.new_zeros(1)).long()
 
 
 def each(numbers: Tensor) -> list[Tensor]:
@@ -200,10 +202,10 @@ def count_nonzero(tensors: Mapping[str, Tensor]) -> Tensor:
             layout = layout_of(tuple(tensor.numel() for tensor in found))
             one_type = all(tensor.dtype == found[0].dtype for tensor in found)
             flat = layout.flatten(found, found[0].dtype if one_type else torch.float64)
-            counts |= zip(names, layout.sums(flat != 0).unbind(), strict=True)
+            counts |= zip(names, layout.counts(flat.to(torch.bool)), strict=True)
         else:
             counts |= zip(names, map(torch.count_nonzero, found), strict=True)
-    return gather([counts[name] for name in tensors])
+    return gather([counts[name] for name in tensors]).long()
 
 
 def joined(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -1,22 +1,25 @@
 """Pick exactly k entries of every layer of a device at once, in a fixed number of operations.
 
-The rule is that of `selection`. Every entry has a rank: the bits of its magnitude, complemented
-where the largest are wanted, so that the smallest ranks are chosen. Ranks are compared 16 bits at a
-time, from the highest: a histogram per layer says which entries are surely chosen, which surely are
-not, and how many have to come from those still open. Open entries of equal rank are chosen by a
-running count. Integers alone are added up, so that the result is exact and always the same.
+The rule is that of `selection`. Magnitudes are compared 16 bits at a time, from the highest. A
+histogram of all layers says which entries are surely among the smallest, which surely are not, and
+how many have to come from those still open. Open entries of equal magnitude are chosen by a running
+count. Integers alone are added up, so that the result is exact and always the same.
+
+The largest are the candidates without the smallest.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .flat import LANES, Layout, each
+from .flat import ROW, Layout, counts_of_rows, vector
 from .rng import Draw, first_half, second_half, words
 
-_BINS = 1 << 16
-_OPEN, _CHOSEN = 1, 2  # what is decided of an entry; 0: it is not chosen
+_BINS = 1 << 16  # of a layer, one for each digit
+_LOWEST = -(1 << 15)  # the lowest digit
+_ZERO = 1 - _LOWEST  # the bin of the digit 0
 # Integers of a float's size, and the rank of NaN: above infinity whatever its sign and payload.
 _FLOATS = {
     torch.float32: (torch.int32, 0x7F800001),
@@ -55,62 +58,80 @@ def select(
     Returns:
         Flat bool tensor.
     """
-    device, ties, size = candidates.device, counts, layout.numel
-    undecided, state = candidates, candidates.view(torch.int8)
-    bases = [layer * _BINS for layer in range(len(layout.sizes))]
-    used = len(bases) * _BINS
-    lanes = torch.arange(used, used + LANES, dtype=torch.int32, device=device)
-    for digit in _digits(ranks_of(scores, layout, device, want_largest)):
-        # Entries that are decided are counted behind all layers, spread over many bins: adding to
-        # a single one would take turns.
-        bins = layout.add(digit, bases).view(-1, LANES)
-        torch.where(undecided.view(-1, LANES), bins, lanes, out=bins)
-        verdict, counts, ties = _judge(bins.view(size), counts)
-        found = verdict.index_select(0, bins.view(size))
-        del digit, bins, verdict  # the next digit needs the memory
-        state = torch.where(undecided, found, state, out=found)
-        undecided = state == _OPEN
-    if not want_largest:
-        counts = ties - counts
-    running = _running(undecided, counts, ties, layout)
-    undecided &= running <= 0 if want_largest else running > 0
-    return undecided.logical_or_(state == _CHOSEN)
+    device, used = candidates.device, len(layout.sizes) * _BINS
+    layer_of = layout.spread(range(len(layout.sizes)), device, over_rows=True)
+    first_bin = layer_of * _BINS + _ZERO
+    # Entries that are decided are counted behind all layers, spread over many bins: adding to a
+    # single one would take turns.
+    lanes = torch.arange(used + 2, used + 2 + ROW, dtype=torch.int32, device=device)
+    digits = _digits(scores, layout, device)
+    chosen, undecided = None, candidates.view(-1, ROW)
+    while digits:
+        bins = digits.pop().view(-1, ROW) + first_bin[:, None]
+        torch.where(undecided, bins, lanes, out=bins)
+        from_end = want_largest and chosen is None
+        limits, counts = _limits(bins.view(-1), counts, from_end)
+        limits = limits.index_select(0, layer_of)[:, None]
+        below, undecided = bins < limits, bins == limits
+        chosen = below if chosen is None else chosen.logical_or_(below)
+        del bins, below  # the next digit needs the memory
+    assert chosen is not None
+    chosen |= undecided.logical_and_(_is_late(undecided, counts, layer_of, layout))
+    chosen = chosen.view(-1)
+    return chosen.logical_xor_(candidates) if want_largest else chosen
 
 
-def _judge(bins: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decide by a digit.
+def _limits(bins: Tensor, counts: Tensor, from_end: bool) -> tuple[Tensor, Tensor]:
+    """Find the bins up to which the entries with the smallest digits are chosen.
 
     Args:
-        bins: Of every entry, the layer times `_BINS` plus the digit, or the bin of one decided.
-        counts: How many to pick in each layer.
+        bins: Of every entry, from 1 on. Every layer has `_BINS`; those behind them do not count.
+        counts: How many to choose in each layer; if `from_end`, how many not to choose.
 
     Returns:
-        What is decided of the entries of every bin, how many of the open ones remain to be picked
-        in each layer, and how many there are.
+        Of every layer the bin before which entries are chosen, and how many of its own entries
+        remain to be chosen, which are not all of them.
     """
     used = len(counts) * _BINS
     one = torch.ones(1, dtype=torch.int32, device=bins.device)
-    found = torch.zeros(used + LANES, dtype=torch.int32, device=bins.device)
-    found = found.index_add_(0, bins, one.expand(len(bins)))[:used].view(-1, _BINS)
-    until, wanted = found.cumsum(1, dtype=torch.int32), counts[:, None]
-    begun = (until - found) < wanted
-    whole = until <= wanted
-    verdict = torch.zeros(used + LANES, dtype=torch.int8, device=bins.device)
-    marks = verdict[:used].view(-1, _BINS)
-    torch.add(begun.view(torch.int8), whole.view(torch.int8), out=marks)
-    ties = found.mul_(marks == _OPEN).sum(1, dtype=torch.int32)
-    return verdict, counts - until.mul_(whole).amax(1), ties
+    found = torch.zeros(used + 3 + ROW, dtype=torch.int32, device=bins.device)
+    found[1:].index_add_(0, bins, one.expand(len(bins)))
+    before = found[: used + 2].cumsum(0, dtype=torch.int32)
+    until = before[1:]
+    begins, ends = until[:-1:_BINS], until[_BINS::_BINS]
+    wanted = torch.maximum(ends - counts, begins) if from_end else begins + counts
+    limits = torch.searchsorted(until, wanted, right=True, out_int32=True)
+    return limits, wanted - before.index_select(0, limits)
 
 
-def _running(tied: Tensor, limits: Tensor, totals: Tensor, layout: Layout) -> Tensor:
-    """Count the ties of each layer up to every entry, less the limit of the layer: int32."""
-    running = tied.to(torch.int32)
-    # The first entry of a layer takes back what the count of the layers before comes to.
-    corrections = limits.neg()
-    corrections[1:] -= (totals - limits)[:-1]
-    firsts = [part[:1] for part in layout.split(running)]
-    torch._foreach_add_(firsts, each(corrections))
-    return running.cumsum_(0)
+def _is_late(tied: Tensor, counts: Tensor, layer_of: Tensor, layout: Layout) -> Tensor:
+    """Mark the last entries of each layer, so many that `counts` of those that are tied are marked.
+
+    Args:
+        tied: bool tensor [rows, ROW].
+        counts: How many in each layer.
+        layer_of: Of each row the layer.
+        layout: The layers.
+    """
+    found = counts_of_rows(tied)
+    until = found.cumsum(0, dtype=torch.int32)
+    last = vector([row - 1 for row in itertools.accumulate(layout.rows)], tied.device)
+    skipped = (until.index_select(0, last) - counts).index_select(0, layer_of)
+    skipped -= until.sub_(found)
+    return tied.to(torch.int16).cumsum_(1) > skipped[:, None]
+
+
+def _digits(scores: Sequence[Tensor | Draw], layout: Layout, device: torch.device) -> list[Tensor]:
+    """Give the digits of magnitudes, the lowest first: flat int16 tensors, ordered as numbers."""
+    dtype = kind(scores[0])
+    if dtype in _FLOATS:
+        values = layout.flatten([s for s in scores if isinstance(s, Tensor)], dtype, clear=False)
+        values.nan_to_num_(torch.nan, torch.inf, -torch.inf)  # all NaN become the same
+    else:
+        values = ranks_of(scores, layout, device, want_largest=False)
+    digits = values.view(torch.int16).view(layout.numel, -1).unbind(1)
+    # Lower digits have no sign: flipping the bit that is taken for one orders them.
+    return [digit ^ _LOWEST for digit in digits[:-1]] + [digits[-1] & ~_LOWEST]
 
 
 def ranks_of(
@@ -158,18 +179,3 @@ def indices(layout: Layout, begins: Sequence[int], device: torch.device) -> Tens
     """Number the entries of each layer from a number on: flat int32 tensor."""
     index = torch.arange(layout.numel, dtype=torch.int32, device=device)
     return layout.add(index, [b - s for b, s in zip(begins, layout.starts, strict=True)])
-
-
-def _digits(ranks: Tensor) -> Iterator[Tensor]:
-    """Yield the digits of ranks, the highest first: int32. Nothing else of the ranks is kept."""
-    if ranks.dtype == torch.int64:
-        low = ranks.to(torch.int32)
-        yield from _digits(ranks.bitwise_right_shift_(32).to(torch.int32))
-        yield from _digits(low)
-        return
-    low = ranks.to(torch.int16)
-    yield ranks.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-    del ranks
-    digit = low.to(torch.int32).bitwise_and_(0xFFFF)
-    del low
-    yield digit

@@ -7,7 +7,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import SparsityError
-from ..topology.flat import WORD, batched, by_device, gather, layout_of, sums_until
+from ..topology.flat import WORD, batched, by_device, gather, layout_of
 from ..topology.rng import Draw, drawn_at
 from ..topology.shards import Ranks
 
@@ -98,14 +98,9 @@ def digests(masks: Mapping[str, Tensor]) -> Tensor:
         layout = layout_of(tuple(masks[name].numel() for name in names))
         words = layout.flatten([masks[name] for name in names], torch.bool).view(torch.int64)
         index = torch.arange(len(words), dtype=torch.int32, device=words.device)
-        firsts = [start // WORD for start in layout.starts]
-        parts = torch.split(index[: sum(layout.spans) // WORD], [n // WORD for n in layout.spans])
-        torch._foreach_add_(list(parts), [-first for first in firsts])
+        layout.add(index, [-start // WORD for start in layout.starts])
         products = words * _factors(drawn_at(index, _KEY))
-        ends = [
-            (start + n) // WORD - 1 for start, n in zip(layout.starts, layout.spans, strict=True)
-        ]
-        found |= zip(names, sums_until(products, ends).unbind(), strict=True)
+        found |= zip(names, layout.sums(products).unbind(), strict=True)
     return gather([found[name] for name in masks])
 
 
