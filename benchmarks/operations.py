@@ -1,5 +1,6 @@
 """Count what a device executes for sparse training; needs no device, only tensors without data."""
 
+import math
 import sys
 import weakref
 from pathlib import Path
@@ -23,14 +24,28 @@ FREE = frozenset(
 )
 """Operations that only look at memory, or take memory as it is."""
 
+OVERWRITES = frozenset({"copy_", "_foreach_copy_", "zero_", "_foreach_zero_"})
+"""Operations that do not read what they write to."""
+
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """List the tensors in nested arguments or results."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def traffic(name: str, arguments: Any, kwargs: Any, result: Any) -> int:
+    """Count the bytes that an operation reads and writes, each entry of an expanded tensor once."""
+    read = tensors_in((arguments[name in OVERWRITES :], {**kwargs, "out": None}))
+    written = tensors_in(result) or tensors_in(arguments[0])
+    return sum(
+        tensor.element_size()
+        * math.prod(n for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s)
+        for tensor in (*read, *written)
+    )
+
+
 class Watch(TorchDispatchMode):
-    """Counts operations of a device, and the bytes that are allocated at the same time.
+    """Counts operations of a device, their traffic, and the bytes allocated at the same time.
 
     Views are free, and so are questions for a tensor's device, which torch asks for views of
     tensors without data. Tensors that a multi-tensor copy copies one by one count one by one.
@@ -38,7 +53,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_operations = self.bytes = self.peak = 0
+        self.num_operations = self.traffic = self.bytes = self.peak = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -55,6 +70,8 @@ class Watch(TorchDispatchMode):
         else:
             number = 1
         self.num_operations += number
+        if number:
+            self.traffic += traffic(name, arguments, kwargs or {}, result)
         known = {tensor.untyped_storage()._cdata for tensor in tensors_in((arguments, kwargs))}
         for tensor in tensors_in(result):
             if tensor.untyped_storage()._cdata not in known:
@@ -104,7 +121,8 @@ def count(
         **settings: Of the method, beside `SETTINGS`.
 
     Returns:
-        "install", "update" and "step"; and "bytes", which an update allocates per maskable weight.
+        Of "install", "update" and "step"; and per maskable weight the "bytes" that an update
+        allocates, and the "traffic" of an update and of a step ("step_traffic"), in bytes.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("meta"):
@@ -132,4 +150,6 @@ def count(
         "update": steps[2].num_operations,
         "step": steps[3].num_operations,
         "bytes": steps[2].peak / weights,
+        "traffic": steps[2].traffic / weights,
+        "step_traffic": steps[3].traffic / weights,
     }

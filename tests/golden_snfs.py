@@ -59,8 +59,8 @@ def _check_statistics(
     momenta: dict[str, Tensor],
     method: Snfs,
 ) -> None:
-    shares = layer_shares(masks, weights, momenta, method.redistribution)
     active = torch.stack([mask.sum() for mask in masks.values()])
+    shares = layer_shares(masks, active, weights, momenta, method.redistribution)
     sizes = [mask.numel() for mask in masks.values()]
     removed = num_removed(active, sizes, shares, method.schedule(0))
     found = [("total_removed", "", removed.sum(), 0.0)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..topology import draws, rng
 from ..topology.blocks import check_block
 from ..topology.draws import Keys
-from ..topology.flat import batched, by_device, count_nonzero, gather, layout_of, vector
+from ..topology.flat import ROW, batched, by_device, count_nonzero, gather, layout_for, vector
 from ..topology.selection import Scores, replace
 from ..topology.sharded import sums_of_magnitudes
 from ..topology.shards import any_sharded
@@ -85,7 +85,7 @@ class Snfs(DropAndGrow):
             return super().update(masks, weights, grads, step, state)
         numel = [mask.numel() for mask in masks.values()]
         active = count_nonzero(masks)
-        shares = layer_shares(masks, weights, grads, self.redistribution)
+        shares = layer_shares(masks, active, weights, grads, self.redistribution)
         removed = num_removed(active, numel, shares, self.schedule(step))
         adjustment = state.get("adjustment", shares.new_zeros(()))
         regrown = num_regrown(active, numel, shares, removed, adjustment)
@@ -130,18 +130,28 @@ def bernoulli_growth(kept: Tensors, expected: Tensor, uniform: Tensors) -> dict[
     new: dict[str, Tensor] = {}
     for names in by_device(kept):
         if batched(kept[names[0]]) and not any_sharded(kept.values()):
-            layout = layout_of(tuple(kept[name].numel() for name in names))
-            share = layout.of_layers(gather([shares[name] for name in names]))
-            grown = layout.flatten([uniform[name] for name in names], torch.float32) < share
-            grown |= layout.flatten([kept[name] for name in names], torch.bool)
+            layout = layout_for(kept[name] for name in names)
+            share = layout.of_rows(gather([shares[name] for name in names]))
+            numbers = layout.flatten([uniform[name] for name in names], torch.float32, clear=False)
+            grown = (numbers.view(-1, ROW) < share).view(-1)
+            grown |= layout.flatten([kept[name] for name in names], torch.bool, clear=False)
             new |= layout.by_layer(grown, names, kept)
         else:
             new |= {name: kept[name] | (uniform[name] < shares[name]) for name in names}
     return {name: new[name] for name in kept}
 
 
-def layer_shares(masks: Tensors, weights: Tensors, momenta: Tensors, redistribution: str) -> Tensor:
+def layer_shares(
+    masks: Tensors, active: Tensor, weights: Tensors, momenta: Tensors, redistribution: str
+) -> Tensor:
     """Compute the share of the regrowth each layer is worth.
+
+    Args:
+        masks: Layer name -> mask.
+        active: Active weights per layer, integer tensor.
+        weights: Layer name -> weight.
+        momenta: Layer name -> momentum, of the layers that have one.
+        redistribution: One of `Redistribution`, other than "none".
 
     Returns:
         float64 tensor, one entry per layer in the order of `masks`, with sum 1.
@@ -153,7 +163,7 @@ def layer_shares(masks: Tensors, weights: Tensors, momenta: Tensors, redistribut
         stacked = count_nonzero({name: weights[name] for name in masks}).double()
     else:
         totals = _magnitudes(masks, momenta if redistribution == "momentum" else weights)
-        stacked = totals / count_nonzero(masks).clamp(min=1)
+        stacked = totals / active.clamp(min=1)
     total = _ordered_sum(stacked)
     # With no momentum at all (an update before any gradient) every layer is worth the same.
     return torch.where(total > 0, stacked / total, 1.0 / len(masks))
@@ -169,11 +179,11 @@ def _magnitudes(masks: Tensors, sources: Tensors) -> Tensor:
     totals = dict.fromkeys(masks, next(iter(masks.values())).new_zeros((), dtype=torch.float64))
     for names in by_device(found):
         if batched(found[names[0]]):
-            layout = layout_of(tuple(masks[name].numel() for name in names))
+            layout = layout_for(masks[name] for name in names)
             dtypes = {found[name].dtype for name in names}
             dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-            values = layout.flatten([found[name] for name in names], dtype)
-            values *= layout.flatten([masks[name] for name in names], torch.bool)
+            values = layout.flatten([found[name] for name in names], dtype, clear=False)
+            values *= layout.flatten([masks[name] for name in names], torch.bool, clear=False)
             norms = torch._foreach_norm(layout.entries(values), 1, dtype=torch.float64)
             totals |= dict(zip(names, norms, strict=True))
         else:
@@ -197,7 +207,8 @@ def num_removed(active: Tensor, numel: list[int], shares: Tensor, rate: float) -
     Returns:
         int64 tensor, one entry per layer.
     """
-    zeros = (_vector(numel, active) - active) / _vector(numel, active)
+    sizes = _vector(numel, active)
+    zeros = (sizes - active) / sizes
     growing = (zeros < 0.2) & (1.0 / len(numel) < shares)
     rates = torch.where(growing, zeros.clamp(max=rate), rate)
     return (rates * active).ceil().long()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import rng
-from .flat import Layout, apart, batched, by_device, join, layout_of
+from .flat import Layout, apart, batched, by_device, join, layout_for
 from .radix import drawn
 from .rng import Draw
 from .shards import any_sharded, local, part_like
@@ -84,4 +84,4 @@ def _fractions(keys: Keys, like: Tensors, *more: int) -> Tensor:
 
 
 def _layout(like: Tensors) -> Layout:
-    return layout_of(tuple(tensor.numel() for tensor in like.values()))
+    return layout_for(like.values())

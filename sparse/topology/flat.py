@@ -71,10 +71,9 @@ class Layout:
         self, tensors: Sequence[Tensor], dtype: torch.dtype, *, clear: bool = True
     ) -> Tensor:
         """Put tensors into a flat one, in row-major order; 0 where there is no layer if `clear`."""
-        make = torch.zeros if clear else torch.empty
-        flat = make(self.numel, dtype=dtype, device=tensors[0].device)
+        flat = torch.empty(self.numel, dtype=dtype, device=tensors[0].device)
         copy(self.entries(flat), tensors)
-        return flat
+        return self.clear_gaps(flat) if clear else flat
 
     def by_layer(
         self, flat: Tensor, names: Iterable[str], like: Mapping[str, Tensor]
@@ -103,18 +102,23 @@ class Layout:
         size = sum(self.rows) if over_rows else self.numel
         return self.add(torch.zeros(size, dtype=torch.int32, device=device), numbers)
 
-    def of_layers(self, numbers: Tensor) -> Tensor:
-        """Give every entry the number of its layer, of a tensor with an entry per layer."""
-        layers = self.spread(range(len(self.sizes)), numbers.device)
-        return numbers.index_select(0, layers)
+    def of_rows(self, numbers: Tensor) -> Tensor:
+        """Give every row the number of its layer, of a tensor with an entry per layer: [rows, 1].
+
+        It goes with a flat tensor that is looked at as rows.
+        """
+        layers = self.spread(range(len(self.sizes)), numbers.device, over_rows=True)
+        return numbers.index_select(0, layers)[:, None]
 
     def counts(self, marks: Tensor) -> list[Tensor]:
         """Count the True entries of each layer of a flat tensor, False where there is no layer.
 
         Returns:
-            A 0-dim float64 tensor for every layer, of an integer.
+            A 0-dim tensor of float type for every layer, of an integer.
         """
-        return list(torch._foreach_norm(self.split(counts_of_rows(marks).double()), 1))
+        exact = torch.float32 if max(self.sizes) <= 1 << 24 else torch.float64
+        rows = counts_of_rows(marks, exact)
+        return list(torch._foreach_norm(self.split(rows), 1))
 
     def sums(self, numbers: Tensor) -> Tensor:
         """Add up the numbers of each layer, int64, of which every row has as many: int64.
@@ -127,18 +131,23 @@ class Layout:
         return until.diff(prepend=until.new_zeros(1))
 
 
-def counts_of_rows(marks: Tensor) -> Tensor:
-    """Count the True entries of every row of a flat tensor: int32."""
+def counts_of_rows(marks: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Count the True entries of every row of a flat tensor."""
     # A sum of bools would make a large tensor of integers first. Eight sums of up to 128 fit into
     # the bytes of an int64.
     eight = marks.view(torch.int64).view(-1, 128).sum(1).view(torch.uint8)
-    return eight.view(-1, ROW // 128).sum(1, dtype=torch.int32)
+    return eight.view(-1, ROW // 128).sum(1, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=64)
 def layout_of(sizes: tuple[int, ...]) -> Layout:
     """Give the layout of layers of some sizes."""
     return Layout(sizes)
+
+
+def layout_for(tensors: Iterable[Tensor]) -> Layout:
+    """Give the layout of layers of the sizes of tensors."""
+    return layout_of(tuple(tensor.numel() for tensor in tensors))
 
 
 def vector(
@@ -162,7 +171,7 @@ def all_true(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     for names in by_device(like):
         if batched(like[names[0]]):
-            layout = layout_of(tuple(like[name].numel() for name in names))
+            layout = layout_for(like[name] for name in names)
             flat = torch.ones(layout.numel, dtype=torch.bool, device=like[names[0]].device)
             made |= layout.by_layer(flat, names, like)
         else:
@@ -199,7 +208,7 @@ def count_nonzero(tensors: Mapping[str, Tensor]) -> Tensor:
     for names in by_device(tensors):
         found = [tensors[name] for name in names]
         if batched(found[0]):
-            layout = layout_of(tuple(tensor.numel() for tensor in found))
+            layout = layout_for(found)
             one_type = all(tensor.dtype == found[0].dtype for tensor in found)
             flat = layout.flatten(found, found[0].dtype if one_type else torch.float64)
             counts |= zip(names, layout.counts(flat.to(torch.bool)), strict=True)
@@ -338,7 +347,7 @@ def apart(joined: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def zeros_like(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Make zeros in the shapes and strides of tensors of one device: parts of one tensor."""
-    layout = layout_of(tuple(tensor.numel() for tensor in tensors))
+    layout = layout_for(tensors)
     flat = torch.zeros(layout.numel, dtype=dtype, device=tensors[0].device)
     shapes = [torch.empty_like(tensor, device="meta") for tensor in tensors]
     parts = zip(layout.entries(flat), shapes, strict=True)

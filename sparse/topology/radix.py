@@ -39,91 +39,100 @@ def kind(scores: Tensor | Draw) -> torch.dtype | None:
     return torch.int64 if scores.dtype == torch.int64 else torch.int32
 
 
-def select(
-    scores: Sequence[Tensor | Draw],
-    counts: Tensor,
-    candidates: Tensor,
-    layout: Layout,
-    want_largest: bool,
-) -> Tensor:
-    """Mark the entries of largest or smallest magnitude in every layer.
+class Selector:
+    """Selects entries of the layers of a device, in pools: each layer, or all of them together."""
 
-    Args:
-        scores: Of each layer, all of one kind.
-        counts: int32 tensor, how many to pick in each layer.
-        candidates: Flat bool tensor, False where there is no layer.
-        layout: The layers.
-        want_largest: Among equals the lower index is picked first; otherwise the higher one.
+    def __init__(self, layout: Layout, device: torch.device, *, together: bool = False) -> None:
+        """Prepare for layers that lie in a flat tensor; `together` they are ranked as float32."""
+        self._layout, self._device, self._together = layout, device, together
+        # Of every row the pool and the bin of the digit 0, and of every pool the last row.
+        if together:
+            pools, last = [0] * len(layout.sizes), [sum(layout.rows) - 1]
+        else:
+            pools = list(range(len(layout.sizes)))
+            last = [row - 1 for row in itertools.accumulate(layout.rows)]
+        self._pool = layout.spread(pools, device, over_rows=True)
+        self._bin = (self._pool * _BINS).add_(_ZERO)
+        self._last, used = vector(last, device), len(last) * _BINS
+        # Entries that are decided are counted behind all pools, spread over many bins: adding to
+        # a single one would take turns.
+        self._lanes = torch.arange(used + 2, used + 2 + ROW, dtype=torch.int32, device=device)
+        self._one = torch.ones(1, dtype=torch.int32, device=device)
 
-    Returns:
-        Flat bool tensor.
-    """
-    device, used = candidates.device, len(layout.sizes) * _BINS
-    layer_of = layout.spread(range(len(layout.sizes)), device, over_rows=True)
-    first_bin = layer_of * _BINS + _ZERO
-    # Entries that are decided are counted behind all layers, spread over many bins: adding to a
-    # single one would take turns.
-    lanes = torch.arange(used + 2, used + 2 + ROW, dtype=torch.int32, device=device)
-    digits = _digits(scores, layout, device)
-    chosen, undecided = None, candidates.view(-1, ROW)
-    while digits:
-        bins = digits.pop().view(-1, ROW) + first_bin[:, None]
-        torch.where(undecided, bins, lanes, out=bins)
-        from_end = want_largest and chosen is None
-        limits, counts = _limits(bins.view(-1), counts, from_end)
-        limits = limits.index_select(0, layer_of)[:, None]
-        below, undecided = bins < limits, bins == limits
-        chosen = below if chosen is None else chosen.logical_or_(below)
-        del bins, below  # the next digit needs the memory
-    assert chosen is not None
-    chosen |= undecided.logical_and_(_is_late(undecided, counts, layer_of, layout))
-    chosen = chosen.view(-1)
-    return chosen.logical_xor_(candidates) if want_largest else chosen
+    def select(
+        self,
+        scores: Sequence[Tensor | Draw],
+        counts: Tensor,
+        candidates: Tensor,
+        want_largest: bool,
+    ) -> Tensor:
+        """Mark the entries of largest or smallest magnitude in every pool.
+
+        Args:
+            scores: Of each layer, all of one kind.
+            counts: int32 tensor, how many to pick in each pool.
+            candidates: Flat bool tensor, False where there is no layer.
+            want_largest: Among equals the lower index is picked first; otherwise the higher one.
+
+        Returns:
+            Flat bool tensor.
+        """
+        chosen, undecided = None, candidates.view(-1, ROW)
+        digits = _digits(scores, self._layout, self._device, self._together)
+        while digits:
+            bins = digits.pop().view(-1, ROW) + self._bin[:, None]
+            torch.where(undecided, bins, self._lanes, out=bins)
+            from_end = want_largest and chosen is None
+            limits, counts = self._limits(bins.view(-1), counts, from_end)
+            limits = limits.index_select(0, self._pool)[:, None]
+            below, undecided = bins < limits, bins == limits
+            chosen = below if chosen is None else chosen.logical_or_(below)
+            del bins, below  # the next digit needs the memory
+        assert chosen is not None
+        chosen |= undecided.logical_and_(self._are_late(undecided, counts))
+        chosen = chosen.view(-1)
+        return chosen.logical_xor_(candidates) if want_largest else chosen
+
+    def _limits(self, bins: Tensor, counts: Tensor, from_end: bool) -> tuple[Tensor, Tensor]:
+        """Find the bins before which entries are chosen, because their digits are the smallest.
+
+        Args:
+            bins: Of every entry, from 1 on. Every pool has `_BINS`; those behind do not count.
+            counts: How many to choose in each pool; if `from_end`, how many not to choose.
+
+        Returns:
+            Of every pool the bin, and how many of its own entries remain to be chosen: less than
+            all of them.
+        """
+        used = len(counts) * _BINS
+        found = torch.zeros(used + 3 + ROW, dtype=torch.int32, device=bins.device)
+        found[1:].index_add_(0, bins, self._one.expand(len(bins)))
+        before = found[: used + 2].cumsum(0, dtype=torch.int32)
+        until = before[1:]
+        begins, ends = until[:-1:_BINS], until[_BINS::_BINS]
+        wanted = torch.maximum(ends - counts, begins) if from_end else begins + counts
+        limits = torch.searchsorted(until, wanted, right=True, out_int32=True)
+        return limits, wanted - before.index_select(0, limits)
+
+    def _are_late(self, tied: Tensor, counts: Tensor) -> Tensor:
+        """Mark the end of each pool, from where on there are `counts` of those that are tied.
+
+        Args:
+            tied: bool tensor [rows, ROW].
+            counts: How many in each pool.
+        """
+        found = counts_of_rows(tied)
+        until = found.cumsum(0, dtype=torch.int32)
+        skipped = until.index_select(0, self._last).sub_(counts).index_select(0, self._pool)
+        skipped -= until.sub_(found)
+        return tied.to(torch.int16).cumsum_(1) > skipped[:, None]
 
 
-def _limits(bins: Tensor, counts: Tensor, from_end: bool) -> tuple[Tensor, Tensor]:
-    """Find the bins up to which the entries with the smallest digits are chosen.
-
-    Args:
-        bins: Of every entry, from 1 on. Every layer has `_BINS`; those behind them do not count.
-        counts: How many to choose in each layer; if `from_end`, how many not to choose.
-
-    Returns:
-        Of every layer the bin before which entries are chosen, and how many of its own entries
-        remain to be chosen, which are not all of them.
-    """
-    used = len(counts) * _BINS
-    one = torch.ones(1, dtype=torch.int32, device=bins.device)
-    found = torch.zeros(used + 3 + ROW, dtype=torch.int32, device=bins.device)
-    found[1:].index_add_(0, bins, one.expand(len(bins)))
-    before = found[: used + 2].cumsum(0, dtype=torch.int32)
-    until = before[1:]
-    begins, ends = until[:-1:_BINS], until[_BINS::_BINS]
-    wanted = torch.maximum(ends - counts, begins) if from_end else begins + counts
-    limits = torch.searchsorted(until, wanted, right=True, out_int32=True)
-    return limits, wanted - before.index_select(0, limits)
-
-
-def _is_late(tied: Tensor, counts: Tensor, layer_of: Tensor, layout: Layout) -> Tensor:
-    """Mark the last entries of each layer, so many that `counts` of those that are tied are marked.
-
-    Args:
-        tied: bool tensor [rows, ROW].
-        counts: How many in each layer.
-        layer_of: Of each row the layer.
-        layout: The layers.
-    """
-    found = counts_of_rows(tied)
-    until = found.cumsum(0, dtype=torch.int32)
-    last = vector([row - 1 for row in itertools.accumulate(layout.rows)], tied.device)
-    skipped = (until.index_select(0, last) - counts).index_select(0, layer_of)
-    skipped -= until.sub_(found)
-    return tied.to(torch.int16).cumsum_(1) > skipped[:, None]
-
-
-def _digits(scores: Sequence[Tensor | Draw], layout: Layout, device: torch.device) -> list[Tensor]:
+def _digits(
+    scores: Sequence[Tensor | Draw], layout: Layout, device: torch.device, together: bool
+) -> list[Tensor]:
     """Give the digits of magnitudes, the lowest first: flat int16 tensors, ordered as numbers."""
-    dtype = kind(scores[0])
+    dtype = torch.float32 if together else kind(scores[0])
     if dtype in _FLOATS:
         values = layout.flatten([s for s in scores if isinstance(s, Tensor)], dtype, clear=False)
         values.nan_to_num_(torch.nan, torch.inf, -torch.inf)  # all NaN become the same
@@ -169,13 +178,16 @@ def drawn(
     """
     keys = [words(draw.key) for draw in draws]
     index = indices(layout, [0] * len(keys), device) if index is None else index.clone()
-    index ^= layout.spread([first for first, _ in keys], device)
-    index = first_half(index)
-    index ^= layout.spread([second for _, second in keys], device)
-    return second_half(index)
+    rows = index.view(-1, ROW)
+    rows ^= layout.spread([first for first, _ in keys], device, over_rows=True)[:, None]
+    first_half(rows)
+    rows ^= layout.spread([second for _, second in keys], device, over_rows=True)[:, None]
+    second_half(rows)
+    return index
 
 
 def indices(layout: Layout, begins: Sequence[int], device: torch.device) -> Tensor:
     """Number the entries of each layer from a number on: flat int32 tensor."""
-    index = torch.arange(layout.numel, dtype=torch.int32, device=device)
-    return layout.add(index, [b - s for b, s in zip(begins, layout.starts, strict=True)])
+    first = torch.arange(0, layout.numel, ROW, dtype=torch.int32, device=device)
+    first = layout.add(first, [b - s for b, s in zip(begins, layout.starts, strict=True)])
+    return (first[:, None] + torch.arange(ROW, dtype=torch.int32, device=device)).view(-1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import radix
-from .flat import apart, batched, join, layout_of
+from .flat import apart, batched, join, layout_for
 from .radix import indices
 from .rng import Draw
 from .selection import order_keys
@@ -208,13 +208,13 @@ def _drawn(scores: Tensors | Mapping[str, Draw], like: Tensors) -> Tensors:
         return tensors
     if any_sharded(like.values()):
         ranks, parts = Ranks.of({name: like[name] for name in draws}), locals_of(like)
-        layout = layout_of(tuple(parts[name].numel() for name in draws))
+        layout = layout_for(parts[name] for name in draws)
         device = next(iter(parts.values())).device
         index = indices(layout, [part.start for part in ranks.parts.values()], device)
         flat = radix.drawn(list(draws.values()), layout, device, index)
         return layout.by_layer(flat, draws, parts)
     if not _together(like):
         return {name: draw.tensor() for name, draw in draws.items()}
-    layout = layout_of(tuple(like[name].numel() for name in draws))
+    layout = layout_for(like[name] for name in draws)
     device = next(iter(like.values())).device
     return layout.by_layer(radix.drawn(list(draws.values()), layout, device), draws, like)

@@ -9,18 +9,19 @@ bound is estimated from a sample. One pass collects the entries beyond the bound
 are selected among these few. If fewer than k are beyond the bound, the pass is repeated without it.
 """
 
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import radix, sharded
-from .flat import Layout, apart, batched, join, layout_of, vector
+from .flat import apart, batched, join, layout_for, vector
 from .rng import CHUNK, Draw
-from .shards import Ranks, any_sharded, local, part_like, spread_as
+from .shards import Ranks, local, locals_of, part_like, spread_as
 
 Scores = Tensor | Draw
 Counts = Mapping[str, int] | Mapping[str, Tensor] | Mapping[str, int | Tensor]
@@ -77,9 +78,9 @@ def largest_in_layers(
         return {name: _largest_cpu(scores[name], counts[name], among[name]) for name in among}
     new: dict[str, Tensor] = {}
     for names in _groups(among, scores):
-        flat, layout = _flatten(among, names)
-        chosen = _select(names, scores, counts, flat, layout, among, want_largest=True)
-        new |= _by_layer(chosen, layout, names, among)
+        layers = _Layers({name: among[name] for name in names})
+        wanted = [counts[name] for name in names]
+        new |= layers.by_layer(layers.select(scores, wanted, layers.flat, want_largest=True))
     return {name: new[name] for name in among}
 
 
@@ -95,16 +96,11 @@ def largest_together(
         k: How many entries in all.
         among: Layer name -> candidates.
     """
-    if any_sharded(among.values()):
-        names = list(among)
-        flat, layout = _flatten(among, names)
-        given = [_part(scores[name].float(), among[name]) for name in names]
-        count, ranks = _vector([k], flat.device), Ranks.of(among)
-        chosen = sharded.select(given, count, flat, layout, ranks, want_largest=True, together=True)
-        return _by_layer(chosen, layout, names, among)
-    flat = join([scores[name] for name in among]).float()
-    marks = join(list(among.values()))
-    return apart(largest(flat, k, marks), among)
+    if _on_cpu(among):
+        flat = join([scores[name] for name in among]).float()
+        return apart(largest(flat, k, join(list(among.values()))), among)
+    layers = _Layers(among, together=True)
+    return layers.by_layer(layers.select(scores, [k], layers.flat, want_largest=True))
 
 
 def replace(
@@ -138,14 +134,16 @@ def replace(
         return {name: torch.from_numpy(new[name]).view(mask.shape) for name, mask in masks.items()}
     made: dict[str, Tensor] = {}
     for names in _groups(masks, *(scores for scores in (drop, grow) if scores is not None)):
-        flat, layout = _flatten(masks, names)
+        layers = _Layers({name: masks[name] for name in names})
+        flat = layers.flat
         if drop is not None and num_dropped is not None:
-            flat ^= _select(names, drop, num_dropped, flat, layout, masks, want_largest=False)
+            wanted = [num_dropped[name] for name in names]
+            flat ^= layers.select(drop, wanted, flat, want_largest=False)
         if grow is not None and num_grown is not None:
-            free = layout.clear_gaps(flat.logical_not_())
-            chosen = _select(names, grow, num_grown, free, layout, masks, want_largest=True)
-            flat = free.logical_not_().logical_or_(chosen)
-        made |= _by_layer(flat, layout, names, masks)
+            free = layers.layout.clear_gaps(flat.logical_not())
+            wanted = [num_grown[name] for name in names]
+            flat |= layers.select(grow, wanted, free, want_largest=True)
+        made |= layers.by_layer(flat)
     return {name: made[name] for name in masks}
 
 
@@ -161,43 +159,71 @@ def _groups(masks: Mapping[str, Tensor], *scores: Mapping[str, Scores]) -> list[
     return list(groups.values())
 
 
-def _flatten(masks: Mapping[str, Tensor], names: list[str]) -> tuple[Tensor, Layout]:
-    """Put masks, or what of them lies here, into a flat tensor."""
-    parts = [local(masks[name]) for name in names]
-    layout = layout_of(tuple(part.numel() for part in parts))
-    return layout.flatten(parts, torch.bool), layout
+class _Layers:
+    """Layers that are ranked at once, each by itself or all of them together.
 
+    Of layers that are spread over processes it holds what lies here.
 
-def _by_layer(
-    flat: Tensor, layout: Layout, names: list[str], like: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Undo `_flatten`."""
-    parts = layout.by_layer(flat, names, {name: local(like[name]) for name in names})
-    return {name: spread_as(part, like[name]) for name, part in parts.items()}
+    Attributes:
+        flat: Their masks in a flat tensor.
+        layout: Where they lie in a flat tensor.
+        ranks: The processes over which they are spread.
+    """
 
+    def __init__(self, masks: Mapping[str, Tensor], *, together: bool = False) -> None:
+        self._masks, self._together = masks, together
+        parts = list(map(local, masks.values()))
+        self.layout = layout_for(parts)
+        self.flat = self.layout.flatten(parts, torch.bool)
+        self.ranks = Ranks.of(masks)
 
-def _select(
-    names: list[str],
-    scores: Mapping[str, Scores],
-    counts: Counts,
-    candidates: Tensor,
-    layout: Layout,
-    masks: Mapping[str, Tensor],
-    want_largest: bool,
-) -> Tensor:
-    given = [_part(scores[name], masks[name]) for name in names]
-    wanted = _vector([counts[name] for name in names], candidates.device)
-    ranks = Ranks.of({name: masks[name] for name in names})
-    if not ranks.groups:
-        return radix.select(given, wanted, candidates, layout, want_largest)
-    return sharded.select(given, wanted, candidates, layout, ranks, want_largest=want_largest)
+    @functools.cached_property
+    def _selector(self) -> radix.Selector:
+        return radix.Selector(self.layout, self.flat.device, together=self._together)
+
+    def select(
+        self,
+        scores: Mapping[str, Scores],
+        counts: Sequence[int | Tensor],
+        among: Tensor,
+        *,
+        want_largest: bool,
+    ) -> Tensor:
+        """Mark so many of the candidates in every layer, or in all together.
+
+        Args:
+            scores: Layer name -> scores.
+            counts: How many, a number for each layer, or one for all together.
+            among: The candidates, flat as the result is.
+            want_largest: As in `radix.Selector.select`.
+        """
+        given = [_part(scores[name], mask) for name, mask in self._masks.items()]
+        wanted = _vector(counts, among.device)
+        if not self.ranks.groups:
+            return self._selector.select(given, wanted, among, want_largest)
+        if self._together:
+            given = [score.float() for score in given if isinstance(score, Tensor)]
+        return sharded.select(
+            given,
+            wanted,
+            among,
+            self.layout,
+            self.ranks,
+            want_largest=want_largest,
+            together=self._together,
+        )
+
+    def by_layer(self, flat: Tensor) -> dict[str, Tensor]:
+        """Take a flat tensor apart, into layers that are spread as the masks are."""
+        parts = self.layout.by_layer(flat, self._masks, locals_of(self._masks))
+        return {name: spread_as(part, self._masks[name]) for name, part in parts.items()}
 
 
 def _part(scores: Scores, mask: Tensor) -> Scores:
     return scores if isinstance(scores, Draw) else local(part_like(scores, mask))
 
 
-def _vector(counts: list[int | Tensor], device: torch.device) -> Tensor:
+def _vector(counts: Sequence[int | Tensor], device: torch.device) -> Tensor:
     """Join counts that the host knows, or that only a device knows."""
     known = [count for count in counts if isinstance(count, int)]
     if len(known) == len(counts):

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..methods.base import GrowInit, Method
 from ..methods.layers import named_parameters
 from ..topology.draws import Keys, normal
-from ..topology.flat import batched, by_device, copy, count_nonzero, gather, layout_of
+from ..topology.flat import ROW, batched, by_device, copy, count_nonzero, gather, layout_for
 from ..topology.sharded import sums_of_magnitudes
 from ..topology.shards import any_sharded, local, locals_of
 from .gates import Gate, update_gates, zero_inactive
@@ -174,10 +174,10 @@ def _put(
                 target.copy_(torch.where(where[name], product.to(dtype), target))
             continue
         names, into, of = zip(*group, strict=True)
-        layout = layout_of(tuple(target.numel() for target in into))
+        layout = layout_for(into)
         new = layout.flatten(of, kind)
         if isinstance(factor, Mapping):
-            new *= layout.of_layers(gather([factor[name] for name in names]))
+            new.view(-1, ROW).mul_(layout.of_rows(gather([factor[name] for name in names])))
         else:
             new *= factor
         new, marks = new.to(dtype), layout.flatten([where[name] for name in names], torch.bool)

@@ -7,7 +7,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import SparsityError
-from ..topology.flat import WORD, batched, by_device, gather, layout_of
+from ..topology.flat import WORD, batched, by_device, gather, layout_for
 from ..topology.rng import Draw, drawn_at
 from ..topology.shards import Ranks
 
@@ -95,7 +95,7 @@ def digests(masks: Mapping[str, Tensor]) -> Tensor:
         if not batched(masks[names[0]]):
             found |= {name: digest(masks[name]) for name in names}
             continue
-        layout = layout_of(tuple(masks[name].numel() for name in names))
+        layout = layout_for(masks[name] for name in names)
         words = layout.flatten([masks[name] for name in names], torch.bool).view(torch.int64)
         index = torch.arange(len(words), dtype=torch.int32, device=words.device)
         layout.add(index, [-start // WORD for start in layout.starts])

@@ -6,9 +6,9 @@ of the gate are widened to integers and combined with the bit patterns of the gr
 and. This takes twice as long. (`masked_fill_` takes five times as long.) All of these ways give
 exactly 0 for an infinite or NaN gradient, which multiplying by 0 does not.
 
-On other devices the gates of all weights lie in one tensor, and tensors are zeroed in three
-operations: all of them are put into a flat tensor, it is masked, and copied back. This takes as
-much memory, for a moment, as the tensors do.
+On other devices the gates of all weights lie in one tensor, and tensors are zeroed in two
+operations: the gates become integers, 1 where active and 0 elsewhere, by which the bit patterns of
+all tensors are multiplied. This takes as much memory, for a moment, as one tensor for each weight.
 """
 
 import ctypes
@@ -32,6 +32,7 @@ from ..topology.flat import (
     copy,
     count_nonzero,
     gather,
+    layout_for,
     layout_of,
     memory,
 )
@@ -39,7 +40,7 @@ from ..topology.shards import any_sharded, local, locals_of, spread_all
 
 Tensors = Mapping[str, Tensor]
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Group:
@@ -51,7 +52,7 @@ class _Group:
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.layout = layout_of(tuple(weight.numel() for weight in weights))
+        self.layout = layout_for(weights)
         self.flat = torch.zeros(self.layout.numel, dtype=torch.bool, device=weights[0].device)
         empty = [torch.empty_like(w, dtype=torch.bool, device="meta") for w in weights]
         self._shapes = [(like.shape, like.stride()) for like in empty]
@@ -155,9 +156,10 @@ def update_gates(gates: Mapping[str, Gate], masks: Tensors) -> None:
             gates[name]._bits = None
         places = [gates[name].inactive for name in names]
         if batched(places[0]):
-            layout = layout_of(tuple(place.numel() for place in places))
-            closed = layout.flatten([masks[name] for name in names], torch.bool).logical_not_()
-            copy(places, layout.entries(closed))
+            copy(places, [masks[name] for name in names])
+            numbers = [memory(place).view(torch.int8) for place in places]
+            torch._foreach_sub_(numbers, 1)  # 0 where active, else -1
+            torch._foreach_abs_(numbers)
         else:
             for name, place in zip(names, places, strict=True):
                 torch.logical_not(masks[name], out=place)
@@ -180,10 +182,14 @@ def zero_inactive(pairs: Iterable[tuple[Tensor, Gate]]) -> None:
         tensor, gate = others[place]
         _zero_by_torch(tensor, gate.inactive)
     for batch in batches:
-        tensors = [memory(others[place][0]) for place in batch]
-        layout, closed = _closed([others[place][1] for place in batch])
-        values = layout.flatten(tensors, tensors[0].dtype, clear=False).masked_fill_(closed, 0)
-        copy(tensors, layout.entries(values))
+        found = [others[place] for place in batch]
+        integers = _INTEGERS[found[0][0].element_size()]
+        gates = list({id(gate): gate for _, gate in found}.values())
+        layout, closed = _closed(gates)
+        opened = torch.logical_not(closed, out=torch.empty_like(closed, dtype=integers))
+        factors = dict(zip(map(id, gates), layout.entries(opened), strict=True))
+        bits = [memory(tensor).view(integers) for tensor, _ in found]
+        torch._foreach_mul_(bits, [factors[id(gate)] for _, gate in found])
 
 
 def count_violations(pairs: Iterable[tuple[Tensor, Gate]]) -> Tensor:
@@ -199,7 +205,7 @@ def count_violations(pairs: Iterable[tuple[Tensor, Gate]]) -> Tensor:
         layers = (_Layer * len(pairs))(*(gate.layer(tensor) for tensor, gate in pairs))
         loops.count(layers, len(pairs), torch.get_num_threads(), counts.data_ptr())
         return counts
-    alone, batches = _batches(pairs)
+    alone, batches = _batches(pairs, each_gate_once=True)
     found = {
         place: torch.count_nonzero(tensor.ne(0) & gate.inactive.to(tensor.device))
         for place, (tensor, gate) in enumerate(pairs)
@@ -208,27 +214,31 @@ def count_violations(pairs: Iterable[tuple[Tensor, Gate]]) -> Tensor:
     for batch in batches:
         tensors = [memory(pairs[place][0]) for place in batch]
         layout, closed = _closed([pairs[place][1] for place in batch])
-        wrong = layout.flatten(tensors, tensors[0].dtype, clear=False).ne(0).logical_and_(closed)
-        found |= zip(batch, layout.sums(wrong).unbind(), strict=True)
-    return gather([found[place] for place in range(len(pairs))])
+        wrong = layout.flatten(tensors, tensors[0].dtype, clear=False)
+        found |= zip(batch, layout.counts(wrong.logical_and(closed)), strict=True)
+    return gather([found[place] for place in range(len(pairs))]).long()
 
 
-def _batches(pairs: Sequence[tuple[Tensor, Gate]]) -> tuple[set[int], list[list[int]]]:
+def _batches(
+    pairs: Sequence[tuple[Tensor, Gate]], *, each_gate_once: bool = False
+) -> tuple[set[int], list[list[int]]]:
     """Share tensors out: the places of those treated alone, and of those treated together.
 
     Together go tensors on a device that lie in memory as their gates do, of one dtype and of gates
-    in one tensor, each gate once.
+    in one tensor.
     """
     alone, batches, seen = set(), defaultdict(list), Counter[tuple[int, torch.dtype]]()
     devices: dict[int, torch.device] = {}
     for place, (tensor, gate) in enumerate(pairs):
         group = id(gate._group)
         device = devices.setdefault(group, gate._group.flat.device)
-        if not (batched(gate._group.flat) and tensor.device == device and gate.fits(tensor)):
+        has_integers = tensor.element_size() in _INTEGERS
+        on_device = batched(gate._group.flat) and tensor.device == device
+        if not (on_device and has_integers and gate.fits(tensor)):
             alone.add(place)
             continue
         turn = seen[id(gate), tensor.dtype]
-        seen[id(gate), tensor.dtype] += 1
+        seen[id(gate), tensor.dtype] += each_gate_once
         batches[group, tensor.dtype, turn].append(place)
     return alone, list(batches.values())
 
@@ -245,8 +255,8 @@ def masks_of(gates: Mapping[str, Gate], weights: Tensors) -> dict[str, Tensor]:
     for names in by_device({name: weights[name] for name in weights if name in gates}):
         found = [gates[name].inactive for name in names]
         if batched(found[0]):
-            layout = layout_of(tuple(gate.numel() for gate in found))
-            flat = layout.flatten(found, torch.bool).logical_not_()
+            layout = layout_for(found)
+            flat = layout.flatten(found, torch.bool, clear=False).logical_not_()
             masks |= layout.by_layer(flat, names, weights)
         else:
             masks |= {name: gates[name].mask() for name in names}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import SparsityError
 from ..methods.base import Method
-from ..topology.flat import batched, copy, count_nonzero, layout_of, memory, zeros_like
+from ..topology.flat import batched, copy, count_nonzero, layout_for, memory, zeros_like
 from ..topology.rng import is_fake
 from ..topology.shards import local, spread_all
 from . import checkpoints
@@ -156,7 +156,7 @@ def _blend_together(
     if not scaled and all(gradient.dtype == dtype for gradient in gradients):
         torch._foreach_lerp_(averages, gradients, share)
         return
-    layout = layout_of(tuple(average.numel() for average in averages))
+    layout = layout_for(averages)
     places = list(map(memory, averages))
     flat = layout.flatten(places, dtype, clear=False)
     blended = layout.flatten(list(map(memory, gradients)), dtype, clear=False)

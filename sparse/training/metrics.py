@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..topology.bits import pack
-from ..topology.flat import batched, by_device, copy, gather, joined, layout_of
+from ..topology.flat import batched, by_device, copy, count_nonzero, gather, joined, layout_for
 
 Tensors = Mapping[str, Tensor]
 
@@ -17,7 +17,7 @@ def record_explored(explored: dict[str, Tensor], masks: Tensors) -> None:
         if not batched(masks[names[0]]):
             bits = {name: pack(masks[name]) for name in names}
         else:  # every layer begins with a byte of its own
-            layout = layout_of(tuple(masks[name].numel() for name in names))
+            layout = layout_for(masks[name] for name in names)
             packed = pack(layout.flatten([masks[name] for name in names], torch.bool))
             firsts = [start // 8 for start in layout.starts]
             sizes = [(masks[name].numel() + 7) // 8 for name in names]
@@ -42,9 +42,9 @@ def fresh_marks(old: Tensors, new: Tensors) -> dict[str, Tensor]:
     marks: dict[str, Tensor] = {}
     for names in by_device(old):
         if batched(old[names[0]]):
-            layout = layout_of(tuple(old[name].numel() for name in names))
-            flat = layout.flatten([new[name] for name in names], torch.bool)
-            flat.gt_(layout.flatten([old[name] for name in names], torch.bool))
+            layout = layout_for(old[name] for name in names)
+            flat = layout.flatten([new[name] for name in names], torch.bool, clear=False)
+            flat.gt_(layout.flatten([old[name] for name in names], torch.bool, clear=False))
             marks |= layout.by_layer(flat, names, old)
         else:
             marks |= {name: new[name] > old[name] for name in names}
@@ -60,15 +60,10 @@ def turnover(old: Tensors, new: Tensors, fresh: Tensors, *, keeps_counts: bool) 
         fresh: The marks of new connections.
         keeps_counts: As many connections come as go.
     """
-    grown = _total(fresh)
-    dropped = grown if keeps_counts else grown + _total(old) - _total(new)
-    return {"dropped": dropped, "grown": grown}
-
-
-def _total(masks: Tensors) -> Tensor:
-    if any(map(batched, masks.values())):
-        return gather([torch.count_nonzero(flat) for flat in joined(masks.values())]).sum()
-    return gather([torch.count_nonzero(mask) for mask in masks.values()]).sum()
+    counted = [fresh] if keeps_counts else [fresh, old, new]
+    masks = {f"{place} {n}": m for place, some in enumerate(counted) for n, m in some.items()}
+    grown, *totals = count_nonzero(masks).reshape(len(counted), len(fresh)).sum(1).unbind()
+    return {"dropped": grown + totals[0] - totals[1] if totals else grown, "grown": grown}
 
 
 def summarize(num_active: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, float]:

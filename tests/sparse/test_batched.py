@@ -5,6 +5,7 @@ Tests that need values force CPU tensors onto it. Counts are taken from tensors 
 
 import copy
 import json
+import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -338,20 +339,20 @@ def test_gates_of_one_tensor_are_copied_and_pickled_once() -> None:
 
 # Counts ------------------------------------------------------------------------------------------
 
-# The entries that a device holds for a maskable weight in the worst moment.
+# Bytes per maskable weight: what a device holds at most, and what an update reads and writes.
 BYTES_PER_WEIGHT = 12
-
+MOST_TRAFFIC = {"rigl": 315, "set": 415, "snfs": 380, "gmp": 220}
 
 MOST_OPERATIONS = {
-    "rigl": 190,
-    "set": 200,
-    "snfs": 320,
-    "gmp": 130,
-    "granet": 360,
-    "srigl": 510,
-    "gap": 130,
-    "acdc": 100,
-    "static": 3,
+    "rigl": 135,
+    "set": 155,
+    "snfs": 230,
+    "gmp": 92,
+    "granet": 270,
+    "srigl": 415,
+    "gap": 92,
+    "acdc": 80,
+    "static": 2,
 }
 LAYOUT = 75  # what it may take to bring the kernels of channels_last into row-major order
 
@@ -362,15 +363,17 @@ def test_few_operations_whatever_the_number_of_layers(method: str, last: bool) -
     deeper = "resnet152" if method in ("rigl", "snfs") else "resnet50"
     counts = [count(method, arch, channels_last=last) for arch in ("resnet18", deeper)]
     for found in counts:
-        assert found["install"] <= 100
+        assert found["install"] <= 92
         assert found["update"] <= MOST_OPERATIONS[method] + LAYOUT * last
-        assert found["step"] <= (4 if method == "snfs" else 3)
+        assert found["step"] <= (3 if method == "snfs" else 2)
+        assert found["step_traffic"] <= (29 if method == "snfs" else 17) * 1.01
+        assert found["traffic"] <= MOST_TRAFFIC.get(method, math.inf) + 60 * last
     for kind in ("install", "update", "step"):
-        # ResNet-18 has a single kernel of some sizes, which is copied at once.
-        assert abs(counts[0][kind] - counts[1][kind]) <= (8 if last else 1)
+        # ResNet-18 has layers without gaps, and single kernels of some sizes, copied at once.
+        assert 0 <= counts[1][kind] - counts[0][kind] + last <= (8 if last else 3)
     # A histogram takes as much for a small layer, so only the larger network says what a weight
-    # takes. Ranking all layers together takes a copy of them, ranking within rows sorts them.
-    more = {"granet": 9, "srigl": 31}.get(method, 0)
+    # takes. GraNet ranks twice, and ranking within rows sorts them.
+    more = {"granet": 6, "srigl": 31}.get(method, 0)
     assert counts[1]["bytes"] < BYTES_PER_WEIGHT + more
 
 
@@ -388,17 +391,17 @@ def test_few_operations_whatever_the_number_of_layers(method: str, last: bool) -
 def test_settings_take_few_operations_whatever_the_number_of_layers(
     method: str, options: dict[str, Any]
 ) -> None:
-    counts = [count(method, arch, **options) for arch in ("resnet18", "resnet34")]
-    assert counts[0]["update"] == counts[1]["update"] <= 300
+    counts = [count(method, arch, **options) for arch in ("resnet18", "resnet50", "resnet34")]
+    assert counts[0]["update"] == counts[2]["update"] <= counts[1]["update"] <= 235
 
 
 @pytest.mark.parametrize(
     ("method", "block", "deeper", "limit"),
     [
-        ("rigl", (1, 4), "resnet152", 230),
-        ("set", (1, 4), "resnet34", 230),
-        ("gmp", (1, 4), "resnet34", 160),
-        ("rigl", (2, 2), "resnet34", 330),
+        ("rigl", (1, 4), "resnet152", 180),
+        ("set", (1, 4), "resnet34", 180),
+        ("gmp", (1, 4), "resnet34", 115),
+        ("rigl", (2, 2), "resnet34", 240),
     ],
 )
 @pytest.mark.parametrize("last", [False, True])
@@ -406,10 +409,10 @@ def test_blocks_take_few_operations_whatever_the_number_of_layers(
     method: str, block: tuple[int, int], deeper: str, limit: int, last: bool
 ) -> None:
     found = [count(method, a, channels_last=last, block=block) for a in ("resnet18", deeper)]
-    assert found[0]["install"] <= found[1]["install"] <= 170
+    assert found[0]["install"] <= found[1]["install"] <= 150
     assert found[0]["update"] <= found[1]["update"] <= limit + LAYOUT * last
-    assert found[1]["update"] <= found[0]["update"] + (8 if last else 0)
-    assert found[0]["step"] == found[1]["step"] <= 3
+    assert found[1]["update"] <= found[0]["update"] + (8 if last else 1)
+    assert found[0]["step"] == found[1]["step"] <= 2
     assert found[1]["bytes"] < BYTES_PER_WEIGHT
 
 

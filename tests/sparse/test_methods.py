@@ -173,15 +173,16 @@ def test_shares_by_hand() -> None:
     masks = {"a": torch.tensor([True, True, False]), "b": torch.tensor([True, False, False, False])}
     weights = {"a": torch.tensor([1.0, -3.0, 0.0]), "b": torch.tensor([6.0, 0.0, 0.0, 0.0])}
     momenta = {"a": torch.tensor([1.0, 1.0, 9.0]), "b": torch.tensor([-3.0, 5.0, 5.0, 5.0])}
+    active = torch.tensor([2, 1])
     shares = {
-        kind: layer_shares(masks, weights, momenta, kind).tolist()
+        kind: layer_shares(masks, active, weights, momenta, kind).tolist()
         for kind in ("momentum", "magnitude", "nonzero", "numel")
     }
     assert shares["momentum"] == pytest.approx([1 / 4, 3 / 4])
     assert shares["magnitude"] == pytest.approx([2 / 8, 6 / 8])
     assert shares["nonzero"] == pytest.approx([2 / 3, 1 / 3])
     assert shares["numel"] == pytest.approx([3 / 7, 4 / 7])
-    assert layer_shares(masks, weights, {}, "momentum").tolist() == [0.5, 0.5]
+    assert layer_shares(masks, active, weights, {}, "momentum").tolist() == [0.5, 0.5]
 
 
 def test_regrowth_by_hand() -> None:
