@@ -149,7 +149,7 @@ def count(
         "install": made.num_operations,
         "update": steps[2].num_operations,
         "step": steps[3].num_operations,
-        "bytes": steps[2].peak / weights,
-        "traffic": steps[2].traffic / weights,
-        "step_traffic": steps[3].traffic / weights,
+        "bytes": round(steps[2].peak / weights, 2),
+        "traffic": round(steps[2].traffic / weights, 1),
+        "step_traffic": round(steps[3].traffic / weights, 1),
     }
