@@ -164,12 +164,16 @@ class MaskedModel:
 
     def _follow_layout(self) -> None:
         """Lay out gates and optimizer state as the weights are, which may have changed since."""
-        gated = {name: self._maskable[name] for name in self._gates}
-        if not all(gate.serves(gated[name]) for name, gate in self._gates.items()):
+        if not self._gates_serve():
+            gated = {name: self._maskable[name] for name in self._gates}
             masks, self._gates = masks_of(self._gates, gated), Gate.together(gated)
             update_gates(self._gates, masks)
             self.masks_version += 1
             lay_out_state(self._optimizer)
+
+    def _gates_serve(self) -> bool:
+        """Say whether all gates lie where and as their weights do now."""
+        return all(gate.serves(self._maskable[name]) for name, gate in self._gates.items())
 
     @torch.no_grad()
     def _install(self, masks: Tensors) -> None:
@@ -186,9 +190,7 @@ class MaskedModel:
         self._invariant.forget()
         weights = {name: self._maskable[name] for name in masks}
         masks = {name: part_like(mask, weights[name]) for name, mask in masks.items()}
-        if list(self._gates) != list(masks) or not all(
-            gate.serves(weights[name]) for name, gate in self._gates.items()
-        ):
+        if list(self._gates) != list(masks) or not self._gates_serve():
             self._gates = Gate.together(weights)
         disconnect(self._optimizer, self._maskable, self._gates, masks)
         self._counts = None
