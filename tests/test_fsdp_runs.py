@@ -22,7 +22,8 @@ RUNS = {
     "resnet": "--arch resnet18 --amp --amp-dtype bfloat16 " + SPARSE.format(method="rigl"),
     "accumulation": "--arch mobilenet_v1 --width 0.25 --optimizer adamw --lr 0.001 "
     "--optimizer-batch-size 16 " + SPARSE.format(method="set"),
-    "float16": "--arch small_cnn --amp --dynamic-loss-scale " + SPARSE.format(method="snfs"),
+    "float16": "--arch small_cnn --image-size 16 --amp --dynamic-loss-scale "
+    + SPARSE.format(method="snfs"),
 }
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings(  # workers are forked, from Python 3.12
 
 ROOT = Path(__file__).parents[1]
 SMALL = gpu.Size(
-    arch="shufflenet_v2_x0_5", image_size=32, batch_size=32, rounds=1, batches=2, workers=1
+    arch="shufflenet_v2_x0_5", image_size=32, batch_size=4, rounds=1, batches=2, workers=1
 )
 
 

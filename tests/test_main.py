@@ -433,7 +433,7 @@ def test_everything_at_once(pictures: Path, tmp_path: Path) -> None:
         pictures, tmp_path, *RIGL, "--data-backend", "dali-cpu", "--epochs", "1", "--amp",
         "--static-loss-scale", "128", "--optimizer-batch-size", "16", "-b", "4", "--mixup", "0.2",
         "--use-ema", "0.9", "--label-smoothing", "0.1", "--memory-format", "nhwc", "--nesterov",
-        "--tensorboard", str(tmp_path / "tb"), "--gather-checkpoints", "1",
+        "--tensorboard", str(tmp_path / "tb"), "--gather-checkpoints", "1", "--image-size", "16",
     )  # fmt: skip
     assert 0 <= last(log, "val_ema.top1") <= 100
     assert last(log, "train.grad_scale") > 0

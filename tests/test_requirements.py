@@ -165,7 +165,10 @@ def test_oldest_makes_and_keeps_an_environment_of_the_lowest_versions(tmp_path: 
         return done.stdout.splitlines()
 
     note = "installing the requirements into .venv-oldest (a few minutes, once)"
-    assert test("--oldest", "-m", "slow") == [note, "1.5 ['-q', '-m', 'slow']"]
-    assert test("--oldest") == ["1.5 ['-q']"]
+    shared = "'-q', '-n', 'auto', '--maxprocesses', '4', '--dist', 'loadfile'"
+    assert test("--oldest", "-m", "slow") == [note, f"1.5 [{shared}, '-m', 'slow']"]
+    assert test("--oldest") == [f"1.5 [{shared}]"]
+    for alone in ("tests/x.py::y", "--pdb", "-n3", "-s"):
+        assert test("--oldest", "-m", "slow", alone) == [f"1.5 ['-q', '-m', 'slow', '{alone}']"]
     (tmp_path / "requirements.txt").write_text("engine>=1.6\n")
-    assert test("--oldest") == [note, "1.6 ['-q']"]
+    assert test("--oldest") == [note, f"1.6 [{shared}]"]

@@ -19,7 +19,7 @@ RIGL = "--data-backend pytorch --sparse-method rigl --sparsity 0.9 --delta-t 2".
 EVERYTHING = (
     "--data-backend dali-cpu --sparse-method snfs --sparsity 0.9 --delta-t 2 --use-ema 0.9 --amp "
     "--static-loss-scale 1024 --mixup 0.2 --label-smoothing 0.1 --optimizer-batch-size 8 "
-    "--lr-schedule cosine --lr-per-step --image-size 12"
+    "--lr-schedule cosine --lr-per-step --image-size 12 --epochs 2"
 ).split()
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import main
 import sparse
 from tests.documents import blocks, commands
 
@@ -71,46 +72,44 @@ def test_its_settings_are_checked() -> None:
             method(sparsity=0.8, t_end=10, **settings)
 
 
-def main(*flags: str, cwd: Path, path: str = ".") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *flags],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def test_main_runs_it_with_its_settings_as_flags(tmp_path: Path) -> None:
+def test_main_runs_it_with_its_settings_as_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "sensitivity.py").write_text(blocks(PAGE.read_text(), "python")[0])
     (command,) = (c for c in commands(PAGE) if "main.py" in c.words)
     flags = command.words[2:]
-    done = main(*flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
+    printed = subprocess.check_output(
+        [sys.executable, str(ROOT / "main.py"), *flags],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    plan = json.loads(printed)
     assert plan["sparse"]["method"] == "sensitivity:Sensitivity"
     assert (plan["sparse"]["delta_t"], plan["sparse"]["num_updates"]) == (20, 8)
     assert plan["cost"]["training_ratio"] == pytest.approx(plan["cost"]["inference_ratio"])
 
+    # The others in this process: importing torch anew for every run takes too long.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sensitivity", raising=False)
     flags = tuple(f for f in flags if f != "--dry-run")
     short = "--synthetic-batches 6 --batch-size 8 --seed 1 --delta-t 2 --console dllogger".split()
-    done = main(*flags, *short, "--run-epochs", "1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert main.main([*flags, *short, "--run-epochs", "1"]) == 0
     state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)
     assert state["config"]["sparse_method"] == "sensitivity:Sensitivity"
     assert (state["config"]["power"], state["sparse"]["method"]) == (0.5, "sensitivity")
     assert state["sparse"]["num_updates"] == 3
 
-    done = main(*flags, *short, "--resume", "auto", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert main.main([*flags, *short, "--resume", "auto"]) == 0
     dense = [f for f in short if f not in ("--delta-t", "2")]
     plain = "--data-backend synthetic --arch small_cnn --num-classes 10 --epochs 2 --cpu".split()
-    done = main(*plain, *dense, "--resume", "auto", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "with --sparse-method sensitivity:Sensitivity --sparsity 0.8" in done.stderr
-    assert "--power 0.5" in done.stderr
+    capsys.readouterr()
+    assert main.main([*plain, *dense, "--resume", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert "with --sparse-method sensitivity:Sensitivity --sparsity 0.8" in error
+    assert "--power 0.5" in error
+    del sys.modules["sensitivity"]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +122,12 @@ def test_main_runs_it_with_its_settings_as_flags(tmp_path: Path) -> None:
         ("lottery", "known are dense, acdc, gap,"),
     ],
 )
-def test_what_is_no_method_is_refused(method: str, words: str, tmp_path: Path) -> None:
+def test_what_is_no_method_is_refused(
+    method: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     synthetic = ("--data-backend", "synthetic", "--arch", "small_cnn", "--dry-run")
-    done = main(*synthetic, "--sparse-method", method, "--sparsity", "0.5", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("main.py: error: ")
-    assert done.stderr.count("\n") == 1
-    assert words in done.stderr
+    assert main.main([*synthetic, "--sparse-method", method, "--sparsity", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("main.py: error: ")
+    assert error.count("\n") == 1
+    assert words in error
