@@ -20,6 +20,7 @@ from sparse.runtime.layout import Map
 from sparse.runtime.network import Network
 from tests.sparse.runtime import integer_networks
 from tests.sparse.runtime.conftest import LEVELS, prune_
+from tests.sparse.runtime.fuzzed import content, rewrite
 from tests.sparse.runtime.plans import NETWORKS, Api, member, number_at, replaced, table
 from tests.sparse.runtime.random_networks import RandomChoices, another_plan
 
@@ -199,7 +200,7 @@ class Joins(nn.Module):
         first, second = (branch(x) for branch in self.branches)
         x = torch.cat([first, second], 1)
         y = self.convs[0](x)
-        if self.readers == "pool":
+        if self.readers.startswith("pool"):
             y = y + self.convs[1](F.max_pool2d(x, 3, 1, 1))
         elif self.readers == "branch":
             y = y + second
@@ -210,7 +211,8 @@ class Joins(nn.Module):
     ("channels", "readers", "floats"),
     [
         (12, "conv", set()),
-        (12, "pool", {"branches_0", "branches_1", "cat"}),  # the pool has a scale of its own
+        (12, "pool", set()),
+        (12, "pool of another scale", {"branches_0", "branches_1", "cat"}),
         (12, "branch", {"branches_1"}),
         (11, "conv", {"branches_0", "branches_1", "cat"}),  # a plane holds 4 channels
     ],
@@ -220,7 +222,12 @@ def test_what_anything_else_reads_stays_float32(
 ) -> None:
     torch.manual_seed(0)
     path, images = tmp_path / "network", torch.randn(2, 3, 9, 9)
-    found = integer_networks.write(path, Joins(channels, readers), size=9).integers()
+    integer_networks.write(path, Joins(channels, readers), size=9)
+    if readers == "pool of another scale":
+        header, tensors = content(path)
+        header["activations"]["max_pool2d"] = [0.5, 3]
+        rewrite(path, header, tensors)
+    found = runtime.read(path).integers()
     network = Network(path, threads=1, kernels=kernels, tuner=None)
     assert_close(network(images), integers.run(found, images), readers)
     layers = {layer.name: layer.integers for layer in integer_layers(found, in_channels=3)}
