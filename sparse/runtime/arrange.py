@@ -243,6 +243,7 @@ class Arrangement:
                 height=like.height,
                 width=like.width,
                 grid=like.grid,
+                fill=like.fill,
             )
         return self._wholes[whole].part(first, like.channels)
 

@@ -3,9 +3,14 @@
 Four neighboring channels lie where one channel lies in float32. Such a plane is what the plan of an
 int8 network calls a channel, and four int8 weights are what it calls a weight. A weight is thus
 active if one of the four is not zero.
+
+Quantizing commutes with joining channels and with pooling the largest values. What a network
+defines as float32 is therefore computed in bytes where only int8 reads it in the end, with the same
+result (`kept_values`).
 """
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -40,7 +45,7 @@ def integer_layers(network: IntegerNetwork, *, in_channels: int) -> list[Layer]:
     with np.errstate(all="ignore"):
         conversion = _Conversion(network, in_channels)
         for unit in network.units:
-            if unit.is_int8:
+            if unit.is_int8 or unit.name in conversion.kept:
                 conversion.add_int8(unit)
             else:
                 conversion.add(unit.node)
@@ -52,19 +57,20 @@ class _Conversion(Lowering):
         super().__init__([unit.node for unit in network.units], dict(network.state), in_channels)
         self._network = network
         self._units = {unit.name: unit for unit in network.units}
-        # name of a value -> name of the layer that gives its bytes
-        self._bytes: dict[str, str] = {}
+        self.kept = kept_values(network, in_channels)
+        # name of a value, its scale and zero point -> name of the layer that gives these bytes
+        self._bytes: dict[tuple[str, Quantization], str] = {}
         if all(unit.is_int8 for unit in network.units if INPUT in unit.node.inputs):
-            self._quantize(INPUT, INPUT)
+            self._quantize(INPUT, INPUT, network.activations[INPUT])
 
     def add_int8(self, unit: Unit) -> None:
-        """Add a unit that computes in int8."""
+        """Add a unit that computes in int8, or whose value is kept in bytes."""
         kind = "lookup" if unit.node.op in CLAMPS else unit.node.op
         getattr(self, "_int8_" + kind)(unit)
 
-    def _quantize(self, name: str, layer_name: str) -> None:
+    def _quantize(self, name: str, layer_name: str, wanted: Quantization) -> None:
         """Append the layer that quantizes a float32 value."""
-        scale, zero_point = self._network.activations[name]
+        scale, zero_point = wanted
         value = self._values[name]
         integers = Integers(
             channels=self._channels[value],
@@ -78,41 +84,44 @@ class _Conversion(Lowering):
         )
         self._append(name, layer)
         self._values[name] = value  # still float32 for those that read it so
-        self._bytes[name] = layer_name
+        self._bytes[name, wanted] = layer_name
 
-    def _read(self, name: str) -> str:
-        """Return the name of the layer that gives the bytes of a value."""
-        if name not in self._bytes:
+    def _read(self, unit: Unit, name: str) -> str:
+        """Return the name of the layer that gives a value in the bytes that a unit reads."""
+        wanted = self._network.activations[name] if unit.is_int8 else self.kept[unit.name]
+        if (name, wanted) not in self._bytes:
             layer_name = f"{name} (bytes)"
-            while layer_name in self._units:
+            while layer_name in self._units or layer_name in self._index:
                 layer_name += "'"
-            self._quantize(name, layer_name)
-        return self._bytes[name]
+            self._quantize(name, layer_name, wanted)
+        return self._bytes[name, wanted]
 
     def _append_int8(self, unit: Unit, kind: str, integers: Integers, **values: Any) -> Layer:
-        node, channels = unit.node, integers.channels
+        node, channels, own = unit.node, integers.channels, self._own(unit)
         layer = Layer(
             name=unit.name,
             kind=kind,
-            source=self._read(node.inputs[0]),
-            channels=-(-channels // PACKED) if unit.gives_bytes else channels,
+            source=self._read(unit, node.inputs[0]),
+            channels=channels if own is None else -(-channels // PACKED),
             kernel=node.kernel,
             stride=node.stride,
             padding=node.padding,
             dilation=node.dilation,
             ceil_mode=node.ceil_mode,
             integers=integers,
-            activation=None if unit.gives_bytes else unit.activation,
+            activation=unit.activation if own is None else None,
             **values,
         )
         self._append(unit.name, layer)
-        if unit.gives_bytes:
-            self._bytes[unit.name] = layer.name
+        if own is not None:
+            self._bytes[unit.name, own] = layer.name
         return layer
 
     def _own(self, unit: Unit) -> Quantization | None:
-        """Return scale and zero point of a unit's value; None if it is float32."""
-        return self._network.activations[unit.name] if unit.gives_bytes else None
+        """Return scale and zero point of a unit's value in bytes; None if it is float32."""
+        if unit.gives_bytes:
+            return self._network.activations[unit.name]
+        return self.kept.get(unit.name)
 
     def _zero_point(self, unit: Unit) -> int:
         own = self._own(unit)
@@ -127,6 +136,12 @@ class _Conversion(Lowering):
     def _int8_max_pool(self, unit: Unit) -> None:
         channels, zero_point = self._num_channels(unit.node.inputs[0]), self._zero_point(unit)
         self._append_int8(unit, "max_pool", Integers(channels=channels, zero_point=zero_point))
+
+    def _int8_concat(self, unit: Unit) -> None:
+        parts = tuple(self._read(unit, name) for name in unit.node.inputs)
+        channels = sum(self._channels[part] for part in parts)
+        integers = Integers(channels=channels, zero_point=self._zero_point(unit))
+        self._append_int8(unit, "concat", integers, parts=parts)
 
     def _int8_mean_pool(self, unit: Unit) -> None:
         source = unit.node.inputs[0]
@@ -171,11 +186,15 @@ class _Conversion(Lowering):
     def _products(self, unit: Unit, kind: str, weight: Array, *, groups: int = 1) -> None:
         """Append a layer of sums of products, with packed weights (out, planes / groups, ...)."""
         given, own = self._given(unit), self._own(unit)
+        rescale = None
+        if own is not None:
+            divisor = 1.0 if unit.gives_bytes else own[0]
+            rescale = _rescale(zero=own[1], high=top(unit, own), divisor=divisor)
         integers = Integers(
             channels=len(weight),
             zero_point=self._zero_point(unit),
             scales=given.multiplier.numpy(),
-            rescale=None if own is None else _rescale(zero=own[1], high=top(unit, own)),
+            rescale=rescale,
         )
         zero_point = self._network.activations[unit.node.inputs[0]][1]
         bias = _bias(given.weight, given.bias, zero_point)
@@ -207,7 +226,7 @@ class _Conversion(Lowering):
                 sum_high=top(unit, value),
             ),
         )
-        self._values[unit.name] = self._bytes[unit.name] = layer.name
+        self._values[unit.name] = self._bytes[unit.name, value] = layer.name
 
     def _open_sum(self, name: str) -> Layer | None:
         """Return the convolution that computes a value if a sum may be folded into it."""
@@ -232,14 +251,59 @@ class _Conversion(Lowering):
             bias=_bias(weight, bias, self._network.activations[source][1]),
             groups=groups,
         )
-        layer.source = self._bytes[source]
+        layer.source = self._read(unit, source)
         return layer
+
+
+def kept_values(network: IntegerNetwork, in_channels: int) -> dict[str, Quantization]:
+    """Return the values of float32 that are kept in bytes, with their scale and zero point.
+
+    Whatever reads such a value quantizes it alike, or joins or pools it and is kept so itself.
+    """
+    readers = defaultdict[str, list[Unit]](list)
+    for unit in network.units:
+        for name in unit.node.inputs:
+            readers[name].append(unit)
+    whole = _whole_planes(network, in_channels)
+    kept: dict[str, Quantization] = {}
+    for unit in reversed(network.units):
+        wanted = {
+            network.activations[unit.name] if reader.is_int8 else kept.get(reader.name)
+            for reader in readers[unit.name]
+        }
+        found = wanted.pop() if len(wanted) == 1 else None
+        if found is None or unit.gives_bytes:
+            continue
+        if unit.is_weighted:
+            can_keep = unit.activation is None or found[1] == 0  # kernels cut off at byte 0
+        elif unit.node.op == "concat":
+            can_keep = whole.issuperset(unit.node.inputs)
+        else:
+            can_keep = unit.node.op == "max_pool"
+        if can_keep:
+            kept[unit.name] = found
+    return kept
+
+
+def _whole_planes(network: IntegerNetwork, in_channels: int) -> set[str]:
+    """Return values whose channels fill planes of 4; what two operations give is left out."""
+    whole = {INPUT} if in_channels % PACKED == 0 else set[str]()
+    for unit in network.units:
+        if unit.is_weighted:
+            is_whole = len(network.parameters[unit.name].weight) % PACKED == 0
+        else:
+            inputs = unit.node.inputs
+            is_whole = unit.node.op not in ("attention", "chunk") and whole.issuperset(inputs)
+        if is_whole:
+            whole.add(unit.name)
+    return whole
 
 
 def _rescale(
     *,
     zero: int,
     high: int = 255,
+    divisor: float = 1,
     own_last: bool = False,
     own_scale: float = 0,
     res_scale: float = 0,
@@ -247,7 +311,7 @@ def _rescale(
     sum_high: int = 255,
 ) -> Array:
     """Return the members of Rescale in op.h."""
-    numbers = (zero, high - zero, own_last, own_scale, res_scale, shift, sum_high)
+    numbers = (zero, high - zero, divisor, own_last, own_scale, res_scale, shift, sum_high)
     return np.array(numbers, np.float32)
 
 

@@ -20,7 +20,7 @@ from .header import MAX_IMAGE_SIZE
 from .network import layers_of, size_check
 from .tune import Tuner
 
-VERSION = 3
+VERSION = 4
 """kPlanVersion of op.h."""
 MAX_THREADS = 1024
 Size = tuple[int, int, int]

@@ -50,8 +50,13 @@ def calibrate(
     with torch.inference_mode():
         nodes = _without_identities(nodes, state, first[:1])
         found = units(nodes)
-        pools = {unit.name: unit for unit in found if unit.is_int8 and unit.node.op == "max_pool"}
         names = quantized_values(found)
+        # Pools whose value and source int8 reads. With one scale for both they stay in bytes.
+        pools = {
+            unit.name: unit
+            for unit in found
+            if unit.node.op == "max_pool" and {unit.name, unit.node.inputs[0]} <= set(names)
+        }
         observers = {name: HistogramObserver() for name in names if name not in pools}
         for images in itertools.chain([first], batches):
             for name, value in itertools.chain(

@@ -140,7 +140,7 @@ class Checker {
     table(op_.rescale, 1);
     const Rescale& r = *op_.rescale;
     require(r.zero >= 0 && r.zero <= 255 && r.sum_high >= 0 && r.sum_high <= 255 &&
-                r.high >= -r.zero && r.high <= 255 - r.zero,
+                r.high >= -r.zero && r.high <= 255 - r.zero && r.divisor > 0,
             "integers are out of range");
   }
 

@@ -217,10 +217,12 @@ struct Quad {
   }
 
   // Sum number j is at sums[j * distance].
+  template <bool kDivides>
   inline SPARSE_INLINE Vec pack(const Mask* sums, int64_t distance) const {
     Vec v[kPacked];
     for_each<kPacked>([&](auto j) SPARSE_INLINE {
-      v[j] = at_most(to_float(sums[j * distance]) * scale[j], r.high);
+      const Vec steps = to_float(sums[j * distance]) * scale[j];
+      v[j] = at_most(kDivides ? steps / broadcast(r.divisor) : steps, r.high);
     });
     return packed(v, int32_t(r.zero));
   }
@@ -284,8 +286,10 @@ __attribute__((noinline)) void write_quad(const Op& op, int64_t first, const Mas
       }
     }
   };
-  if (!res) {
-    write([&](const Mask* s, int64_t) SPARSE_INLINE { return quad.pack(s, size); });
+  if (!res && quad.r.divisor != 1) {
+    write([&](const Mask* s, int64_t) SPARSE_INLINE { return quad.pack<true>(s, size); });
+  } else if (!res) {
+    write([&](const Mask* s, int64_t) SPARSE_INLINE { return quad.pack<false>(s, size); });
   } else if (quad.r.own_last != 0) {
     write([&](const Mask* s, int64_t at) SPARSE_INLINE {
       return quad.pack_sum<true>(s, size, bits(load(res + at)));

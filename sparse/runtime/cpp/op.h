@@ -63,10 +63,12 @@ enum Activation : int64_t {
 constexpr int64_t kPacked = 4;  // channels per plane of an int8 map
 
 // How the integers of an int8 operation are turned into those of its output. A sum of products s of
-// channel c is first clamp(round(s * scales[c]), -zero, high) + zero. What is added then gives
-// clamp(round(fma(last, last_scale, fma(first, first_scale, shift))), 0, sum_high).
+// channel c is first clamp(round(s * scales[c] / divisor), -zero, high) + zero. What is added then
+// gives clamp(round(fma(last, last_scale, fma(first, first_scale, shift))), 0, sum_high).
 struct Rescale {
   float zero, high;
+  float divisor;                // of a convolution without a sum: its scale if `scales` give float32,
+                                // else 1
   float own_last;               // 1 if the convolution's value is the last operand, else 0
   float own_scale, res_scale;   // of the convolution and of what is added
   float shift, sum_high;
@@ -74,7 +76,7 @@ struct Rescale {
 
 // The version of plan files. Raise it when the meaning of a member or of a table changes: older plans
 // are then refused. (A change of the size of Op is noticed without it.)
-constexpr int64_t kPlanVersion = 3;
+constexpr int64_t kPlanVersion = 4;
 
 // Positions are in floats from the start of the arena. Every member is 8 bytes wide. The pointers
 // come last, from `mask` on: plan files have the numbers of tables in their place (plan.cpp).

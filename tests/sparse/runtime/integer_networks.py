@@ -36,6 +36,34 @@ class Residual(nn.Module):
         return self.activation(y + (self.norms[2](self.short(x)) if self.projects else x))
 
 
+class Joined(nn.Module):
+    """Joined branches, a pool or none, and what reads them: convolutions, and perhaps a pool."""
+
+    def __init__(self, rng: random.Random, inputs: int, outputs: int) -> None:
+        super().__init__()
+        sizes = rng.choices([4, 8, 12, 16, 17], [3, 3, 3, 3, 1], k=rng.randint(1, 3))
+        self.branches = nn.ModuleList(self._branch(rng, inputs, size) for size in sizes)
+        pool = nn.MaxPool2d(rng.choice([2, 3]), rng.choice([1, 2]), 1)
+        self.pool = rng.choice([nn.Identity(), pool])
+        self.own = rng.choice([nn.Identity(), nn.Identity(), nn.MaxPool2d(3, 1, 1)])
+        self.keeps, self.nests = rng.random() < 0.3, rng.random() < 0.3
+        channels = (sum(sizes) + self.keeps * inputs) * (1 + self.nests)
+        self.first, self.second = (
+            nn.Sequential(nn.Conv2d(channels, outputs, 1), rng.choice(ACTIVATIONS)()) for _ in "ab"
+        )
+
+    def _branch(self, rng: random.Random, inputs: int, outputs: int) -> nn.Module:
+        conv = nn.Conv2d(inputs, outputs, *rng.choice([(1,), (3, 1, 1)]))
+        return nn.Sequential(conv, rng.choice(ACTIVATIONS)())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([*(branch(x) for branch in self.branches), *[x] * self.keeps], 1)
+        if self.nests:
+            x = torch.cat([x, F.max_pool2d(x, 3, 1, 1)], 1)
+        x = self.pool(x)
+        return self.first(x) + self.second(self.own(x))
+
+
 class Integers(nn.Sequential):
     """A network that a generator of random numbers has drawn, for images (3, size, size)."""
 
@@ -43,7 +71,8 @@ class Integers(nn.Sequential):
         super().__init__()
         self._rng, self._value = rng, torch.zeros(2, 3, size, size)
         for _ in range(rng.randint(1, 6)):
-            rng.choice([self._conv, self._conv, self._residual, self._pool, self._activation])()
+            kinds = [self._conv, self._conv, self._residual, self._pool, self._activation]
+            rng.choice([*kinds, self._joined])()
         if rng.random() < 0.3:
             self._add(nn.Flatten())
         else:
@@ -84,6 +113,9 @@ class Integers(nn.Sequential):
         outputs = self._rng.choice([4, 8, 17, self._value.shape[1]])
         activation = self._rng.choice(ACTIVATIONS)()
         self._add(Residual(self._value.shape[1], outputs, self._rng.choice([1, 2]), activation))
+
+    def _joined(self) -> None:
+        self._add(Joined(self._rng, self._value.shape[1], self._rng.choice([4, 8, 17])))
 
     def _pool(self) -> None:
         ceil_mode, kernel = self._rng.random() < 0.3, self._rng.choice([2, 3])

@@ -125,7 +125,9 @@ def integers_of(generator: np.random.Generator, stride: int, groups: int) -> lis
     nodes = [
         node("conv", "a", "input", kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
         node("relu", "b", "a"),
-        node("max_pool", "c", "b", kernel=(3, 3), stride=(2, 2), padding=(1, 1)),
+        node("conv", "q", "input", kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
+        node("concat", "r", "b", "q"),  # of bytes, as only int8 reads the pool
+        node("max_pool", "c", "r", kernel=(3, 3), stride=(2, 2), padding=(1, 1)),
         node("conv", "d", "c", groups=groups, **window, **step),
         node("relu6", "e", "d"),
         node("conv", "f", "e", kernel=(3, 3), padding=(2, 2), dilation=(2, 2)),
@@ -142,9 +144,10 @@ def integers_of(generator: np.random.Generator, stride: int, groups: int) -> lis
     ]
     shapes = {
         "a": (12, 3, 7, 7),
-        "d": (24, 12 // groups, 3, 3),
+        "q": (12, 3, 7, 7),
+        "d": (24, 24 // groups, 3, 3),
         "f": (18, 24, 3, 3),
-        "g": (18, 12, 1, 1),
+        "g": (18, 24, 1, 1),
         "l": (33, 18, 3, 3),
         "n": (9, 33),
         "p": (5, 9),
@@ -156,8 +159,8 @@ def integers_of(generator: np.random.Generator, stride: int, groups: int) -> lis
         numbers = {"weight": weight, "bias": generator.standard_normal(shape[0], np.float32)}
         numbers["weight.scale"] = np.full(shape[0], 2**-9, np.float32)
         tensors |= {f"{name}.{kind}": torch.from_numpy(value) for kind, value in numbers.items()}
-    zero_points = {"input": 128, "f": 120, "g": 130, "l": 100, "m": 90}
-    values = ("input", "b", "c", "e", "f", "g", "i", "j", "k", "l", "m", "o")
+    zero_points = {"input": 128, "f": 120, "g": 130, "c": 60, "l": 100, "m": 90}
+    values = ("input", "c", "e", "f", "g", "i", "j", "k", "l", "m", "o")
     activations = {name: (2**-5, zero_points.get(name, 0)) for name in values}
     found = units(nodes)
     parameters = read_parameters(found, activations, {}, tensors)

@@ -2,6 +2,7 @@
 
 import random
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sparse.runtime.layout import Map
 from sparse.runtime.network import Network
 from tests.sparse.runtime import integer_networks
 from tests.sparse.runtime.conftest import LEVELS, prune_
+from tests.sparse.runtime.fuzzed import content, rewrite
 from tests.sparse.runtime.plans import NETWORKS, Api, member, number_at, replaced, table
 from tests.sparse.runtime.random_networks import RandomChoices, another_plan
 
@@ -137,6 +139,100 @@ def test_bytes_before_the_first_unit_of_float32_are_those_of_the_reference(
     for threads in (1, 2):
         network = Network(tmp_path / "network", threads=threads, kernels=each_kernels, tuner=None)
         assert torch.allclose(network(images), wanted, rtol=1e-5, atol=1e-6)
+
+
+class Fires(nn.Module):
+    """Fire modules, with and without a pool behind them, as in SqueezeNet."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(24, 8, 3, padding=1)
+        self.squeezes = nn.ModuleList(nn.Conv2d(inputs, 4, 1) for inputs in (8, 24, 24))
+        self.small, self.large = (
+            nn.ModuleList(nn.Conv2d(4, 12, kernel, padding=kernel // 2) for _ in range(3))
+            for kernel in (1, 3)
+        )
+        self.activation, self.fc = activation, nn.Linear(8, 5)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for i, squeeze in enumerate(self.squeezes):
+            y = self.activation(squeeze(x))
+            branches = [self.activation(convs[i](y)) for convs in (self.small, self.large)]
+            x = torch.cat(branches, 1)
+            if i:
+                x = F.max_pool2d(x, 3, i, 1)
+        return self.fc(F.relu(self.last(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Identity()])
+def test_what_only_int8_reads_is_joined_and_pooled_in_bytes(
+    activation: nn.Module, int8_kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    path, images = tmp_path / "network", 2 * torch.randn(2, 3, 19, 19)
+    compact = integer_networks.write(path, Fires(activation), size=19, stretch=0.7)
+    wanted = integers.run(compact.integers(), images)
+    assert sum(not unit.is_int8 for unit in compact.integers().units) == 5  # joined and pooled
+    for threads in (1, 2):
+        network = Network(path, threads=threads, kernels=int8_kernels, tuner=None)
+        assert torch.equal(network(images), wanted)
+        operations = network.program(19, 19).plan.operations
+        layers = [operation.layer for operation in operations if operation.layer is not None]
+        assert "quantize" not in {layer.kind for layer in layers[1:]}  # the images alone are
+        assert all(layer.integers is not None for layer in layers)
+
+
+class Joins(nn.Module):
+    """Two branches that are joined, and read by a convolution and perhaps by a pool."""
+
+    def __init__(self, channels: int, readers: str) -> None:
+        super().__init__()
+        self.stem, self.readers = nn.Conv2d(3, 8, 1), readers
+        self.branches = nn.ModuleList(nn.Conv2d(8, n, 1) for n in (channels, 8))
+        self.convs = nn.ModuleList(nn.Conv2d(channels + 8, 8, 1) for _ in range(2))
+        self.fc = nn.Linear(8, 5)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.stem(x))
+        first, second = (branch(x) for branch in self.branches)
+        x = torch.cat([first, second], 1)
+        y = self.convs[0](x)
+        if self.readers.startswith("pool"):
+            y = y + self.convs[1](F.max_pool2d(x, 3, 1, 1))
+        elif self.readers == "branch":
+            y = y + second
+        return self.fc(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "readers", "floats"),
+    [
+        (12, "conv", set()),
+        (12, "pool", set()),
+        (12, "pool of another scale", {"branches_0", "branches_1", "cat"}),
+        (12, "branch", {"branches_1"}),
+        (11, "conv", {"branches_0", "branches_1", "cat"}),  # a plane holds 4 channels
+    ],
+)
+def test_what_anything_else_reads_stays_float32(
+    channels: int, readers: str, floats: set[str], kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    path, images = tmp_path / "network", torch.randn(2, 3, 9, 9)
+    integer_networks.write(path, Joins(channels, readers), size=9)
+    if readers == "pool of another scale":
+        header, tensors = content(path)
+        header["activations"]["max_pool2d"] = [0.5, 3]
+        rewrite(path, header, tensors)
+    found = runtime.read(path).integers()
+    network = Network(path, threads=1, kernels=kernels, tuner=None)
+    assert_close(network(images), integers.run(found, images), readers)
+    layers = {layer.name: layer.integers for layer in integer_layers(found, in_channels=3)}
+    branches = {name for name in ("branches_0", "branches_1") if layers[name].rescale is None}
+    assert branches | {name for name in ("cat",) if layers[name] is None} == floats
 
 
 class PreActivation(nn.Module):
@@ -274,6 +370,22 @@ def test_channels_of_a_plane_that_are_apart_are_refused(
     refused = Api(kernels.path).open(replaced(plan, {place: first * 2**32 + second}))
     assert isinstance(refused, str)
     assert refused.endswith("channels of a plane are apart")
+
+
+@pytest.mark.parametrize("divisor", [0.0, -1.0, float("nan")])
+def test_a_divisor_that_is_not_above_0_is_refused(
+    divisor: float, kernels: bindings.Kernels, tmp_path: Path
+) -> None:
+    integer_networks.write(tmp_path / "network", Fires(nn.ReLU()), size=19)
+    runtime.save_plan(tmp_path / "network", tmp_path / "plan", tune=False)
+    plan = (tmp_path / "plan").read_bytes()
+    place = table(plan, bindings.QUANT_CONV, "rescale") + 8  # after the zero point and the range
+    found, own_last = struct.unpack_from("<2f", plan, place)
+    assert (found, own_last) == (1.0, 0.0)
+    (number,) = struct.unpack("<q", struct.pack("<2f", divisor, own_last))
+    refused = Api(kernels.path).open(replaced(plan, {place: number}))
+    assert isinstance(refused, str)
+    assert refused.endswith("integers are out of range")
 
 
 @pytest.mark.parametrize(

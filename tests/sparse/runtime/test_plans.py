@@ -205,7 +205,7 @@ def test_the_registers_of_a_level_are_known(libraries: dict[int, Path]) -> None:
     [
         ("lanes", 5, "OTHER_LEVEL", "for 5 lanes and"),
         ("registers", 64, "OTHER_LEVEL", "and 64 registers"),
-        ("version", 99, "OTHER_VERSION", "version 99, this library reads version 3"),
+        ("version", 99, "OTHER_VERSION", "version 99, this library reads version 4"),
         ("op_bytes", 8, "OTHER_VERSION", "operations of 8 bytes"),
         ("bytes", 1000, "BAD_PLAN", "bytes of 1000"),
         ("threads", 0, "BAD_PLAN", "its number of threads"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,22 @@ def test_a_sum_with_a_value_of_float32_is_float32_and_so_are_the_others_of_it() 
     assert found.pop("a") == found.pop("b") == found.pop("d") == (True, False)
     assert found == dict.fromkeys(("c", "sum", "relu", "pool"), (False, False))
     assert units.quantized_values(units.units(nodes)) == ["input", "a", "pool"]
+
+
+def test_a_pool_has_the_scale_of_what_it_reads_where_int8_reads_both() -> None:
+    nodes = [
+        Node(name="a", op="silu", inputs=("input",)),
+        Node(name="pool", op="max_pool", inputs=("a",), kernel=(3, 3), padding=(1, 1)),
+        Node(name="b", op="conv", inputs=("a",), parameters="b."),
+        Node(name="c", op="conv", inputs=("pool",), parameters="c."),
+        Node(name="sum", op="add", inputs=("b", "c")),
+    ]
+    images = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))]
+    state = {f"{name}.weight": torch.ones(2, 3, 1, 1) for name in "bc"}
+    chosen = runtime.calibrate(nodes, state, images)[1]
+    assert chosen["pool"] == chosen["a"]
+    alone = [replace(node, inputs=("pool",)) if node.name == "b" else node for node in nodes]
+    assert runtime.calibrate(alone, state, images)[1].keys() == {"pool"}
 
 
 @pytest.mark.parametrize("last", [nn.ReLU(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())])
