@@ -65,14 +65,17 @@ class Joined(nn.Module):
 
 
 class Integers(nn.Sequential):
-    """A network that a generator of random numbers has drawn, for images (3, size, size)."""
+    """A network that a generator of random numbers has drawn, for images (3, size, size).
 
-    def __init__(self, rng: random.Random, size: int) -> None:
+    With `joins` some values are float32 by definition, which the kernels may keep in bytes.
+    """
+
+    def __init__(self, rng: random.Random, size: int, *, joins: bool) -> None:
         super().__init__()
         self._rng, self._value = rng, torch.zeros(2, 3, size, size)
         for _ in range(rng.randint(1, 6)):
             kinds = [self._conv, self._conv, self._residual, self._pool, self._activation]
-            rng.choice([*kinds, self._joined])()
+            rng.choice([*kinds, self._joined] if joins else kinds)()
         if rng.random() < 0.3:
             self._add(nn.Flatten())
         else:
@@ -125,12 +128,12 @@ class Integers(nn.Sequential):
         self._add(self._rng.choice(ACTIVATIONS)())
 
 
-def draw(seed: int) -> tuple[Integers, Tensor, dict[str, Any]]:
+def draw(seed: int, *, joins: bool = False) -> tuple[Integers, Tensor, dict[str, Any]]:
     """Return a random network, images for it, and how it is to be pruned and quantized."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     size = rng.choice([5, 8, 13, 24, 32])
-    model = Integers(rng, size)
+    model = Integers(rng, size, joins=joins)
     how = {"method": rng.choice(runtime.METHODS), "density": rng.choice([0.1, 0.4, 1.0])}
     how["stretch"] = rng.choice([1.0, 1.0, 0.4, 1.7])
     return model, torch.randn(3, 3, size, size) * 1.5, how
