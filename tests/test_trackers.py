@@ -181,10 +181,14 @@ def wandb_curves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], 
         from wandb.proto.wandb_internal_pb2 import Record
 
         found: Curves = {}
-        paths = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+        for _ in range(600):  # the package writes in a process of its own, which may not be done
+            paths = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+            records = [Record.FromString(data) for path in paths for data in wandb_records(path)]
+            if sum(record.HasField("exit") for record in records) == 2:
+                break
+            time.sleep(0.1)
         assert len({path.name for path in paths}) == 1  # one run, in a file for each process
-        for data in (data for path in paths for data in wandb_records(path)):
-            items = Record.FromString(data).history.item
+        for items in (record.history.item for record in records):
             row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
             for name in row.keys() - {"step"}:
                 if not name.startswith("_"):
@@ -202,6 +206,8 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             at += -at % 0x8000
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + length > len(data):  # the rest is not written yet
+            return
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # all of it, or its last piece
