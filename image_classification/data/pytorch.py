@@ -171,10 +171,13 @@ def _leave_signals_to_parent(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # of the threads to come, too
     parent = multiprocessing.parent_process()
     assert parent is not None
-    Thread(target=_obey, args=(parent.pid, os.getppid()), daemon=True).start()
+    # If the training process has ended by now, getppid would tell who adopted the worker.
+    is_served = multiprocessing.get_start_method() == "forkserver"
+    forked_by = os.getppid() if is_served else parent.pid
+    Thread(target=_obey, args=(parent.pid, forked_by), daemon=True).start()
 
 
-def _obey(parent: int | None, forked_by: int) -> None:
+def _obey(parent: int | None, forked_by: int | None) -> None:
     while os.getppid() == forked_by:  # an orphan gets another parent
         received = signal.sigtimedwait([signal.SIGTERM], _PULSE)
         if received is not None and received.si_pid == parent:

@@ -350,9 +350,26 @@ print(count, len(received), flush=True)
 """
 
 
-def start(path: Path) -> tuple[subprocess.Popen[str], list[int]]:
+SLOW_TO_BEGIN = """
+import multiprocessing, os, sys, threading, time
+from pathlib import Path
+from image_classification.data import DataConfig, create_train_loader
+
+os.register_at_fork(after_in_child=lambda: time.sleep(2))
+config = DataConfig(path=Path(sys.argv[1]), backend="pytorch", image_size=16, batch_size=2,
+                    workers=4, num_classes=1)
+loader = create_train_loader(config)
+threading.Thread(target=lambda: list(loader.epoch(0)), daemon=True).start()
+while len(children := multiprocessing.active_children()) < 4:
+    time.sleep(0.01)
+print(*(child.pid for child in children), flush=True)
+sys.stdin.readline()
+"""
+
+
+def start(path: Path, script: str = SCRIPT) -> tuple[subprocess.Popen[str], list[int]]:
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(path)],
+        [sys.executable, "-W", "ignore", "-c", script, str(path)],
         cwd=ROOT, text=True, start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -386,8 +403,9 @@ def test_workers_leave_signals_to_the_training_process(plain):
     assert alive(workers) == []
 
 
-def test_workers_end_when_the_training_process_is_killed(plain):
-    process, workers = start(plain)
+@pytest.mark.parametrize("script", [SCRIPT, SLOW_TO_BEGIN], ids=["running", "beginning"])
+def test_workers_end_when_the_training_process_is_killed(plain, script):
+    process, workers = start(plain, script)
     process.kill()
     process.communicate(timeout=60)
     deadline = time.monotonic() + 30
