@@ -23,7 +23,6 @@ from .shards import Ranks, any_sharded, locals_of, spread_all
 
 _ONE_BY_ONE = frozenset({"cpu"})  # types of device on which layers are treated one by one
 ROW = 1 << 12  # layers begin at multiples of it: a row of so many entries lies in one layer
-WORD = 8  # bools are added up eight at a time, as an int64
 _Pair = tuple[Tensor, Tensor]  # what is written, and what it is read from
 
 
@@ -46,6 +45,11 @@ class Layout:
     def rows(self) -> list[int]:
         """Rows of each layer, at least one."""
         return [max(-(-size // ROW), 1) for size in self.sizes]
+
+    @functools.cached_property
+    def last_rows(self) -> list[int]:
+        """The last row of each layer."""
+        return [row - 1 for row in itertools.accumulate(self.rows)]
 
     @functools.cached_property
     def starts(self) -> list[int]:
@@ -125,9 +129,8 @@ class Layout:
 
         The sums wrap around, as those of integers do.
         """
-        last = [row - 1 for row in itertools.accumulate(self.rows)]
         until = numbers.view(sum(self.rows), -1).sum(1).cumsum(0)
-        until = until.index_select(0, vector(last, until.device))
+        until = until.index_select(0, vector(self.last_rows, until.device))
         return until.diff(prepend=until.new_zeros(1))
 
 

@@ -8,7 +8,6 @@ count. Integers alone are added up, so that the result is exact and always the s
 The largest are the candidates without the smallest.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -46,11 +45,8 @@ class Selector:
         """Prepare for layers that lie in a flat tensor; `together` they are ranked as float32."""
         self._layout, self._device, self._together = layout, device, together
         # Of every row the pool and the bin of the digit 0, and of every pool the last row.
-        if together:
-            pools, last = [0] * len(layout.sizes), [sum(layout.rows) - 1]
-        else:
-            pools = list(range(len(layout.sizes)))
-            last = [row - 1 for row in itertools.accumulate(layout.rows)]
+        pools = [0 if together else layer for layer in range(len(layout.sizes))]
+        last = layout.last_rows[-1:] if together else layout.last_rows
         self._pool = layout.spread(pools, device, over_rows=True)
         self._bin = (self._pool * _BINS).add_(_ZERO)
         self._last, used = vector(last, device), len(last) * _BINS

@@ -7,11 +7,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import SparsityError
-from ..topology.flat import WORD, batched, by_device, gather, layout_for
+from ..topology.flat import batched, by_device, gather, layout_for
 from ..topology.rng import Draw, drawn_at
 from ..topology.shards import Ranks
 
 _KEY = (0,)
+_WORD = 8  # bools in an int64
 
 
 def is_first_rank() -> bool:
@@ -98,7 +99,7 @@ def digests(masks: Mapping[str, Tensor]) -> Tensor:
         layout = layout_for(masks[name] for name in names)
         words = layout.flatten([masks[name] for name in names], torch.bool).view(torch.int64)
         index = torch.arange(len(words), dtype=torch.int32, device=words.device)
-        layout.add(index, [-start // WORD for start in layout.starts])
+        layout.add(index, [-start // _WORD for start in layout.starts])
         products = words * _factors(drawn_at(index, _KEY))
         found |= zip(names, layout.sums(products).unbind(), strict=True)
     return gather([found[name] for name in masks])
@@ -107,7 +108,7 @@ def digests(masks: Mapping[str, Tensor]) -> Tensor:
 def digest(mask: Tensor) -> Tensor:
     """Condense a mask to one number: int64, 0-dim, and the same on every device."""
     flat = mask.reshape(-1)
-    words = torch.nn.functional.pad(flat, (0, -flat.numel() % WORD)).view(torch.int64)
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % _WORD)).view(torch.int64)
     return (words * _factors(Draw((words.numel(),), _KEY).tensor(mask.device))).sum()
 
 
